@@ -183,8 +183,8 @@ class Training:
     """Decoupled weight decay (adamw), or L2 (sgd)."""
     momentum: Share = 0.0
     """Momentum of sgd."""
-    clip: Positive | None = 1.0
-    """Largest norm of a client's gradient; `None` does not clip."""
+    clip: NotNegative = 1.0
+    """Largest norm of a client's gradient; 0 does not clip."""
     epochs: Count = 1
     """Passes over the client's examples in one round."""
     steps: Count | None = None
@@ -235,10 +235,10 @@ class Evaluation:
 
     every: Count = 1
     """Rounds between validations of the global adapter."""
-    blocks: Count | None = 16
-    """Most validation blocks of each client after a round; none is all."""
-    test_blocks: Count | None = None
-    """Most test blocks of each client at the end; none is all."""
+    blocks: Whole = 16
+    """Most validation blocks of each client after a round; 0 is all."""
+    test_blocks: Whole = 0
+    """Most test blocks of each client at the end; 0 is all."""
     baselines: Words = ()
     """Methods to train beside this one, on the same batches with the same budget."""
     prompts: Words = ("The ",)
