@@ -1,0 +1,278 @@
+"""The LoRA layer: one adapter, or a stack of them over one shared, frozen layer.
+
+A layer's update is `scale * B A` (Hu et al. 2021, arXiv:2106.09685), applied here and nowhere
+else. Stacked leaves have a first axis of clients: the input's rows are `clients * batch`, client
+by client, and each client's rows meet that client's own factors.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Generator, Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from fedgen_edge.adapters.dropout import mask
+from fedgen_edge.config import Adapter
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.types import Leaves
+
+Shape = tuple[int, ...]
+
+
+class Kind(NamedTuple):
+    """What LoRA means for one type of layer."""
+
+    a: str
+    """Name of the first factor's leaf, as PEFT has it."""
+    b: str
+    shapes: Callable[[nn.Module, int], tuple[Shape, Shape]]
+    """Shapes of A and B for a rank."""
+    product: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+    """The update's output from the layer, its input, A and scaled B."""
+    dense: Callable[[Tensor, Tensor], Tensor]
+    """The update of the layer's weight, in its own layout, from A and scaled B."""
+
+
+def _linear(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if a.ndim == 2:
+        return F.linear(F.linear(x, a), b)
+    rows = x.reshape(len(a), -1, x.shape[-1])
+    return (rows @ a.mT @ b.mT).reshape(*x.shape[:-1], b.shape[-2])
+
+
+def _conv2d(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    assert isinstance(layer, nn.Conv2d)
+    assert not isinstance(layer.padding, str)
+    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    if a.ndim == 4:
+        return F.conv2d(F.conv2d(x, a, **how), b)
+    clients, rows = len(a), x.shape[0] // len(a)
+    wide = x.reshape(clients, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
+    narrow = F.conv2d(wide, a.flatten(0, 1), groups=clients, **how)
+    out = F.conv2d(narrow, b.flatten(0, 1), groups=clients)
+    out = out.reshape(rows, clients, b.shape[1], *out.shape[2:]).transpose(0, 1)
+    return out.reshape(-1, *out.shape[2:])
+
+
+def _embedding(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    if a.ndim == 2:
+        return F.embedding(x, a.mT) @ b.mT
+    clients, _, vocabulary = a.shape
+    own = torch.arange(clients, device=x.device).view(-1, *[1] * x.ndim) * vocabulary
+    ids = (x.reshape(clients, -1, *x.shape[1:]) + own).reshape(clients, -1)
+    found = F.embedding(ids, a.mT.reshape(clients * vocabulary, -1))
+    return (found @ b.mT).reshape(*x.shape, b.shape[-2])
+
+
+def _conv_shapes(layer: nn.Module, rank: int) -> tuple[Shape, Shape]:
+    assert isinstance(layer, nn.Conv2d)
+    if layer.groups != 1:
+        raise ConfigError("adapter.target_modules: a grouped Conv2d cannot be adapted, leave it out")
+    return (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
+
+
+def _matrix(in_: str, out: str) -> Callable[[nn.Module, int], tuple[Shape, Shape]]:
+    return lambda layer, rank: ((rank, getattr(layer, in_)), (getattr(layer, out), rank))
+
+
+KINDS: dict[type[nn.Module], Kind] = {
+    nn.Linear: Kind(
+        "lora_A", "lora_B", _matrix("in_features", "out_features"), _linear, lambda a, b: b @ a
+    ),
+    Conv1D: Kind("lora_A", "lora_B", _matrix("nx", "nf"), _linear, lambda a, b: (b @ a).mT),
+    nn.Conv2d: Kind(
+        "lora_A",
+        "lora_B",
+        _conv_shapes,
+        _conv2d,
+        lambda a, b: torch.einsum("or,rihw->oihw", b.flatten(1), a),
+    ),
+    nn.Embedding: Kind(
+        "lora_embedding_A",
+        "lora_embedding_B",
+        _matrix("num_embeddings", "embedding_dim"),
+        _embedding,
+        lambda a, b: (b @ a).mT,
+    ),
+}
+
+
+class Site(nn.Module):
+    """A frozen layer, and the factors that are bound to it at present (none: as it was)."""
+
+    def __init__(self, base: nn.Module, kind: Kind, number: int, dropout: float) -> None:
+        super().__init__()
+        self.base, self.kind, self.number, self.dropout = base, kind, number, dropout
+        self.factors: tuple[Tensor, Tensor] | None = None
+        self.seed: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at it."""
+        weight = self.base.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output, plus the update's."""
+        y = self.base(x)
+        if self.factors is None:
+            return y
+        a, b = (factor.to(y.dtype) for factor in self.factors)
+        if self.seed is not None and self.dropout:
+            x = x * self._mask(x).to(x.dtype)
+        return y + self.kind.product(self.base, x, a, b)
+
+    def _mask(self, x: Tensor) -> Tensor:
+        assert self.seed is not None
+        own = (x.shape[0] // max(1, self.seed.numel()), *x.shape[1:])
+        return mask(self.seed, self.number, own, self.dropout).reshape(x.shape)
+
+
+@dataclass(frozen=True)
+class Lora:
+    """Every adapted layer of one model."""
+
+    sites: dict[str, Site]
+    rank: int
+    scale: float
+    """alpha / rank, or alpha / sqrt(rank)."""
+    targets: tuple[str, ...]
+    """The layers, as PEFT's configuration lists them."""
+
+    def shapes(self) -> dict[str, Shape]:
+        """The shape of every leaf of one adapter."""
+        found = {}
+        for name, site in self.sites.items():
+            a, b = site.kind.shapes(site.base, self.rank)
+            found |= {f"{name}.{site.kind.a}": a, f"{name}.{site.kind.b}": b}
+        return found
+
+    def init(self, rng: Generator) -> Leaves:
+        """A fresh adapter whose update is zero: A uniform as PEFT draws it, B zero.
+
+        Of an embedding it is the other way round: A zero, B normal.
+        """
+        return {name: _fresh(name, shape, rng) for name, shape in self.shapes().items()}
+
+    @contextmanager
+    def bound(self, leaves: Leaves, seed: Tensor | None = None) -> Iterator[None]:
+        """Within it, the model computes with these leaves; a site without leaves is as it was.
+
+        Args:
+            leaves: one adapter, or a stack.
+            seed: of the dropout, one a client; none is without dropout.
+        """
+        try:
+            for name, site in self.sites.items():
+                site.factors, site.seed = self.factors(name, leaves), seed
+            yield
+        finally:
+            for site in self.sites.values():
+                site.factors = site.seed = None
+
+    def factors(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
+        """A and scaled B of one site."""
+        kind = self.sites[name].kind
+        a, b = leaves.get(f"{name}.{kind.a}"), leaves.get(f"{name}.{kind.b}")
+        return None if a is None or b is None else (a, b * self.scale)
+
+    def call(self, module: nn.Module, leaves: Leaves, batch: object, seed: Tensor | None) -> Tensor:
+        """The module's output on the batch, computed with these leaves."""
+        with self.bound(leaves, seed):
+            return module(batch)
+
+
+def _fresh(name: str, shape: Shape, rng: Generator) -> Float[Tensor, "..."]:
+    if name.endswith("lora_A"):
+        bound = 1 / math.sqrt(math.prod(shape[1:]))
+        return torch.empty(shape).uniform_(-bound, bound, generator=rng)
+    if name.endswith("lora_embedding_B"):
+        return torch.empty(shape).normal_(generator=rng)
+    return torch.zeros(shape)
+
+
+def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> Lora:
+    """Wrap the layers that the settings name, in place; their weights are neither copied nor moved.
+
+    Args:
+        model: frozen here.
+        settings: of the adapter.
+        default: the targets where the settings name none.
+
+    Raises:
+        ConfigError: no layer matches, one cannot be adapted, or the rank is above a layer's size.
+    """
+    model.requires_grad_(False)
+    targets = settings.target_modules or tuple(default)
+    named = {n: m for n, m in model.named_modules() if n}
+    chosen = [n for n, m in named.items() if _matches(model, n, m, targets)]
+    if not chosen:
+        kinds = {n.rsplit(".", 1)[-1] for n, m in named.items() if type(m) in KINDS}
+        raise ConfigError(
+            f"adapter.target_modules={list(targets)} match no layer: "
+            f"this backbone has {', '.join(sorted(kinds))}, or say all-linear"
+        )
+    sites = {n: _site(n, named[n], i, settings) for i, n in enumerate(chosen)}
+    short = {name.rsplit(".", 1)[-1] for name in chosen}
+    exact = {n for n in named if n.rsplit(".", 1)[-1] in short} == set(chosen)
+    for name, site in sites.items():
+        model.set_submodule(name, site)
+    root = math.sqrt(settings.rank) if settings.rslora else settings.rank
+    return Lora(sites, settings.rank, settings.alpha / root, tuple(sorted(short) if exact else chosen))
+
+
+def _site(name: str, layer: nn.Module, number: int, settings: Adapter) -> Site:
+    kind = KINDS.get(type(layer))
+    if kind is None:
+        raise ConfigError(
+            f"adapter.target_modules: {name} is a {type(layer).__name__}, which cannot be adapted: "
+            f"name layers of type {', '.join(k.__name__ for k in KINDS)}"
+        )
+    a, b = kind.shapes(layer, settings.rank)
+    limit = min(math.prod(a[1:]), b[0])
+    if settings.rank > limit:
+        raise ConfigError(
+            f"adapter.rank={settings.rank} is above {limit}, the smaller side of {name}: "
+            f"take at most {limit}, or leave the layer out of adapter.target_modules"
+        )
+    return Site(layer, kind, number, settings.dropout)
+
+
+def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:
+    """PEFT's meaning of target_modules: `all-linear`, one regular expression, or names."""
+    if list(targets) == ["all-linear"]:
+        heads = [m for get in ("get_output_embeddings",) if (m := getattr(model, get, lambda: 0)())]
+        return isinstance(layer, nn.Linear | Conv1D) and all(layer is not head for head in heads)
+    if len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
+        return _full_match(targets[0], name)
+    return any(name == t or name.endswith(f".{t}") for t in targets)
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(
+            f"adapter.target_modules={pattern!r} is no regular expression ({error}): "
+            "give names of layers, or mend it"
+        ) from None
+
+
+def merge(model: nn.Module, lora: Lora, leaves: Leaves) -> None:
+    """Add the updates to the weights and take the sites out again: a plain model, in place."""
+    for name, site in lora.sites.items():
+        factors = lora.factors(name, leaves)
+        if factors is not None:
+            weight = site.weight
+            update = site.kind.dense(*(f.to(weight.device, torch.float32) for f in factors))
+            merged = (weight.float() + update).to(weight.dtype)
+            site.base.weight = nn.Parameter(merged, requires_grad=False)
+        model.set_submodule(name, site.base)

@@ -1,0 +1,56 @@
+"""An algorithm is its slots; each slot's default is FedAvg, so a method fills one to three."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from fedgen_edge.algorithms import correct, merge, receive, share, step
+from fedgen_edge.types import Leaves, ServerState, Update
+
+Trains = Callable[[str, int, int], bool]
+"""Whether a leaf is trained, from its name, the round and the client's epoch."""
+Sends = Callable[[Sequence[str]], set[str]]
+"""Which leaves are shared with the server, of all names."""
+Receives = Callable[[Leaves, Leaves], Leaves]
+"""What a client begins from: the global adapter and its own memory."""
+Corrects = Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]
+"""The gradients to use, from the gradients, the leaves now, at the start, and the memory."""
+Merges = Callable[[Sequence[Update]], Leaves]
+"""The cohort's updates as one change."""
+Steps = Callable[[ServerState, Leaves], ServerState]
+"""The server's state after a change."""
+Groups = Callable[[Sequence[int]], list[tuple[int, ...]]]
+"""Whose data train together, of a cohort."""
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """What a method changes of FedAvg; it knows no engine, task or file."""
+
+    trains: Trains = share.always
+    sends: Sends = share.everything
+    receives: Receives = receive.own_over_shared
+    corrects: Corrects = correct.unchanged
+    merges: Merges = merge.mean
+    steps: Steps = step.add
+    groups: Groups = share.each_alone
+    adapts: Literal["lora", "full"] = "lora"
+    """Whether leaves are an adapter's or the whole model's."""
+
+    def init(self, adapter: Leaves) -> ServerState:
+        """The server before the first round."""
+        return ServerState(round=0, adapter=adapter)
+
+    def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
+        """The server after one more round: merge what was sent, then step.
+
+        A cohort that sends nothing leaves the adapter as it is.
+        """
+        merged = self.merges(updates) if any(u.delta for u in updates) else {}
+        after = self.steps(state, merged)
+        return ServerState(round=state.round + 1, adapter=after.adapter, memory=after.memory)
+
+    def keeps(self, leaves: Leaves) -> Leaves:
+        """The client's memory of leaves that it trained and does not send."""
+        shared = self.sends(list(leaves))
+        return {receive.KEPT + k: v for k, v in leaves.items() if k not in shared}

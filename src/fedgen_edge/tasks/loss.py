@@ -1,0 +1,112 @@
+"""Nats of each next token, without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedgen_edge.types import Batch
+
+CHUNK = 512
+"""Tokens whose logits are held at once: 100 MB in float32 for 50,000 words."""
+
+
+class NextToken(torch.autograd.Function):
+    """Cross-entropy behind a frozen output layer.
+
+    The layer's weight has no gradient, so the gradient of the hidden states is known as soon as
+    the logits are: it is kept instead of them, chunk by chunk.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        """Nats of the labels, float32 `[tokens]`, from `[tokens, width]` hidden states."""
+        wanted = ctx.needs_input_grad[0]
+        grad = torch.empty_like(hidden) if wanted else None
+        nats = torch.empty(len(hidden), device=hidden.device)
+        for at in range(0, len(hidden), CHUNK):
+            own = slice(at, at + CHUNK)
+            logits = (hidden[own] @ weight.T).float()
+            label = labels[own].unsqueeze(1)
+            norm = logits.logsumexp(1, keepdim=True)
+            nats[own] = (norm - logits.gather(1, label)).squeeze(1)
+            if grad is not None:
+                share = logits.sub_(norm).exp_()
+                share.scatter_add_(1, label, share.new_full(label.shape, -1.0))
+                grad[own] = share.to(weight.dtype) @ weight
+        if grad is not None:
+            ctx.save_for_backward(grad)
+        return nats
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        """The kept gradient, times that of each token's nats."""
+        (grad,) = ctx.saved_tensors
+        return (grad * outer[0].unsqueeze(1)).to(grad.dtype), None, None
+
+
+class TokenLoss(nn.Module):
+    """A causal language model as a function from a packed batch to the nats of its labels."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.plain_head = _head_is_all(model)
+
+    def forward(self, batch: Batch) -> Float[Tensor, "rows length"]:
+        """Nats of each label, zero where the mask is.
+
+        Documents packed in one row do not see each other: attention stays inside a segment, and
+        positions begin anew.
+        """
+        mask = batch["mask"].bool()
+        inputs = {
+            "input_ids": batch["tokens"],
+            "position_ids": batch["position"],
+            "attention_mask": attention(batch["segment"], self.dtype),
+            "use_cache": False,
+        }
+        labels = batch["labels"][mask].long()
+        nats = self._nats(inputs, mask, labels)
+        return torch.zeros(mask.shape, device=nats.device).masked_scatter(mask, nats)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the arithmetic."""
+        return next(self.model.parameters()).dtype
+
+    def _nats(self, inputs: dict[str, Any], mask: Tensor, labels: Tensor) -> Tensor:
+        if not self.plain_head:
+            logits = self.model(**inputs).logits[mask]
+            return F.cross_entropy(logits.float(), labels, reduction="none")
+        hidden = _trunk(self.model)(**inputs).last_hidden_state[mask]
+        weight = self.model.get_output_embeddings().weight
+        if weight.requires_grad:
+            return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
+        return NextToken.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+
+
+def attention(segment: Int[Tensor, "rows length"], dtype: torch.dtype) -> Tensor:
+    """What is added to attention's scores: zero for earlier tokens of the same segment."""
+    length = segment.shape[1]
+    seen = segment.unsqueeze(2) == segment.unsqueeze(1)
+    seen &= torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
+    blocked = torch.zeros(seen.shape, dtype=dtype, device=segment.device)
+    return blocked.masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _trunk(model: Any) -> Any:
+    return getattr(model, model.base_model_prefix)
+
+
+@torch.no_grad()
+def _head_is_all(model: Any) -> bool:
+    """Whether logits are just the output layer's product (some models scale or cap them)."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    probe = torch.arange(4, device=head.weight.device).unsqueeze(0)
+    hidden = _trunk(model)(probe, use_cache=False).last_hidden_state
+    return torch.equal(head(hidden), model(probe, use_cache=False).logits)
