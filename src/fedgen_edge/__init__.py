@@ -1,0 +1,3 @@
+"""Train generative models where the data is."""
+
+__version__ = "0.1.0"

@@ -21,6 +21,10 @@ class CheckpointError(FedGenError):
     """A run's folder, or a checkpoint in it, is missing, incomplete or altered."""
 
 
+class TrainingError(FedGenError):
+    """Training left the finite numbers."""
+
+
 class MissingExtraError(FedGenError):
     """An optional library is not installed."""
 

@@ -92,8 +92,8 @@ def _order(
     return Order(group, round_, algorithm.receives(received, own), own)
 
 
-def evaluated(update: Sequence[Update]) -> float:
+def mean_loss(updates: Sequence[Update]) -> float:
     """Training loss of a cohort, weighted by examples."""
-    weights = torch.tensor([u.weight for u in update], dtype=torch.float64)
-    losses = torch.tensor([u.loss for u in update], dtype=torch.float64)
+    weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
+    losses = torch.tensor([u.loss for u in updates], dtype=torch.float64)
     return float((weights * losses).sum() / weights.sum())

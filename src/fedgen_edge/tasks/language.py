@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from safetensors.torch import load_file
 from torch import Generator, Tensor
 
 from fedgen_edge import files
@@ -104,18 +105,17 @@ class Language:
     @torch.no_grad()
     def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
         """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
-        ids = torch.tensor([self.encode([prompt])[0][:-1]], device=self.module.model.device)
+        told = self.encode([prompt])[0][:-1]
+        reader, said, new = _Reader(self.module.model), [], told
         for at in range(tokens):
-            logits = self._next(adapter, ids)
+            ids = torch.tensor([new], device=self.module.model.device)
+            logits = self.adapter.call(reader, adapter, ids, None).float().cpu()
             token = _sample(logits, generator(seed, "sample", at))
             if token == self.loaded.tokenizer.eos_token_id:
                 break
-            ids = torch.cat([ids, ids.new_tensor([[token]])], 1)
-        return self.loaded.tokenizer.decode(ids[0, 1:], skip_special_tokens=True)
-
-    def _next(self, adapter: Leaves, ids: Tensor) -> Tensor:
-        last = _Last(self.module.model)
-        return self.adapter.call(last, adapter, ids, None).float().cpu()
+            said.append(token)
+            new = [token]
+        return self.loaded.tokenizer.decode([*told[1:], *said], skip_special_tokens=True)
 
     def save(self, folder: Path, leaves: Leaves, settings: Settings, provenance: dict) -> None:
         """Write an adapter as a PEFT folder; a full model as a Hugging Face folder."""
@@ -132,6 +132,21 @@ class Language:
         else:
             self._save_model(folder, leaves)
 
+    def load(self, folder: Path) -> Leaves:
+        """What `save` wrote."""
+        if isinstance(self.adapter, Lora):
+            return formats.read(folder, self.adapter)
+        return load_file(folder / "model.safetensors")
+
+    def backbone(self) -> Leaves:
+        """The leaves under which the backbone is as it came."""
+        return {} if isinstance(self.adapter, Lora) else self.adapter.init(Generator())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of the backbone, tied ones once."""
+        named = self.module.model.named_parameters()
+        return {name.replace(".base.", "."): tuple(p.shape) for name, p in named}
+
     def merged(self, folder: Path, leaves: Leaves) -> None:
         """Write the backbone with an adapter merged into it; this task is spent afterwards."""
         if isinstance(self.adapter, Lora):
@@ -145,15 +160,18 @@ class Language:
             self.loaded.tokenizer.save_pretrained(draft)
 
 
-class _Last(torch.nn.Module):
-    """Logits of the token after the last."""
+class _Reader(torch.nn.Module):
+    """Logits of the token after the last; what was read before is remembered."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.read: Any = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.model(ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+        out = self.model(ids, past_key_values=self.read, use_cache=True)
+        self.read = out.past_key_values
+        return out.logits[0, -1]
 
 
 def _blocks(batch: Batch) -> Batch:

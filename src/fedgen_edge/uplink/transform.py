@@ -3,6 +3,10 @@
 So bytes and rounding are the same wherever clients run, and a count is a length, never a formula.
 """
 
+import json
+import math
+from collections.abc import Mapping, Sequence
+
 from safetensors.torch import load, save
 
 from fedgen_edge.types import Leaves
@@ -24,3 +28,18 @@ def deliver(leaves: Leaves) -> tuple[Leaves, int]:
         return {}, 0
     payload = encode(leaves)
     return decode(payload), len(payload)
+
+
+def length(shapes: Mapping[str, Sequence[int]]) -> int:
+    """Bytes of `encode` for float32 leaves of these shapes, without making them.
+
+    For what was not sent (a full model's update); what was sent is measured.
+    """
+    header: dict[str, dict[str, object]] = {}
+    at = 0
+    for name, shape in sorted(shapes.items()):
+        size = 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return 8 + -(-len(text) // 8) * 8 + at

@@ -1,0 +1,266 @@
+"""The command: parse, call, print. A user's mistake is one line, and exits with 2.
+
+Heavy imports wait until a command needs them, so that `fedgen --help` answers at once.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from fedgen_edge.config import Settings, load, unknown
+from fedgen_edge.errors import ConfigError, FedGenError
+
+Told = TypeVar("Told")
+
+COMMANDS = {
+    "run": "train a federation, personalise it, and report",
+    "resume": "go on with a run that was stopped",
+    "report": "write a page for one run, or compare several",
+    "generate": "continue a prompt with a run's model",
+    "export": "copy out a run's adapters, or merge one into the backbone",
+    "methods": "list the methods",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train a federation, personalise it, judge it and report.
+
+    `fedgen run RECIPE.toml` takes its settings from a file; every one can be overridden here.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the run, which must be new; none is runs/RECIPE-NUMBER."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """Go on with a run that was stopped, exactly where its last commit left it."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write one self-contained HTML page for a run, or for a comparison of several."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of runs."""
+    out: Path | None = None
+    """The page; none is RUN/report.html, or comparison.html here for several runs."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Continue a prompt with the backbone, the global model or one client's own."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    prompt: str
+    """Text to continue."""
+    client: str | None = None
+    """Whose model; none is the global one."""
+    backbone: bool = False
+    """Use the backbone as it came."""
+    tokens: int = 60
+    """Tokens to add."""
+    seed: int = 0
+    """Seeds the sampling."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Copy out a run's adapters as PEFT folders, or merge one into the backbone."""
+
+    run: tyro.conf.Positional[Path]
+    """The run's folder."""
+    out: Path
+    """Folder to make."""
+    client: str | None = None
+    """Whose adapter; none is the global one, and all clients' where they are not merged."""
+    merge: bool = False
+    """Write a whole Hugging Face model instead."""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List the methods."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _dispatch(args)
+    except FedGenError as error:
+        print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print("fedgen: stopped; `fedgen resume RUN` goes on from the last commit", file=sys.stderr)
+        sys.exit(130)
+
+
+def _dispatch(args: list[str]) -> None:
+    name = args[0] if args else "--help"
+    if name in {"-h", "--help", "--version"}:
+        print(_version() if name == "--version" else _usage())
+        return
+    table: dict[str, Callable[[list[str]], None]] = {
+        "run": run,
+        "resume": lambda rest: resume(_parse(Resume, rest, "resume")),
+        "report": lambda rest: report(_parse(Report, rest, "report")),
+        "generate": lambda rest: generate(_parse(Generate, rest, "generate")),
+        "export": lambda rest: export(_parse(Export, rest, "export")),
+        "methods": lambda rest: methods(_parse(Methods, rest, "methods")),
+    }
+    if name not in table:
+        raise ConfigError(f"unknown command {name!r}: there are {', '.join(table)}")
+    table[name](args[1:])
+
+
+def _version() -> str:
+    from fedgen_edge import __version__
+
+    return f"fedgen {__version__}"
+
+
+def _usage() -> str:
+    rows = "\n".join(f"  fedgen {name:<9} {about}" for name, about in COMMANDS.items())
+    return (
+        "usage: fedgen COMMAND ...\n\n"
+        "Train generative models where the data is: federated LoRA adapters, one for every client."
+        f"\n\n{rows}\n\n`fedgen COMMAND --help` explains a command and every setting."
+    )
+
+
+def _parse(kind: type[Told], args: list[str], name: str, default: Told | None = None) -> Told:
+    """Read arguments with tyro, whose page-long complaints become one line."""
+    os.environ.setdefault("COLUMNS", "100")
+    said = io.StringIO()
+    given = {} if default is None else {"default": default}
+    if "--help" in args or "-h" in args:
+        return tyro.cli(kind, args=args, prog=f"fedgen {name}", **given)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _wide():
+            return tyro.cli(kind, args=args, prog=f"fedgen {name}", **given)
+    except SystemExit:
+        raise ConfigError(_one_line(said.getvalue(), name)) from None
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """No line breaks in what is read back."""
+    before = os.environ["COLUMNS"]
+    os.environ["COLUMNS"] = "5000"
+    try:
+        yield
+    finally:
+        os.environ["COLUMNS"] = before
+
+
+def _one_line(page: str, command: str) -> str:
+    text = " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}", " ", page).split())
+    if missing := re.search(r"Unrecognized options: --([^\s,=]+)", text):
+        name = missing[1].replace("-", "_")
+        return unknown(name) if command == "run" else f"fedgen {command} has no option --{missing[1]}"
+    refused = re.search(
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\S+ "
+        r"input_value=(.*?), input_type",
+        text,
+    )
+    if refused:
+        part, key, reason, value = refused.groups()
+        name = f"{part.removeprefix('settings.')}.{key}"
+        return f"{name}={value}: {reason}; `fedgen run --help` explains it"
+    text = re.sub(r"^(Required options|Missing argument|Invalid choice|Value error) ", "", text)
+    text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
+    return f"{text} (`fedgen {command} --help` explains it)"
+
+
+def run(args: list[str]) -> None:
+    """`fedgen run [RECIPE] [--out FOLDER] [--part.setting value ...]`."""
+    recipe = args.pop(0) if args and not args[0].startswith("-") else None
+    defaults = Run(load(Path(recipe)) if recipe else Settings())
+    told = _parse(Run, args, "run", defaults)
+    out = told.out or Path("runs") / _fresh_name(recipe)
+    from fedgen_edge.experiments.run import create
+
+    experiment = create(told.settings, out)
+    _finish(experiment, out)
+
+
+def _fresh_name(recipe: str | None) -> str:
+    stem = Path(recipe).stem if recipe else "run"
+    number = 1
+    while (Path("runs") / f"{stem}-{number}").exists():
+        number += 1
+    return f"{stem}-{number}"
+
+
+def resume(told: Resume) -> None:
+    """`fedgen resume RUN`."""
+    from fedgen_edge.experiments.run import reopen
+
+    _finish(reopen(told.run), told.run)
+
+
+def _finish(experiment, out: Path) -> None:  # noqa: ANN001
+    from fedgen_edge.experiments.progress import follow
+    from fedgen_edge.experiments.report import table_for_terminal, write
+    from fedgen_edge.experiments.run import proceed
+    from fedgen_edge.experiments.summary import read
+
+    follow(proceed(experiment, out), experiment)
+    page = write([out], out / "report.html")
+    from rich.console import Console
+
+    console = Console()
+    console.print(table_for_terminal(read(out)))
+    console.print(f"report    {page}\nadapters  {out / 'adapters' / 'clients'}", soft_wrap=True)
+
+
+def report(told: Report) -> None:
+    """`fedgen report RUN...`."""
+    from fedgen_edge.experiments.report import write
+
+    if not told.runs:
+        raise ConfigError("fedgen report needs the folder of at least one run")
+    alone = len(told.runs) == 1
+    print(write(told.runs, told.out or (told.runs[0] / "report.html" if alone else Path("comparison.html"))))
+
+
+def generate(told: Generate) -> None:
+    """`fedgen generate RUN --client ID --prompt TEXT`."""
+    from fedgen_edge.experiments.run import model_of, reopen
+
+    experiment = reopen(told.run)
+    adapter = model_of(experiment, told.run, "backbone" if told.backbone else "global", told.client)
+    print(experiment.task.generate(adapter, told.prompt, told.tokens, told.seed))
+
+
+def export(told: Export) -> None:
+    """`fedgen export RUN --out FOLDER`."""
+    from fedgen_edge.experiments.run import export as copy_out
+
+    for path in copy_out(told.run, told.out, told.client, merge=told.merge):
+        print(path)
+
+
+def methods(_: Methods) -> None:
+    """`fedgen methods`."""
+    from fedgen_edge.algorithms.methods import METHODS
+
+    for name, entry in METHODS.items():
+        print(f"{name:<12} {entry.about}")

@@ -1,0 +1,259 @@
+"""Who holds which examples: a way to divide them, then train, validation and test in each client.
+
+The ways return positions, one list a client, and know nothing of text.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, cast
+
+import numpy as np
+
+from fedgen_edge import config, seeds
+from fedgen_edge.data.sources import Corpus
+from fedgen_edge.errors import ConfigError, DataError
+
+TRIES = 100  # draws of a Dirichlet partition before it is given up
+CLIENTS = 10  # where neither the settings nor the data say how many
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one client holds: indices into the corpus, each in one list only, ascending."""
+
+    name: str
+    """Its natural group, or `client-000`."""
+    train: list[int]
+    validation: list[int]
+    test: list[int]
+
+
+def partition(
+    corpus: Corpus,
+    data: config.Data,
+    settings: config.Partition,
+    clients: int | None,
+    seed: int,
+) -> list[Holding]:
+    """What each client holds, sorted by its name.
+
+    Args:
+        corpus: the examples.
+        data: shares of validation and test, where the source fixes no split.
+        settings: the way to divide.
+        clients: how many; none is every natural group, or one for each of `sizes`, or else 10.
+        seed: of the whole run.
+
+    Raises:
+        ConfigError: the settings cannot be carried out on these data.
+        DataError: a client would be left with too little, or with none of a split.
+    """
+    owned = divide(corpus, settings, clients, seed)
+    for name, examples in sorted(owned.items()):
+        if len(examples) < settings.minimum:
+            enough = sum(len(other) >= settings.minimum for other in owned.values())
+            largest = f"take the {enough} largest with federation.clients={enough}"
+            raise DataError(
+                f"client {name!r} has {len(examples)} examples, fewer than "
+                f"partition.minimum={settings.minimum}: lower that, or "
+                f"{largest if settings.by == 'group' and enough else 'have fewer clients'}"
+            )
+    return [hold(name, owned[name], corpus.splits, data, seed) for name in sorted(owned)]
+
+
+def divide(
+    corpus: Corpus, settings: config.Partition, clients: int | None, seed: int
+) -> dict[str, list[int]]:
+    """The examples of each client by its name, before they are split."""
+    if settings.by == "group":
+        return by_group(corpus.groups, clients)
+    sizes = _sizes(settings, clients)
+    if len(corpus.texts) < len(sizes) * settings.minimum:
+        raise ConfigError(
+            f"partition.minimum={settings.minimum} for federation.clients={len(sizes)} needs "
+            f"{len(sizes) * settings.minimum} examples, and there are {len(corpus.texts)}: "
+            "lower one of them, or bring more data"
+        )
+    rng = np.random.default_rng(seeds.seed(seed, "partition"))
+    order = rng.permutation(len(corpus.texts)).tolist()
+    if settings.by == "dirichlet":
+        labels = _labels(corpus, settings, seed)
+        order = spread(order, list(zip(labels, corpus.splits or labels, strict=True)))
+        shuffled = [labels[i] for i in order]
+        parts = dirichlet(shuffled, len(sizes), settings.alpha, settings.minimum, rng)
+    else:
+        order = spread(order, corpus.splits or [""] * len(order))
+        parts = by_size(len(order), sizes)
+    width = max(3, len(str(len(parts) - 1)))
+    return {f"client-{c:0{width}d}": [order[i] for i in part] for c, part in enumerate(parts)}
+
+
+def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
+    """Relative sizes of the clients; a Dirichlet partition takes only their number."""
+    if settings.by == "pooled" and clients not in {None, 1}:
+        raise ConfigError(
+            f"federation.clients={clients} with partition.by='pooled', where one client has "
+            "all: leave federation.clients out"
+        )
+    if settings.by == "pooled":
+        return [1]
+    if settings.by == "size" and settings.sizes:
+        if clients not in {None, len(settings.sizes)}:
+            raise ConfigError(
+                f"partition.sizes={settings.sizes} are {len(settings.sizes)} clients, and "
+                f"federation.clients={clients}: make them agree"
+            )
+        return settings.sizes
+    count = clients or CLIENTS
+    return range(1, count + 1) if settings.by == "size" else [1] * count
+
+
+def labels_of(corpus: Corpus, settings: config.Partition, seed: int) -> list[str] | None:
+    """A label or topic of each example, as the settings say; none where the data have no labels."""
+    if settings.labels == "topic":
+        return topics(corpus.texts, settings.topics, seed, corpus.splits)
+    return corpus.labels
+
+
+def _labels(corpus: Corpus, settings: config.Partition, seed: int) -> list[str]:
+    labels = labels_of(corpus, settings, seed)
+    if labels is None:
+        raise ConfigError(
+            "partition.labels='label', but the data have no labels: set partition.labels='topic', "
+            "or name the field with data.label_field"
+        )
+    return labels
+
+
+def by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, list[int]]:
+    """The natural clients: all, or the largest so many, of equal ones the first by name."""
+    if groups is None:
+        raise ConfigError(
+            "partition.by='group', but the data have no natural clients: set partition.by='iid', "
+            "or name the field with data.client_field"
+        )
+    sizes = Counter(groups)
+    if clients is not None and clients > len(sizes):
+        raise ConfigError(
+            f"federation.clients={clients}, but the data have {len(sizes)} natural clients: "
+            "lower it, or set partition.by='iid'"
+        )
+    chosen = sorted(sizes, key=lambda name: (-sizes[name], name))[:clients]
+    owned: dict[str, list[int]] = {name: [] for name in chosen}
+    for index, name in enumerate(groups):
+        if name in owned:
+            owned[name].append(index)
+    return owned
+
+
+def by_size(count: int, sizes: Sequence[float]) -> list[list[int]]:
+    """Consecutive runs in proportion to the sizes, rounded so that nothing is left over."""
+    ends = [0, *(np.cumsum(sizes) * count / np.sum(sizes)).astype(int)[:-1].tolist(), count]
+    return [list(range(*bounds)) for bounds in pairwise(ends)]
+
+
+def dirichlet(
+    labels: Sequence[str], clients: int, alpha: float, minimum: int, rng: np.random.Generator
+) -> list[list[int]]:
+    """Each label's examples, cut in proportions drawn from Dirichlet(alpha) over the clients.
+
+    Drawn anew until every client has the minimum.
+
+    Raises:
+        ConfigError: no draw gave every client its minimum.
+
+    Source: Hsu et al. 2019 (arXiv:1909.06335), drawn by label as in Li et al. 2022
+    (arXiv:2102.02079) and flwr-datasets' DirichletPartitioner, without its optional balancing.
+    """
+    members = [np.flatnonzero(np.array(labels) == label) for label in sorted(set(labels))]
+    for _ in range(TRIES):
+        shares = [rng.dirichlet(np.full(clients, alpha)) for _ in members]
+        cuts = [
+            (np.cumsum(share) * len(own)).astype(int)[:-1]
+            for share, own in zip(shares, members, strict=True)
+        ]
+        pieces = [np.split(own, cut) for own, cut in zip(members, cuts, strict=True)]
+        parts = [np.concatenate(part).tolist() for part in zip(*pieces, strict=True)]
+        if min(map(len, parts)) >= minimum:
+            return parts
+    raise ConfigError(
+        f"partition.alpha={alpha} gave not every one of federation.clients={clients} its "
+        f"partition.minimum={minimum} examples in {TRIES} draws: raise alpha, lower the minimum "
+        "or the clients, or bring more data"
+    )
+
+
+def topics(
+    texts: Sequence[str], count: int, seed: int, splits: Sequence[str] | None = None
+) -> list[str]:
+    """A topic of each text, named by its number and its three heaviest words.
+
+    TF-IDF and k-means, fit on training texts only where there are splits. On one thread: sums
+    over more come in any order, and a partition must come out the same again.
+    """
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from threadpoolctl import threadpool_limits
+
+    known = [t for i, t in enumerate(texts) if splits is None or splits[i] == "train"]
+    weigh = TfidfVectorizer(
+        stop_words="english", sublinear_tf=True, max_df=0.8, max_features=10_000
+    )
+    # n_init is a number too; scikit-learn's annotation is read off its default, "auto".
+    means = KMeans(count, n_init=cast(Any, 4), random_state=seeds.seed(seed, "topics") % 2**32)
+    try:
+        with threadpool_limits(1), warnings.catch_warnings():
+            warnings.simplefilter("error", ConvergenceWarning)
+            means.fit(weigh.fit_transform(known))
+            found = means.predict(weigh.transform(texts))
+    except (ValueError, ConvergenceWarning):
+        raise ConfigError(
+            f"partition.topics={count} are not to be found in {len(known)} training texts: "
+            "lower it, or bring more data"
+        ) from None
+    words = weigh.get_feature_names_out()
+    heads = words[np.argsort(-means.cluster_centers_)[:, :3]]
+    names = [f"{number}: {', '.join(head)}" for number, head in enumerate(heads)]
+    return [names[topic] for topic in found]
+
+
+def spread(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
+    """Reorder so that any run of it holds each stratum about in its share of the whole."""
+    sizes, seen = Counter(strata), Counter()
+    place: dict[int, float] = {}
+    for index in order:
+        seen[strata[index]] += 1
+        place[index] = (seen[strata[index]] - 0.5) / sizes[strata[index]]
+    return sorted(order, key=place.__getitem__)
+
+
+def hold(
+    name: str, examples: list[int], splits: Sequence[str] | None, data: config.Data, seed: int
+) -> Holding:
+    """Split a client's examples as the source does; what it does not fix is cut from training.
+
+    A share above 0 is at least one example.
+    """
+    rng = np.random.default_rng(seeds.seed(seed, "split", name))
+    held: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    for index in examples:
+        held["train" if splits is None else splits[index]].append(index)
+    shares = {"validation": data.validation, "test": data.test}
+    rest, count = rng.permutation(held["train"]).tolist(), len(held["train"])
+    for split, share in shares.items():
+        if share and split not in set(splits or ()):
+            cut = max(1, round(share * count))
+            held[split], rest = rest[:cut], rest[cut:]
+    held["train"] = rest
+    for split, share in {"train": 1.0, **shares}.items():
+        if share and not held[split]:
+            raise DataError(
+                f"client {name!r} has no {split} example among its {len(examples)}: raise "
+                "partition.minimum or partition.alpha, have fewer clients, or set "
+                "data.validation or data.test to 0"
+            )
+    return Holding(name, *(sorted(held[split]) for split in ("train", "validation", "test")))

@@ -1,0 +1,300 @@
+"""Text from where it lies: one example each, with its client, label and split where it has them.
+
+A source is a function from settings to rows, in an order that is always the same.
+"""
+
+import ast
+import difflib
+import json
+import os
+import re
+import sysconfig
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from fedgen_edge import config
+from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
+
+LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
+SHORTEST_DOCSTRING = 5  # words
+TEST_FOLDERS = {"test", "tests", "idle_test"}
+CLIENT_NAME = re.compile(r"(?![. ]+$)[^/\\\0-\x1f]{1,64}")
+UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error)
+
+# Tests come first: of equal texts the first is kept, so what a test scores stays whole.
+PTB_SPLITS = {"test": "test", "valid": "validation", "train": "train"}
+HUB_SPLITS = {"test": "test", "validation": "validation", "valid": "validation", "train": "train"}
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """All the examples; every list is as long as `texts`."""
+
+    texts: list[str]
+    """One example each, no two equal."""
+    words: list[int]
+    """Whitespace words and end marks of each: one mark an example, and in PTB one a line."""
+    groups: list[str] | None
+    """Natural client of each."""
+    labels: list[str] | None
+    """Label of each."""
+    splits: list[str] | None
+    """`train`, `validation` or `test`, where the source fixes them."""
+    duplicates: int
+    """Identical texts left out."""
+
+
+class Row(NamedTuple):
+    """One example as its source gives it."""
+
+    text: str
+    group: str | None = None
+    label: str | None = None
+    split: str | None = None
+    marks: int = 1  # ends that a word-level model has to predict
+
+
+def read(settings: config.Data) -> Corpus:
+    """The corpus that the settings name.
+
+    Blank texts are skipped, and of identical ones the first is kept. A limit takes examples evenly
+    from the whole, so that clients and splits keep their shares.
+
+    Raises:
+        DataError: the data are missing, empty or not text; names the file and the line.
+        ConfigError: no such package.
+        MissingExtraError: a hub data set, without the library `datasets`.
+    """
+    rows = list(SOURCES[settings.source](settings))
+    filled = [row for row in rows if row.text.strip()]
+    first: dict[str, Row] = {}
+    for row in filled:
+        first.setdefault(row.text, row)
+    kept = list(first.values())
+    if not kept:
+        raise _fault(settings, f" holds no text for data.source={settings.source!r}: add some")
+    if emptied := {row.group for row in rows} - {row.group for row in kept}:
+        said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
+        raise _fault(settings, f": {said} that others lack: give them some, or leave them out")
+    limit = min(settings.limit or len(kept), len(kept))
+    return _corpus([kept[i * len(kept) // limit] for i in range(limit)], len(filled) - len(kept))
+
+
+def _corpus(rows: list[Row], duplicates: int) -> Corpus:
+    texts, *columns, marks = (list(column) for column in zip(*rows, strict=True))
+    groups, labels, splits = (None if None in column else column for column in columns)
+    words = [len(text.split()) + mark for text, mark in zip(texts, marks, strict=True)]
+    return Corpus(texts, words, groups, labels, splits, duplicates)
+
+
+def docstrings(settings: config.Data) -> Iterator[Row]:
+    """Docstrings of the standard library, read from its source and never imported."""
+    for package in settings.packages:
+        texts = [text for path in modules(package) for text in _docstrings_in(path)]
+        yield from (Row(text, group=package) for text in texts or [""])
+
+
+def modules(package: str) -> list[Path]:
+    """Source files of a package of the standard library, sorted, without its tests."""
+    library = Path(sysconfig.get_path("stdlib"))
+    if package.isidentifier():
+        paths = [library / f"{package}.py", *sorted((library / package).rglob("*.py"))]
+        inner = {path: {*path.relative_to(library).parts[1:]} for path in paths if path.is_file()}
+        if inner:
+            return [path for path, parts in inner.items() if not parts & TEST_FOLDERS]
+    known = sorted(path.stem for path in library.iterdir() if path.suffix == ".py" or path.is_dir())
+    near = difflib.get_close_matches(package, known, n=1, cutoff=0.0)[0]
+    raise ConfigError(f"data.packages={package!r} is not in this Python: did you mean {near!r}?")
+
+
+def _docstrings_in(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+            if len(text.split()) >= SHORTEST_DOCSTRING:
+                yield text
+
+
+def ptb(settings: config.Data) -> Iterator[Row]:
+    """The Penn Treebank in Mikolov's three files, which are its splits."""
+    root = _existing(settings)
+    for name, split in PTB_SPLITS.items():
+        path = root / f"ptb.{name}.txt"
+        path = path if path.is_file() else root / f"{name}.txt"
+        for block in _blocks(lines(settings, path), settings.lines):
+            yield Row("\n".join(block), split=split, marks=len(block))
+
+
+def brown(settings: config.Data) -> Iterator[Row]:
+    """The Brown corpus in NLTK's layout, zipped or not; a genre is a client and a label."""
+    root = _brown_root(settings)
+    for number, line in enumerate(lines(settings, root / "cats.txt"), start=1):
+        match line.split():
+            case [document, genre]:
+                sentences = map(readable, lines(settings, root / document))
+            case _:
+                raise _fault(settings, f": cats.txt, line {number} is not like 'ca01 news'")
+        for block in _blocks(sentences, settings.lines):
+            yield Row(" ".join(block), group=genre, label=genre)
+
+
+def _brown_root(settings: config.Data) -> Path | zipfile.Path:
+    path = _existing(settings)
+    if (path / "cats.txt").is_file():
+        return path
+    try:
+        top = zipfile.Path(path / "brown.zip" if path.is_dir() else path)
+    except UNREADABLE:
+        raise _fault(settings, " is not the Brown corpus: give NLTK's brown.zip") from None
+    return top if (top / "cats.txt").is_file() else top / "brown"
+
+
+def readable(sentence: str) -> str:
+    """Brown's `word/TAG` tokens as they were once printed."""
+    text = " ".join(token.rsplit("/", 1)[0] for token in sentence.split())
+    text = re.sub(r"([;?!]) \1", r"\1", text)
+    text = re.sub(r"`` | ?''", '"', text)
+    return re.sub(r" ([,.;:?!)])", r"\1", text).replace("( ", "(")
+
+
+def _blocks(text: Iterable[str], size: int) -> Iterator[list[str]]:
+    filled = [line.strip() for line in text if line.strip()]
+    yield from (filled[start : start + size] for start in range(0, len(filled), size))
+
+
+def folder(settings: config.Data) -> Iterator[Row]:
+    """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder."""
+    root = _existing(settings)
+    for path in sorted(root.rglob("*.txt")):
+        client = path.stem if path.parent == root else path.relative_to(root).parts[0]
+        if path.parent == root and (root / client).is_dir():
+            raise _fault(settings, f" has both {path.name!r} and a folder {client!r}: rename one")
+        for paragraph in re.split(r"\n\s*\n", "\n".join(lines(settings, path))):
+            yield Row(paragraph.strip("\n"), group=client)
+
+
+def jsonl(settings: config.Data) -> Iterator[Row]:
+    """One JSON object a line."""
+    for number, line in enumerate(lines(settings, _existing(settings)), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = str(error).partition(": line")[0]
+            raise _fault(settings, f", line {number} is not JSON ({reason}): mend it") from None
+        if not isinstance(record, dict):
+            raise _fault(settings, f", line {number} is not a JSON object: write {{...}}")
+        yield _row(settings, record, f", line {number}")
+
+
+def hub(settings: config.Data) -> Iterator[Row]:
+    """A Hugging Face data set, by name or folder; its own splits are kept."""
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise MissingExtraError("data.source='hub'", "hub") from None
+    try:
+        splits = cast(Mapping[str, Any], datasets.load_dataset(str(settings.path)))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise _fault(settings, f" is no data set by name or folder: {reason}") from None
+    if not HUB_SPLITS.keys() & splits.keys():
+        there = ", ".join(map(str, splits))
+        raise _fault(settings, f" has no split train, validation or test, only {there}: rename one")
+    for name in (name for name in HUB_SPLITS if name in splits):
+        for number, record in enumerate(splits[name], start=1):
+            row = _row(settings, record, f", split {name!r}, row {number}")
+            yield row._replace(split=HUB_SPLITS[name])
+
+
+def _row(settings: config.Data, record: Mapping[str, Any], place: str) -> Row:
+    text = _field(settings, record, "text_field", place)
+    client = _field(settings, record, "client_field", place)
+    if client is not None and not CLIENT_NAME.fullmatch(client):
+        said = f"data.client_field={settings.client_field!r} is {client[:64]!r}"
+        rule = "use at most 64 characters, without slashes, as it will name a folder"
+        raise _fault(settings, f"{place}: {said}: {rule}")
+    return Row(text or "", client, _field(settings, record, "label_field", place))
+
+
+def _field(
+    settings: config.Data, record: Mapping[str, Any], setting: str, place: str
+) -> str | None:
+    """The text of a field, if the settings name one; a client or a label may be a number."""
+    name = getattr(settings, setting)
+    if name is None:
+        return None
+    if name not in record:
+        there = ", ".join(map(str, record))
+        raise _fault(settings, f"{place} has no data.{setting}={name!r}: its fields are {there}")
+    value = record[name]
+    if isinstance(value, int) and setting != "text_field":
+        return str(value)
+    said = f"{place}: data.{setting}={name!r}"
+    if not isinstance(value, str):
+        raise _fault(settings, f"{said} holds {type(value).__name__}, not text: make it a string")
+    if re.search("[\0\ud800-\udfff]", value):
+        raise _fault(settings, f"{said} holds a NUL or half a character: remove it")
+    return value
+
+
+def _fault(settings: config.Data, what: str) -> DataError:
+    where = "packages" if settings.source == "docstrings" else "path"
+    return DataError(f"data.{where}={getattr(settings, where)!r}{what}")
+
+
+def _existing(settings: config.Data) -> Path:
+    path = Path(str(settings.path))
+    if not os.path.exists(path):  # Path.exists raises, as for a name too long
+        raise _fault(settings, f" does not exist: give what data.source={settings.source!r} reads")
+    return path
+
+
+def lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends, blank ones too; one line is held at a time.
+
+    Raises:
+        DataError: the file cannot be read, is blank, or a line of it is not text.
+    """
+    blank = True
+    try:
+        with path.open("rb") as file:
+            for number, raw in enumerate(iter(partial(file.readline, LINE_LIMIT + 1), b""), 1):
+                if fault := _flaw(raw):
+                    raise _fault(settings, f": {path}, line {number} {fault}")
+                blank = blank and not raw.strip()
+                yield raw.decode("utf-8-sig").rstrip("\r\n")
+    except UNREADABLE as error:
+        raise _fault(settings, f": {path} cannot be read ({error}): give another") from None
+    if blank:
+        raise _fault(settings, f": {path} is empty: write text to it, or take it away")
+
+
+def _flaw(line: bytes) -> str | None:
+    """Why these bytes are not a line of text."""
+    if len(line) > LINE_LIMIT:
+        return f"is longer than {LINE_LIMIT} bytes: break it into shorter lines"
+    if b"\0" in line:
+        return "has NUL bytes: save it as UTF-8 text"
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "is not UTF-8: save it as UTF-8 text"
+    return None
+
+
+SOURCES: dict[str, Callable[[config.Data], Iterator[Row]]] = {
+    "docstrings": docstrings,
+    "ptb": ptb,
+    "brown": brown,
+    "folder": folder,
+    "jsonl": jsonl,
+    "hub": hub,
+}

@@ -1,0 +1,1 @@
+"""What did we find: records, evaluation, checkpoints, diagnosis, report."""

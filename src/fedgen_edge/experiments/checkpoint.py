@@ -1,0 +1,164 @@
+"""Round commits: written whole or not at all, checked by hash, chained to the one before.
+
+A run's `checkpoints/00007/` holds `server.safetensors` and `manifest.json`; clients' memory lies in
+`memory/`, a file for each version that a kept manifest names.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedgen_edge import files
+from fedgen_edge.errors import CheckpointError
+from fedgen_edge.types import Leaves, ServerState
+from fedgen_edge.uplink.transform import decode, encode
+
+Manifest = dict[str, Any]
+
+
+@dataclass
+class Memory(MutableMapping[int, Leaves]):
+    """Clients' memory on disk: only what is asked for is loaded.
+
+    A version is a file of its own, so that a commit's manifest stays true whatever is written
+    after it.
+    """
+
+    folder: Path
+    version: int = 0
+    """Names the next files; a commit raises it."""
+    index: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """File and SHA-256 of each client."""
+
+    def __getitem__(self, client: int) -> Leaves:
+        name, digest = self.index[client]
+        return decode(_checked(self.folder / name, digest))
+
+    def __setitem__(self, client: int, leaves: Leaves) -> None:
+        payload = encode(leaves)
+        name = f"{client:06d}-{self.version:05d}.safetensors"
+        files.write(self.folder / name, payload)
+        self.index[client] = (name, hashlib.sha256(payload).hexdigest())
+
+    def __delitem__(self, client: int) -> None:
+        del self.index[client]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.index)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def commit(run: Path, state: ServerState, memory: Memory, keep: int) -> None:
+    """Make the state the one that a resumed run goes on from."""
+    target = run / "checkpoints" / f"{state.round:05d}"
+    leaves = {f"adapter/{k}": v for k, v in state.adapter.items()}
+    payload = encode(leaves | {f"memory/{k}": v for k, v in state.memory.items()})
+    earlier = [p for p in _commits(run) if p.name < target.name]
+    manifest: Manifest = {
+        "round": state.round,
+        "server": hashlib.sha256(payload).hexdigest(),
+        "memory": {str(k): list(v) for k, v in sorted(memory.index.items())},
+        "previous": _previous(earlier),
+    }
+    manifest["digest"] = _digest(manifest)
+    with files.folder(target) as draft:
+        (draft / "server.safetensors").write_bytes(payload)
+        (draft / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
+    memory.version = state.round
+    _prune(run, memory, keep)
+
+
+def latest(run: Path) -> tuple[ServerState | None, Memory, list[str]]:
+    """The newest whole commit, its clients' memory, and what was refused on the way.
+
+    Returns:
+        None for the state where nothing was committed yet.
+
+    Raises:
+        CheckpointError: there are commits, and none is whole.
+    """
+    refused = []
+    for folder in reversed(_commits(run)):
+        try:
+            state, memory = _load(run, folder)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            return state, memory, refused
+    if refused:
+        raise CheckpointError(f"{run}: no checkpoint is whole: {'; '.join(refused)}")
+    return None, Memory(run / "memory"), []
+
+
+def _load(run: Path, folder: Path) -> tuple[ServerState, Memory]:
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        right = manifest.pop("digest") == _digest(manifest)
+    except (OSError, ValueError, KeyError, AttributeError):
+        right = False
+    if not right:
+        raise CheckpointError(f"{folder / 'manifest.json'} is missing, truncated or altered")
+    leaves = decode(_checked(folder / "server.safetensors", manifest["server"]))
+    memory = Memory(
+        run / "memory",
+        version=manifest["round"],
+        index={int(k): (name, digest) for k, (name, digest) in manifest["memory"].items()},
+    )
+    for name, digest in memory.index.values():
+        _checked(memory.folder / name, digest)
+    state = ServerState(manifest["round"], _part(leaves, "adapter/"), _part(leaves, "memory/"))
+    return state, memory
+
+
+def _part(leaves: Leaves, prefix: str) -> Leaves:
+    return {k.removeprefix(prefix): v for k, v in leaves.items() if k.startswith(prefix)}
+
+
+def _checked(path: Path, digest: str) -> bytes:
+    try:
+        payload = path.read_bytes()
+    except OSError:
+        raise CheckpointError(f"{path} is missing") from None
+    if hashlib.sha256(payload).hexdigest() != digest:
+        raise CheckpointError(f"{path} is truncated or altered")
+    return payload
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _commits(run: Path) -> list[Path]:
+    return sorted(run.glob("checkpoints/[0-9]*"))
+
+
+def _previous(earlier: list[Path]) -> str | None:
+    path = earlier[-1] / "manifest.json" if earlier else None
+    return files.digest(path) if path and path.exists() else None
+
+
+def _prune(run: Path, memory: Memory, keep: int) -> None:
+    """Delete old commits, those after the newest one's round, and memory that no commit names."""
+    now = f"{memory.version:05d}"
+    done = [folder for folder in _commits(run) if folder.name <= now]
+    for folder in {*_commits(run)} - {*done[-keep:]}:
+        shutil.rmtree(folder)
+    named = {name for name, _ in memory.index.values()}.union(*map(_named, done[-keep:]))
+    for path in memory.folder.glob("*.safetensors"):
+        if path.name not in named:
+            path.unlink()
+
+
+def _named(folder: Path) -> set[str]:
+    """Files of clients' memory that a commit needs; none where it is not whole."""
+    try:
+        memory = json.loads((folder / "manifest.json").read_text())["memory"]
+        return {name for name, _ in memory.values()}
+    except (OSError, ValueError, KeyError):
+        return set()

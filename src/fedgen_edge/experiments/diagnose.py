@@ -1,0 +1,301 @@
+"""How federations fail, found in a run's numbers and said in plain words.
+
+Source: the failure signatures of FedGen-Edge (arXiv 2511.11585), and those its baselines show.
+"""
+
+import json
+import math
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Literal, NamedTuple
+
+from fedgen_edge.experiments.summary import (
+    BACKBONE,
+    GLOBAL,
+    LOCAL,
+    PERSONAL,
+    Row,
+    RunFiles,
+    by_client,
+    by_model,
+    difference,
+    number,
+    validation,
+)
+
+REAL = 1.01  # ratio of perplexities: both models read the same text, so 1 % is no accident
+FLAT = 0.01  # nats a token, 1 % of perplexity: a run that learns passes it in a round or two
+RELAPSE = 0.05  # nats a token above the best round, 5 % of perplexity: more than rounds jitter
+SWING = 0.5  # rises to falls: a curve on its way down gives back far less than half of what it won
+AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
+FEW_TOKENS = 1000  # about four batches of 4 x 64: too few to learn from, enough to overfit
+FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
+LOPSIDED = 0.5  # share of the training tokens: above it, one client outvotes all the others
+FEW_JUDGED = 2000  # a token's loss varies by about 3 nats: 3 / sqrt(2000) is 7 % of perplexity
+
+Severity = Literal["problem", "warning", "note", "good"]
+SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note", "good")
+
+
+class Finding(NamedTuple):
+    """What is wrong, by which numbers, and what to try."""
+
+    severity: Severity
+    title: str
+    evidence: str
+    advice: str = ""
+
+
+def diagnose(run: RunFiles) -> list[Finding]:
+    """Every signature that fires, the gravest first; a healthy run gets one good finding."""
+    found = [
+        Finding(severity, title, evidence, _with_values(advice, run))
+        for severity, title, check, advice in SIGNATURES
+        if (evidence := check(run))
+    ]
+    return sorted(found, key=lambda f: SEVERITIES.index(f.severity)) or [_nothing(run)]
+
+
+def _nothing(run: RunFiles) -> Finding:
+    judged = f"{len(run.rounds)} rounds, {len(run.clients)} clients, {len(run.evaluation)} tests"
+    return Finding("good", "Nothing found", f"{len(SIGNATURES)} checks over {judged}.")
+
+
+def not_finite(run: RunFiles) -> str | None:
+    """A loss is NaN or infinite."""
+    losses = [(f"round {row['round']}", row["loss"]) for row in run.rounds]
+    judged = [(f"the validation of round {n}", nats) for n, nats in validation(run.rounds)]
+    tested = [(f"the test of {r['model']} for {r['client']}", r["nats"]) for r in run.evaluation]
+    bad = [where for where, nats in (*losses, *judged, *tested) if not math.isfinite(nats)]
+    return f"First in {bad[0]}; {len(bad)} numbers in all." if bad else None
+
+
+def diverges(run: RunFiles) -> str | None:
+    """Validation ends above where it began."""
+    first, _, last = _landmarks(run)
+    return _from_to(first, last) if last[1] - first[1] > RELAPSE else None
+
+
+def relapses(run: RunFiles) -> str | None:
+    """Validation ends above its best round."""
+    first, best, last = _landmarks(run)
+    past = last[1] - best[1] > RELAPSE >= last[1] - first[1]
+    return _from_to(best, last) if past else None
+
+
+def swings(run: RunFiles) -> str | None:
+    """Validation goes up and down instead of down."""
+    moves = [b[1] - a[1] for a, b in pairwise(_curve(run))]
+    ups = [move for move in moves if move > 0]
+    turns = sum(a * b < 0 for a, b in pairwise(moves))
+    if turns < 2 or max(ups) < FLAT or sum(ups) <= SWING * (sum(ups) - sum(moves)):
+        return None
+    cohort = median(len(row["cohort"]) for row in run.rounds)
+    return (
+        f"Perplexity rose in {len(ups)} of {len(moves)} steps, by up to "
+        f"{100 * math.expm1(max(ups)):.1f} %; a cohort is {cohort:g} of {len(run.clients)} clients."
+    )
+
+
+def stuck(run: RunFiles) -> str | None:
+    """The loss hardly moves, and the test does not say otherwise."""
+    losses, models = [row["loss"] for row in run.rounds], by_model(run)
+    helps = difference(models.get(GLOBAL, {}), models.get(BACKBONE, {})) < 0
+    if len(losses) < 3 or helps or not losses[0] - min(losses) < FLAT:
+        return None
+    return f"Training loss is {losses[0]:.3f} nats a token at first, {min(losses):.3f} at its best."
+
+
+def losers(run: RunFiles, model: str, reference: str) -> str | None:
+    """One model is worse than another, for some clients."""
+    ours, theirs = (by_client(by_model(run).get(name, {})) for name in (model, reference))
+    lost = {c: ours[c] / theirs[c] for c in ours if c in theirs and ours[c] > REAL * theirs[c]}
+    told = [
+        f"{client} ({number(ours[client])} against {number(theirs[client])})"
+        for client in sorted(lost, key=lambda c: lost[c], reverse=True)
+    ]
+    return f"Test perplexity of {len(told)} of {len(ours)}: {_some(told)}." if told else None
+
+
+def fallbacks(run: RunFiles) -> str | None:
+    """Most clients keep the global adapter."""
+    tuned = [row for row in run.personal if len(row["validation"]) > 1]
+    kept = [row["client"] for row in tuned if row["chosen"] == 0]
+    most = len(kept) > len(tuned) / 2
+    return f"{len(kept)} of {len(tuned)} kept the global adapter: {_some(kept)}." if most else None
+
+
+def alone_is_better(run: RunFiles) -> str | None:
+    """local-only beats the best that the federation has."""
+    gaps = [g for model in (GLOBAL, PERSONAL) if not math.isnan(g := _over_local(run, model))]
+    if min(gaps, default=0.0) <= 0:
+        return None
+    return f"The best mean test perplexity is {number(min(gaps))} above local-only's."
+
+
+def alone_beats_global(run: RunFiles) -> str | None:
+    """local-only beats the global adapter, not the personal ones."""
+    shared, own = _over_local(run, GLOBAL), _over_local(run, PERSONAL)
+    if not (shared > 0 >= own):
+        return None
+    return (
+        f"Mean test perplexity of the global adapter is {number(shared)} above local-only's; "
+        f"personal ones are {number(-own)} below it."
+    )
+
+
+def _over_local(run: RunFiles, model: str) -> float:
+    models = by_model(run)
+    return difference(models.get(model, {}), models.get(LOCAL, {}))
+
+
+def too_little_data(run: RunFiles) -> str | None:
+    """Some clients can hardly train."""
+    steps = {c["client"]: c["steps"] for row in run.rounds for c in row["clients"]}
+    poor = [
+        f"{row['client']} ({row['tokens']} tokens)"
+        for row in _learners(run)
+        if row["tokens"] < FEW_TOKENS or steps.get(row["client"], FEW_STEPS) < FEW_STEPS
+    ]
+    least = f"under {FEW_TOKENS} training tokens or {FEW_STEPS} steps a round"
+    return f"{len(poor)} clients have {least}: {_some(poor)}." if poor else None
+
+
+def pulled_apart(run: RunFiles) -> str | None:
+    """Updates cancel in the mean."""
+    rows = [(row, cosine) for row in run.rounds if (cosine := agreement(row)) is not None]
+    typical = median(cosine for _, cosine in rows) if rows else 0.0
+    if typical >= AGREEMENT:
+        return None
+    drift = median(fmean(c["drift"] for c in row["clients"]) for row, _ in rows)
+    merged = median(row["update_norm"] for row, _ in rows)
+    return (
+        f"In a round a client moves by {number(drift)}, their mean by {number(merged)}: two "
+        f"clients' updates have a cosine of about {typical:.2f}."
+    )
+
+
+def agreement(row: Row) -> float | None:
+    """Mean cosine between two clients' updates, from norms alone; none where nothing is merged.
+
+    |sum w d|^2 is sum w^2 |d|^2 plus the products of pairs, so the rest is the pairs' share.
+    """
+    total = sum(c["weight"] for c in row["clients"]) or 1.0
+    pulls = [c["weight"] / total * c["drift"] for c in row["clients"]]
+    alone = sum(pull * pull for pull in pulls)
+    pairs = sum(pulls) ** 2 - alone
+    if not row["bytes_up"] or not pairs > 1e-9 * alone:
+        return None
+    return (row["update_norm"] ** 2 - alone) / pairs
+
+
+def lopsided(run: RunFiles) -> str | None:
+    """One client has most of the data."""
+    rows = sorted(_learners(run), key=lambda row: row["tokens"])
+    total = sum(row["tokens"] for row in rows)
+    if len(rows) < 3 or rows[-1]["tokens"] <= LOPSIDED * total:
+        return None
+    return f"{rows[-1]['client']} has {100 * rows[-1]['tokens'] / total:.0f} % of {total} tokens."
+
+
+def noisy_judge(run: RunFiles) -> str | None:
+    """Validation is too short to tell rounds apart."""
+    judged = [row["validation"]["tokens"] for row in run.rounds if row.get("validation")]
+    read = min(judged, default=FEW_JUDGED)
+    if read >= FEW_JUDGED:
+        return None
+    error = 100 * math.expm1(3 / math.sqrt(max(1, read)))
+    return f"It reads {read:.0f} tokens a round, so its perplexity is known to about {error:.0f} %."
+
+
+def never_drawn(run: RunFiles) -> str | None:
+    """Some clients took part in no round."""
+    drawn = {client for row in run.rounds for client in row["cohort"]}
+    idle = [row["client"] for row in _learners(run) if run.rounds and row["client"] not in drawn]
+    return f"{len(idle)} of {len(run.clients)}: {_some(idle)}." if idle else None
+
+
+def unfinished(run: RunFiles) -> str | None:
+    """The run stopped before its end."""
+    planned = run.settings.get("federation.rounds", "?")
+    done = run.facts.get("finished", False)
+    return None if done else f"{len(run.rounds)} of {planned} rounds are recorded."
+
+
+Signature = tuple[Severity, str, Callable[[RunFiles], str | None], str]
+SIGNATURES: tuple[Signature, ...] = (
+    ("problem", "Training broke down: a loss is not a number", not_finite,
+     "Lower [training.lr], clip more ([training.clip]), or use backbone.precision=float32."),
+    ("problem", "Training diverges", diverges,
+     "Lower [training.lr], warm it up ([training.warmup]), or do less work a round."),
+    ("warning", "Validation is past its best", relapses,
+     "Stop earlier ([federation.rounds]), or let [training.lr] fall ([training.schedule])."),
+    ("warning", "Validation swings from round to round", swings,
+     "Lower [training.lr], draw more clients (federation.cohort), or train less (training.steps)."),
+    ("warning", "The federation learns next to nothing", stuck,
+     "Raise [training.lr] or [training.epochs], or adapt more layers "
+     "(adapter.target_modules=all-linear)."),
+    ("warning", "The global adapter is worse than the backbone for some clients",
+     partial(losers, model=GLOBAL, reference=BACKBONE),
+     "Their text is unlike the others': give them personal adapters ([personal.epochs]), or "
+     "federate them apart."),
+    ("warning", "Personal tuning makes some clients worse",
+     partial(losers, model=PERSONAL, reference=GLOBAL),
+     "They overfit: lower [personal.lr] or [personal.epochs], pull towards the global adapter "
+     "([personal.pull]), and keep [personal.fallback] on."),
+    ("warning", "Most clients gain nothing from personal tuning", fallbacks,
+     "Lower [personal.lr]; if that does not help, the clients are alike and the global adapter is "
+     "all they need."),
+    ("warning", "The federation does not help: clients do better alone", alone_is_better,
+     "They differ much, or train too little: personalise ([personal.epochs]), keep some layers "
+     "at the clients (method.name=fedper), or raise [federation.rounds]."),
+    ("note", "Clients alone do better than the global adapter, not than personal ones",
+     alone_beats_global, "They differ much: serve the personal adapters."),
+    ("warning", "Some clients have too little data", too_little_data,
+     "Raise [partition.minimum], have fewer clients, or let them use the global adapter."),
+    ("warning", "Clients pull the adapter apart", pulled_apart,
+     "Lower [training.lr], train less in each round (training.steps), or pull towards the global "
+     "adapter (method.name=fedprox)."),
+    ("note", "One client outweighs all others", lopsided,
+     "It steers the mean: read the worst client's numbers, and cap a round with training.steps."),
+    ("note", "Validation reads little text", noisy_judge,
+     "Small steps between rounds mean nothing: raise [evaluation.blocks] (0 is all) or "
+     "[data.validation]."),
+    ("note", "Some clients were never drawn", never_drawn,
+     "Raise [federation.rounds] or the cohort (federation.cohort)."),
+    ("note", "The run has not finished", unfinished, "Go on with `fedgen resume`."),
+)  # fmt: skip
+"""What to look for: how grave, its name, the check that gives the evidence, what to try."""
+
+
+def _with_values(advice: str, run: RunFiles) -> str:
+    """Each `[setting]` with the value it has in this run, as TOML has it."""
+    told = {name: f"{name}={json.dumps(value)}" for name, value in run.settings.items()}
+    return re.sub(r"\[([\w.]+)\]", lambda found: told.get(found[1], found[1]), advice)
+
+
+def _curve(run: RunFiles) -> list[tuple[int, float]]:
+    return [point for point in validation(run.rounds) if math.isfinite(point[1])]
+
+
+def _landmarks(run: RunFiles) -> tuple[tuple[int, float], ...]:
+    """The first, the best and the last validation: round and nats a token."""
+    curve = _curve(run) or [(0, 0.0)]
+    return curve[0], min(curve, key=lambda point: point[1]), curve[-1]
+
+
+def _from_to(start: tuple[int, float], end: tuple[int, float]) -> str:
+    told = [f"{number(math.exp(min(nats, 700)))} in round {r}" for r, nats in (start, end)]
+    return f"Validation perplexity is {told[0]} and {told[1]}."
+
+
+def _learners(run: RunFiles) -> Sequence[Row]:
+    return [row for row in run.clients if not row.get("newcomer", False)]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,65 @@
+"""A run, followed on the terminal: a bar, the time left, loss, perplexity and bytes."""
+
+import math
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.experiments.run import Event
+
+
+def follow(events: Iterable[Event], experiment: Experiment) -> None:
+    """Show each event as it comes; the run goes on as they are asked for."""
+    console = Console()
+    console.print(_heading(experiment))
+    bars = (
+        TextColumn("{task.description:<24}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
+    tasks = {}
+    with Progress(*bars, console=console) as progress:
+        first = progress.add_task("federation", total=experiment.settings.federation.rounds, said="")
+        tasks["federation"] = first
+        for event in events:
+            if "refused" in event.line:
+                console.print(f"refused {event.line['refused']}; going on from the last good one")
+                continue
+            if event.stage not in tasks:
+                tasks[event.stage] = progress.add_task(event.stage, total=event.total, said="")
+            progress.update(
+                tasks[event.stage], completed=event.done, total=event.total, said=told(event)
+            )
+            if not console.is_terminal:
+                console.print(f"{event.stage} {event.done}/{event.total} {told(event)}")
+
+
+def told(event: Event) -> str:
+    """One event in a few words."""
+    line = event.line
+    if event.stage == "personal":
+        start, best = line["validation"][0], line["validation"][line["chosen"]]
+        return f"{line['client']} {math.exp(start):.1f} -> {math.exp(best):.1f}"
+    if "loss" not in line:
+        return ""
+    said = f"loss {line['loss']:.3f}"
+    if line["validation"]:
+        held = line["validation"]
+        said += f", perplexity {math.exp(held['nats'] / held['tokens']):.1f}"
+    return f"{said}, {line['bytes_up'] / 1e6:.1f} MB up"
+
+
+def _heading(experiment: Experiment) -> str:
+    s = experiment.settings
+    shared = sum(v.numel() for v in experiment.start().adapter.values())
+    return (
+        f"{s.method.name}: {len(experiment.holdings)} clients, {s.federation.cohort} a round, "
+        f"{s.federation.rounds} rounds; {shared:,} trained parameters; "
+        f"{s.engine.name} engine on {s.engine.device}, {s.backbone.precision}"
+    )

@@ -1,0 +1,85 @@
+"""What a run's results rest on: run.json and clients.json."""
+
+import math
+import os
+import platform
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.types import ServerState
+from fedgen_edge.uplink.transform import length
+
+
+def holdings(experiment: Experiment) -> list[dict[str, Any]]:
+    """Who holds what: examples of each split, training tokens, training examples of each label."""
+    labels = experiment.labels or ()
+    able = len(experiment.holdings) - experiment.settings.federation.newcomers
+    return [
+        {
+            "client": own.name,
+            "train": len(own.train),
+            "validation": len(own.validation),
+            "test": len(own.test),
+            "tokens": int(shard.train["mask"].sum()),
+            "newcomer": c >= able,
+            "labels": dict(Counter(labels[i] for i in own.train)) if labels else {},
+        }
+        for c, (own, shard) in enumerate(
+            zip(experiment.holdings, experiment.clients.shards, strict=True)
+        )
+    ]
+
+
+def provenance(experiment: Experiment) -> dict[str, Any]:
+    """Versions, hardware, backbone, and the sizes of what can be sent."""
+    task, settings = experiment.task, experiment.settings
+    adapter = task.adapter.shapes()
+    return {
+        "version": version("fedgen-edge"),
+        "torch": torch.__version__,
+        "hardware": hardware(experiment.clients.device),
+        "backbone": {
+            "path": str(task.loaded.folder),
+            "sha256": task.loaded.sha256,
+            "parameters": sum(math.prod(s) for s in task.shapes().values()),
+        },
+        "adapter_parameters": sum(math.prod(s) for s in adapter.values()),
+        "adapter_bytes": length(adapter),
+        "full_bytes": length(task.shapes()),
+        "duplicates": experiment.corpus.duplicates,
+        "precision": settings.backbone.precision,
+        "device": settings.engine.device,
+        "threads": settings.engine.threads,
+        "stack": settings.engine.stack,
+        "perplexity_is": "token",
+        "finished": False,
+    }
+
+
+def origin(experiment: Experiment, state: ServerState, client: str) -> dict[str, Any]:
+    """What stands beside an adapter."""
+    task, settings = experiment.task, experiment.settings
+    return {
+        "backbone": str(task.loaded.folder),
+        "backbone_sha256": task.loaded.sha256,
+        "method": settings.method.name,
+        "round": state.round,
+        "seed": settings.federation.seed,
+        "client": client,
+        "fedgen_edge": version("fedgen-edge"),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The processor, in words."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"

@@ -1,0 +1,125 @@
+"""A run's folder: what is written, where, and by one process at a time."""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedgen_edge import files
+from fedgen_edge.errors import CheckpointError, ConfigError, MissingExtraError
+
+Line = dict[str, Any]
+
+
+def claim(folder: Path) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        ConfigError: it holds something already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        what = "a run" if (folder / "settings.toml").exists() else "other files"
+        raise ConfigError(
+            f"out={str(folder)!r} already holds {what}: "
+            f"name another folder, or go on with `fedgen resume {folder}`"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process that writes to this run; the lock ends with the process."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(f"{folder} is in use by another process: wait for it") from None
+        yield
+
+
+def append(path: Path, line: Mapping[str, Any]) -> None:
+    """Add one line of JSON, and see it on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lines(path: Path) -> list[Line]:
+    """Every whole line of a JSON-lines file; none where there is no file."""
+    if not path.exists():
+        return []
+    whole = path.read_text().split("\n")[:-1]
+    return [json.loads(line) for line in whole]
+
+
+def truncate(path: Path, count: int) -> None:
+    """Keep the first lines: what came after the commit that is gone on from never happened."""
+    if path.exists():
+        whole = path.read_text().split("\n")[:-1]
+        files.write(path, "".join(f"{line}\n" for line in whole[:count]).encode())
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        CheckpointError: it is missing, or not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Replace a JSON file."""
+    files.write(path, json.dumps(value, indent=1, sort_keys=True).encode())
+
+
+def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a JSON-lines file."""
+    files.write(path, "".join(json.dumps(v, sort_keys=True) + "\n" for v in values).encode())
+
+
+def folder_name(client: str) -> str:
+    """A client's name as a folder's: letters, digits, `_`, `-`, and no leading dot."""
+    return re.sub(r"[^\w-]", "_", client)[:80] or "_"
+
+
+def folder_names(clients: Sequence[str]) -> dict[str, str]:
+    """The folder of each client; names that would meet get a number."""
+    taken: dict[str, str] = {}
+    for client in clients:
+        base = name = folder_name(client)
+        number = 2
+        while name in taken.values():
+            name, number = f"{base}-{number}", number + 1
+        taken[client] = name
+    return taken
+
+
+class Board:
+    """TensorBoard's view of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MissingExtraError("evaluation.tensorboard", "tensorboard") from None
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, line: Line) -> None:
+        """Show one round."""
+        at = line["round"]
+        self.writer.add_scalar("train/loss", line["loss"], at)
+        self.writer.add_scalar("bytes/up", line["bytes_up"], at)
+        if line["validation"]:
+            held = line["validation"]
+            self.writer.add_scalar("validation/loss", held["nats"] / held["tokens"], at)
+        self.writer.flush()

@@ -1,0 +1,287 @@
+"""One page for a run, or several side by side: tables, pictures, samples; no script, no request."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from fedgen_edge import files
+from fedgen_edge.experiments import plots, summary
+from fedgen_edge.experiments.diagnose import diagnose
+from fedgen_edge.experiments.summary import (
+    BACKBONE,
+    GLOBAL,
+    LOCAL,
+    PERSONAL,
+    RunFiles,
+    by_model,
+    number,
+    size,
+)
+
+SEED = "federation.seed"
+CALLED = {
+    BACKBONE: "the frozen backbone",
+    LOCAL: "training alone",
+    GLOBAL: "the global adapter",
+    PERSONAL: "personal adapters",
+}
+PAIRS = ((GLOBAL, BACKBONE), (GLOBAL, LOCAL), (PERSONAL, BACKBONE), (PERSONAL, LOCAL))
+"""Differences that a comparison reports: a model, less a reference."""
+CAPTIONS = {
+    "validation": ("Learning", "Validation perplexity after each round."),
+    "clients": ("Every client", "Test perplexity on each client's own text; left is better."),
+    "bytes": ("Quality for bytes", "Validation perplexity against what clients have sent."),
+    "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
+    "data": ("Who holds what", "Training data of each client."),
+    "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
+}
+PROVENANCE = {
+    "fedgen-edge": "version",
+    "PyTorch": "torch",
+    "Hardware": "hardware",
+    "Device": "device",
+    "Precision": "precision",
+    "Threads": "threads",
+    "Clients in a stack": "stack",
+    "Backbone": "backbone.path",
+    "Backbone's SHA-256": "backbone.sha256",
+    "Backbone's parameters": "backbone.parameters",
+    "Adapter's parameters": "adapter_parameters",
+    "Adapter, bytes": "adapter_bytes",
+    "Full model in float32, bytes": "full_bytes",
+    "Duplicates left out": "duplicates",
+}
+"""What the page says of a run's origin, and where run.json has it."""
+
+
+def write(runs: Sequence[Path], out: Path) -> Path:
+    """Write the page of one run (and its RUN/plots/*.svg), or of several, compared.
+
+    Raises:
+        CheckpointError: a run's folder is missing, incomplete or altered.
+    """
+    found = [summary.read(folder) for folder in runs]
+    page = compared(found) if len(found) > 1 else single(found[0])
+    if len(found) == 1:
+        for name, svg in page["pictures"].items():
+            files.write(runs[0] / "plots" / f"{name}.svg", _bytes(plots.standalone(svg)))
+    files.write(out, _bytes(render(page)))
+    return out
+
+
+def render(page: Mapping[str, Any]) -> str:
+    """The page as HTML; whatever a run says is escaped, pictures of ours aside."""
+    here = FileSystemLoader(Path(__file__).parent)
+    engine = Environment(
+        loader=here,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    engine.filters |= {"number": number, "size": size, "signed": _signed, "after": str.removeprefix}
+    pictures = {name: Markup(svg) for name, svg in page["pictures"].items()}
+    template = engine.get_template("report.html.jinja")
+    return template.render({**page, "pictures": pictures, "captions": CAPTIONS})
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", errors="replace")
+
+
+def single(run: RunFiles) -> dict[str, Any]:
+    """What the page of one run shows."""
+    return {
+        "kind": "run",
+        "title": run.folder.resolve().name,
+        "headline": headline(run),
+        "models": summary.perplexities(run),
+        "clients": summary.per_client(run),
+        "uplink": summary.uplink(run),
+        "adapter_bytes": run.facts.get("adapter_bytes", 0),
+        "full_bytes": run.facts.get("full_bytes", 0),
+        "findings": diagnose(run),
+        "pictures": plots.pictures(run),
+        "samples": samples(run),
+        "provenance": provenance(run),
+        "settings": (run.folder / "settings.toml").read_text("utf-8"),
+    }
+
+
+def headline(run: RunFiles) -> str:
+    """The run in a few short sentences."""
+    sent, rows = summary.uplink(run), summary.perplexities(run)
+    told = [f"{number(row.mean)} with {CALLED.get(row.model, row.model)}" for row in rows]
+    method = run.settings.get("method.name", "training")
+    text = f"{len(run.clients)} clients, {len(run.rounds)} rounds of {method}."
+    if told:
+        text += f" Mean perplexity on held-out text: {', '.join(told)}."
+    if not math.isnan(sent.saving):
+        text += (
+            f" Clients sent {size(sent.up)}, where the full model would have been "
+            f"{size(sent.full)}: {sent.saving:.2f}\N{NO-BREAK SPACE}% less."
+        )
+    return text
+
+
+def samples(run: RunFiles) -> list[dict[str, Any]]:
+    """Continuations side by side: for each client and prompt, one text a model."""
+    texts = {(r["model"], r["client"], r["prompt"]): r["text"] for r in run.samples}
+    models = list(dict.fromkeys(model for model, _, _ in texts))
+    asked = dict.fromkeys((client, prompt) for _, client, prompt in texts if client)
+    return [
+        {
+            "client": client,
+            "prompt": prompt,
+            "texts": [
+                (m, texts.get((m, client, prompt), texts.get((m, None, prompt), "")))
+                for m in models
+            ],
+        }
+        for client, prompt in asked
+    ]
+
+
+def provenance(run: RunFiles) -> list[tuple[str, str]]:
+    """Where the run's numbers come from: versions, machine, scale, seed, seconds."""
+    facts = dict(summary.dotted(run.facts))
+    known = [(label, facts[key]) for label, key in PROVENANCE.items() if key in facts]
+    spent = [(f"Seconds, {k[8:]}", v) for k, v in facts.items() if k.startswith("seconds.")]
+    tokens = sum(row["tokens"] for row in run.clients)
+    scale = [("Training tokens", tokens), ("Seed", run.settings.get(SEED, "?"))]
+    return [
+        (label, f"{value:,}" if isinstance(value, int | float) else str(value))
+        for label, value in (*known, *scale, *spent)
+    ]
+
+
+def table_for_terminal(run: RunFiles) -> Table:
+    """Test perplexity in at most 80 columns: clients, mean and worst by model."""
+    rows, models = summary.per_client(run), summary.perplexities(run)
+    table = Table(title="Test perplexity (lower is better)", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("client", no_wrap=True, max_width=20)
+    for row in models:
+        table.add_column(Text(row.model), justify="right", no_wrap=True)
+    for row in rows:
+        name = Text(row.client + " (new)" * row.newcomer)
+        table.add_row(name, *_best([row.perplexity.get(m.model, math.nan) for m in models]))
+    table.add_section()
+    table.add_row(f"mean of {models[0].clients}", *_best([m.mean for m in models]), style="bold")
+    table.add_row("worst client", *_best([m.worst for m in models]))
+    return table
+
+
+def _best(values: Sequence[float]) -> list[Text]:
+    low = min(values, default=0.0)
+    return [Text(number(value), "green" if value == low else "") for value in values]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    label: str
+    settings: dict[str, str]
+    """Those in which the groups differ."""
+    runs: list[RunFiles]
+
+
+def grouped(runs: Sequence[RunFiles]) -> list[Group]:
+    """Runs by the settings that differ between them, the seed aside."""
+    names = sorted({name for run in runs for name in run.settings} - {SEED})
+    told = [{name: json.dumps(run.settings.get(name)) for name in names} for run in runs]
+    differ = [name for name in names if len({each[name] for each in told}) > 1]
+    found: dict[tuple[str, ...], list[RunFiles]] = {}
+    for run, each in zip(runs, told, strict=True):
+        found.setdefault(tuple(each[name].strip('"') for name in differ), []).append(run)
+    return [
+        Group(_label(differ, values), dict(zip(differ, values, strict=True)), same)
+        for values, same in found.items()
+    ]
+
+
+def _label(names: Sequence[str], values: Sequence[str]) -> str:
+    pairs = zip(names, values, strict=True)
+    told = [v if n == "method.name" else f"{n.split('.')[-1]}={v}" for n, v in pairs]
+    return ", ".join(told) or "all runs"
+
+
+def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """What the page of several runs shows."""
+    groups = grouped(runs)
+    models = list(dict.fromkeys(m for run in runs for m in by_model(run)))
+    rows = [_group_row(group, groups[0], models) for group in groups]
+    differ = list(groups[0].settings)
+    apart = [n for n in differ if n.split(".")[0] in {"data", "partition", "backbone"}]
+    return {
+        "kind": "comparison",
+        "title": f"{len(runs)} runs compared",
+        "headline": f"{len(groups)} settings, {len(runs)} runs. {_lowest(rows, models)}",
+        "differ": differ,
+        "apart": apart,
+        "models": models,
+        "pairs": PAIRS,
+        "groups": rows,
+        "runs": [(run, diagnose(run)) for run in runs],
+        "pictures": plots.overlay({group.label: group.runs for group in groups}),
+    }
+
+
+def _lowest(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
+    means = [
+        (cell["mean"], model, row["label"])
+        for row in rows
+        for model, cell in zip(models, row["means"], strict=True)
+        if cell
+    ]
+    mean, model, label = min(means, default=(math.nan, "", ""))
+    return f"Lowest mean test perplexity: {number(mean)} ({model}, {label})." if means else ""
+
+
+def _group_row(group: Group, first: Group, models: Sequence[str]) -> dict[str, Any]:
+    means = [{row.model: row.mean for row in summary.perplexities(run)} for run in group.runs]
+    sent = [summary.uplink(run) for run in group.runs]
+    return {
+        "label": group.label,
+        "settings": list(group.settings.values()),
+        "seeds": [run.settings.get(SEED) for run in group.runs],
+        "means": [_interval([m[model] for m in means if model in m]) for model in models],
+        "within": [_interval([_gap(run, run, *pair) for run in group.runs]) for pair in PAIRS],
+        "against": [_interval(_against(group, first, model)) for model in (GLOBAL, PERSONAL)],
+        "up": fmean(each.up for each in sent),
+        "saving": fmean(each.saving for each in sent),
+    }
+
+
+def _gap(run: RunFiles, other: RunFiles, model: str, reference: str) -> float:
+    return summary.difference(by_model(run).get(model, {}), by_model(other).get(reference, {}))
+
+
+def _against(group: Group, first: Group, model: str) -> list[float]:
+    """Differences from the first group, seed by seed."""
+    others = {run.settings.get(SEED): run for run in first.runs}
+    pairs = [(run, others.get(run.settings.get(SEED))) for run in group.runs if group is not first]
+    return [_gap(run, other, model, model) for run, other in pairs if other]
+
+
+def _interval(values: Sequence[float]) -> dict[str, Any] | None:
+    finite = [value for value in values if not math.isnan(value)]
+    if not finite:
+        return None
+    mean, low, high = summary.paired_interval(finite)
+    known, sure = math.isfinite(low), low > 0 or high < 0
+    return {"mean": mean, "low": low, "high": high, "known": known, "sure": sure}
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + number(abs(value))

@@ -1,0 +1,290 @@
+"""What a run's folder says, in numbers: read it, add up, compare. Quick: no tensors here."""
+
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from fedgen_edge.errors import CheckpointError
+
+Row = dict[str, Any]
+"""One line of a run's file."""
+
+BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
+
+NEEDS = {
+    "clients.json": ("client", "train", "tokens"),
+    "rounds.jsonl": ("round", "cohort", "loss", "bytes_up", "bytes_down", "clients"),
+    "personal.jsonl": ("client", "validation", "chosen"),
+    "evaluation.jsonl": ("model", "client", "nats", "tokens", "words"),
+    "samples.jsonl": ("model", "client", "prompt", "text"),
+}
+"""What every line of a file must have."""
+
+T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
+"""Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
+Z975 = 1.959964
+"""The same for the normal distribution."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """All that a run wrote, adapters and checkpoints aside."""
+
+    folder: Path
+    settings: dict[str, Any]
+    """By dotted name."""
+    facts: Row
+    """run.json: what was resolved, and measured once."""
+    clients: list[Row]
+    rounds: list[Row]
+    baselines: dict[str, list[Row]]
+    """Rounds of each method that was trained beside the run's own."""
+    personal: list[Row]
+    evaluation: list[Row]
+    samples: list[Row]
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """Test perplexity of one model; nan where there is nothing to say."""
+
+    model: str
+    clients: int
+    mean: float
+    """Mean of the clients' perplexities."""
+    pooled: float
+    """exp of all nats over all tokens."""
+    worst: float
+    worst_client: str
+    worst_decile: float
+    """Mean over the tenth of the clients that fare worst (at least one)."""
+    word: float
+    """exp of all nats over all words: compares across tokenizers."""
+    over_backbone: float
+    """Percent by which the mean lies below the backbone's."""
+    over_local: float
+    """The same against local-only."""
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client: what it has, and the test perplexity of each model on its text."""
+
+    client: str
+    train: int
+    tokens: int
+    newcomer: bool
+    perplexity: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Uplink:
+    """Measured bytes, and what full-model FedAvg would have sent."""
+
+    up: int
+    down: int
+    rounds: list[tuple[int, int]]
+    """Up and down, a round each."""
+    participations: int
+    """Uploads: a client counts once for each round it took part in."""
+    full: int
+    """Bytes of the whole model in float32, times participations."""
+    saving: float
+    """Percent of `full` that was not sent; nan where nothing was sent."""
+
+
+def read(folder: Path) -> RunFiles:
+    """A run's files; those that it has not written yet are empty.
+
+    Raises:
+        CheckpointError: no run is here, or a file is missing, cut short or altered.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"no run at {folder}: give a folder that `fedgen run` wrote")
+    baselines = sorted((folder / "baselines").glob("*/rounds.jsonl"))
+    return RunFiles(
+        folder=folder,
+        settings=dict(dotted(_parsed(folder / "settings.toml", tomllib.loads))),
+        facts=_parsed(folder / "run.json", json.loads),
+        clients=_clients(folder / "clients.json"),
+        rounds=_lines(folder / "rounds.jsonl"),
+        baselines={path.parent.name: _lines(path) for path in baselines},
+        personal=_lines(folder / "personal.jsonl"),
+        evaluation=_lines(folder / "evaluation.jsonl"),
+        samples=_lines(folder / "samples.jsonl"),
+    )
+
+
+def _parsed(path: Path, parse: Any) -> Any:
+    try:
+        return parse(path.read_text("utf-8"))
+    except OSError:
+        raise CheckpointError(f"{path} is missing: this is not a whole run's folder") from None
+    except ValueError as error:  # what JSON, TOML and UTF-8 raise
+        raise CheckpointError(f"{path} is cut short or altered: {error}") from None
+
+
+def _clients(path: Path) -> list[Row]:
+    rows = _parsed(path, json.loads) if path.exists() else []
+    return [_checked(row, path, number) for number, row in enumerate(rows, 1)]
+
+
+def _lines(path: Path) -> list[Row]:
+    """A row a line; a line counts once its newline is there, so a cut last one is left out."""
+    text = _parsed(path, str) if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    lines = [(number, line) for number, line in enumerate(whole.split("\n"), 1) if line.strip()]
+    return [_checked(_loaded(line, path, number), path, number) for number, line in lines]
+
+
+def _loaded(line: str, path: Path, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise CheckpointError(f"{path}, line {number}, is altered: {error}") from None
+
+
+def _checked(row: Any, path: Path, number: int) -> Row:
+    missing = [key for key in NEEDS[path.name] if not isinstance(row, dict) or key not in row]
+    if missing:
+        raise CheckpointError(f"{path}, entry {number}, has no {missing[0]!r}: it was altered")
+    return row
+
+
+def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested tables with its dotted name."""
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from dotted(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def perplexity(nats: float, count: float) -> float:
+    """exp(nats / count); nan of nothing, infinite beyond what a float holds."""
+    if count <= 0:
+        return math.nan
+    return math.inf if nats / count > 700 else math.exp(nats / count)
+
+
+def by_model(run: RunFiles) -> dict[str, dict[str, Row]]:
+    """Evaluation rows by model and client: the backbone first, the run's own models last."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in run.evaluation:
+        found.setdefault(row["model"], {})[row["client"]] = row
+    rank = {BACKBONE: 0, GLOBAL: 2, PERSONAL: 3}
+    return {model: found[model] for model in sorted(found, key=lambda m: rank.get(m, 1))}
+
+
+def by_client(rows: Mapping[str, Row]) -> dict[str, float]:
+    """Perplexity of each client."""
+    return {client: perplexity(row["nats"], row["tokens"]) for client, row in rows.items()}
+
+
+def perplexities(run: RunFiles) -> list[ModelRow]:
+    """Test perplexity, a row a model, over the clients that every model was tested on."""
+    models = by_model(run)
+    shared = [c for c in next(iter(models.values()), {}) if all(c in m for m in models.values())]
+    fair = {model: {c: rows[c] for c in shared} for model, rows in models.items()}
+    return [_model_row(model, fair) for model in fair if shared]
+
+
+def _model_row(model: str, fair: Mapping[str, Mapping[str, Row]]) -> ModelRow:
+    rows = fair[model]
+    each = by_client(rows)
+    worst = sorted(each, key=lambda c: math.inf if math.isnan(each[c]) else each[c], reverse=True)
+    nats = sum(row["nats"] for row in rows.values())
+    return ModelRow(
+        model=model,
+        clients=len(each),
+        mean=fmean(each.values()),
+        pooled=perplexity(nats, sum(row["tokens"] for row in rows.values())),
+        worst=each[worst[0]],
+        worst_client=worst[0],
+        worst_decile=fmean(each[client] for client in worst[: math.ceil(len(worst) / 10)]),
+        word=perplexity(nats, sum(row["words"] for row in rows.values())),
+        over_backbone=gain(rows, fair.get(BACKBONE, {})),
+        over_local=gain(rows, fair.get(LOCAL, {})),
+    )
+
+
+def difference(rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
+    """Mean perplexity less the reference's, over the clients that both have; nan if none."""
+    ours, theirs = by_client(rows), by_client(reference)
+    common = [client for client in ours if client in theirs]
+    return fmean(ours[c] - theirs[c] for c in common) if common else math.nan
+
+
+def gain(rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
+    """Percent by which mean perplexity falls below the reference's; nan without one."""
+    theirs = [value for client, value in by_client(reference).items() if client in rows]
+    if rows is reference or not theirs:
+        return math.nan
+    return -100 * difference(rows, reference) / fmean(theirs)
+
+
+def per_client(run: RunFiles) -> list[ClientRow]:
+    """A row a client, in the run's order."""
+    models = {model: by_client(rows) for model, rows in by_model(run).items()}
+    return [
+        ClientRow(
+            client=row["client"],
+            train=row["train"],
+            tokens=row["tokens"],
+            newcomer=row.get("newcomer", False),
+            perplexity={
+                m: each[row["client"]] for m, each in models.items() if row["client"] in each
+            },
+        )
+        for row in run.clients
+    ]
+
+
+def uplink(run: RunFiles) -> Uplink:
+    """What travelled, and what the whole model would have cost on the same way."""
+    rounds = [(row["bytes_up"], row["bytes_down"]) for row in run.rounds]
+    up, participations = sum(r[0] for r in rounds), sum(len(row["cohort"]) for row in run.rounds)
+    full = run.facts.get("full_bytes", 0) * participations
+    saving = 100 * (1 - up / full) if up and full else math.nan
+    return Uplink(up, sum(r[1] for r in rounds), rounds, participations, full, saving)
+
+
+def validation(rounds: Sequence[Row]) -> list[tuple[int, float]]:
+    """Round and validation nats per token, where a round was validated."""
+    judged = [(row["round"], row.get("validation")) for row in rounds]
+    return [(number, v["nats"] / v["tokens"]) for number, v in judged if v and v["tokens"]]
+
+
+def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+    """Mean, and the 95 % t-interval around it; boundless for a single difference.
+
+    Source: Student 1908; beyond 10 degrees of freedom, Fisher's expansion of the quantile.
+    """
+    mean, freedom = fmean(differences), len(differences) - 1
+    if not freedom:
+        return mean, -math.inf, math.inf
+    z = Z975
+    expanded = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    t = T975[freedom - 1] if freedom <= len(T975) else expanded
+    half = t * stdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def number(value: float) -> str:
+    """A number to read: about three digits; a dash for nan."""
+    if not math.isfinite(value):
+        return "\N{EN DASH}" if math.isnan(value) else "\N{INFINITY}"
+    decimals = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
+    return f"{value:,.{decimals}f}"
+
+
+def size(count: float) -> str:
+    """Bytes in decimal units: 1 kB is 1000 bytes."""
+    units = ("bytes", "kB", "MB", "GB", "TB")
+    power = min(len(units) - 1, max(0, math.floor(math.log10(max(1, count)) / 3)))
+    return f"{number(count / 1000**power) if power else int(count)} {units[power]}"

@@ -1,0 +1,223 @@
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedgen_edge.experiments.diagnose import SIGNATURES, agreement, diagnose
+from fedgen_edge.experiments.summary import Row, RunFiles
+
+CLIENTS = ("a", "b", "c", "d")
+
+
+def tested(**perplexities: float) -> list[Row]:
+    """The same perplexity for all four clients, model by model."""
+    return [
+        {
+            "model": m.replace("_", "-"),
+            "client": c,
+            "nats": 100 * math.log(p),
+            "tokens": 100,
+            "words": 70,
+        }
+        for m, p in perplexities.items()
+        for c in CLIENTS
+    ]
+
+
+def trained(losses: Sequence[float], validation: Sequence[float], tokens: int = 4000) -> list[Row]:
+    """Four clients a round; orthogonal unit updates of equal weight have a mean of norm 1/2."""
+    update = {"loss": 3.0, "steps": 6, "weight": 10.0, "bytes_up": 100, "drift": 1.0}
+    return [
+        {
+            "round": number,
+            "cohort": list(CLIENTS),
+            "loss": loss,
+            "validation": {"nats": tokens * nats, "tokens": tokens, "words": tokens, "clients": {}},
+            "bytes_up": 400,
+            "bytes_down": 400,
+            "clients": [{"client": c, **update} for c in CLIENTS],
+            "update_norm": 0.5,
+        }
+        for number, (loss, nats) in enumerate(zip(losses, validation, strict=True), 1)
+    ]
+
+
+FALLING = (4.0, 3.5, 3.2, 3.0, 2.9)
+HEALTHY = RunFiles(
+    folder=Path("run"),
+    settings={"training.lr": 0.001, "federation.rounds": 5},
+    facts={"finished": True},
+    clients=[{"client": c, "train": 90, "tokens": 6000, "newcomer": False} for c in CLIENTS],
+    rounds=trained(FALLING, FALLING),
+    baselines={},
+    personal=[{"client": c, "validation": [3.0, 2.8], "chosen": 1} for c in CLIENTS],
+    evaluation=tested(backbone=60, local_only=40, **{"global": 30}, personal=25),
+    samples=[],
+)
+
+
+def without_data(**change: Any) -> list[Row]:
+    return [{**HEALTHY.clients[0], **change}, *HEALTHY.clients[1:]]
+
+
+def of_all(name: str, value: object) -> list[Row]:
+    return [{**row, name: value} for row in HEALTHY.rounds]
+
+
+SICK: dict[str, tuple[str, dict[str, Any], str]] = {
+    "nan": (
+        "Training broke down: a loss is not a number",
+        {"rounds": trained((4.0, math.nan, 3.2, 3.0, 2.9), FALLING)},
+        "First in round 2; 1 numbers",
+    ),
+    "diverges": (  # e^3 = 20.09, e^4 = 54.60
+        "Training diverges",
+        {"rounds": trained(FALLING, (3.0, 3.2, 3.5, 3.8, 4.0))},
+        "20.1 in round 1 and 54.6 in round 5",
+    ),
+    "past its best": (  # e^2 = 7.39, e^2.5 = 12.18
+        "Validation is past its best",
+        {"rounds": trained(FALLING, (3.0, 2.0, 2.2, 2.4, 2.5))},
+        "7.39 in round 2 and 12.2 in round 5",
+    ),
+    "swings": (  # up by 0.3 and 0.3 of four steps, down by 0.5 twice; e^0.3 = 1.35
+        "Validation swings from round to round",
+        {"rounds": trained(FALLING, (3.0, 2.5, 2.8, 2.3, 2.6))},
+        "rose in 2 of 4 steps, by up to 35.0 %; a cohort is 4 of 4",
+    ),
+    "stuck": (
+        "The federation learns next to nothing",
+        {"rounds": trained((4.0, 3.999, 3.998), (4.0, 3.999, 3.998)), "evaluation": []},
+        "4.000 nats a token at first, 3.998 at its best",
+    ),
+    "hurt by federation": (
+        "The global adapter is worse than the backbone for some clients",
+        {
+            "evaluation": [
+                *tested(backbone=60, **{"global": 30}),
+                {**tested(x=90)[0], "model": "global"},
+            ]
+        },
+        "1 of 4: a (90.0 against 60.0)",
+    ),
+    "hurt by tuning": (
+        "Personal tuning makes some clients worse",
+        {"evaluation": tested(**{"global": 30}, personal=33)},
+        "4 of 4: a (33.0 against 30.0), b (33.0 against 30.0), c (33.0 against 30.0) and 1 more",
+    ),
+    "fallback": (
+        "Most clients gain nothing from personal tuning",
+        {"personal": [{**row, "chosen": int(row["client"] == "a")} for row in HEALTHY.personal]},
+        "3 of 4 kept the global adapter: b, c, d",
+    ),
+    "alone": (
+        "The federation does not help: clients do better alone",
+        {"evaluation": tested(backbone=60, local_only=20, **{"global": 30}, personal=25)},
+        "is 5.00 above local-only's",
+    ),
+    "alone beats global": (
+        "Clients alone do better than the global adapter, not than personal ones",
+        {"evaluation": tested(backbone=60, local_only=27, **{"global": 30}, personal=25)},
+        "3.00 above local-only's; personal ones are 2.00 below",
+    ),
+    "little data": (
+        "Some clients have too little data",
+        {"clients": without_data(tokens=900)},
+        "a (900 tokens)",
+    ),
+    "pulled apart": (  # |mean|^2 = 0.01 = 4/16 + 12/16 cos: cos = -0.32
+        "Clients pull the adapter apart",
+        {"rounds": of_all("update_norm", 0.1)},
+        "moves by 1.00, their mean by 0.10: two clients' updates have a cosine of about -0.32",
+    ),
+    "lopsided": (  # 42,000 of 42,000 + 3 x 6,000
+        "One client outweighs all others",
+        {"clients": without_data(tokens=42000)},
+        "a has 70 % of 60000 tokens",
+    ),
+    "noisy": (  # 3 / sqrt(900) = 0.1, e^0.1 = 1.105
+        "Validation reads little text",
+        {"rounds": trained(FALLING, FALLING, tokens=900)},
+        "900 tokens a round, so its perplexity is known to about 11 %",
+    ),
+    "idle": (
+        "Some clients were never drawn",
+        {"rounds": of_all("cohort", ["a", "b", "c"])},
+        "1 of 4: d",
+    ),
+    "unfinished": (
+        "The run has not finished",
+        {"facts": {"finished": False}, "rounds": HEALTHY.rounds[:2]},
+        "2 of 5 rounds",
+    ),
+}
+
+
+def test_a_healthy_run_says_that_nothing_was_found() -> None:
+    (found,) = diagnose(HEALTHY)
+    assert (found.severity, found.title) == ("good", "Nothing found")
+    assert found.evidence == f"{len(SIGNATURES)} checks over 5 rounds, 4 clients, 16 tests."
+
+
+@pytest.mark.parametrize("name", SICK)
+def test_a_signature_fires_alone_with_its_numbers(name: str) -> None:
+    title, change, evidence = SICK[name]
+    (found,) = diagnose(replace(HEALTHY, **change))
+    assert found.title == title
+    assert evidence in found.evidence
+
+
+def test_every_signature_has_its_case() -> None:
+    assert {title for title, _, _ in SICK.values()} == {title for _, title, _, _ in SIGNATURES}
+
+
+def test_one_step_a_round_is_too_little_data() -> None:
+    rounds = [
+        {**row, "clients": [{**row["clients"][0], "steps": 1}, *row["clients"][1:]]}
+        for row in HEALTHY.rounds
+    ]
+    assert "a (6000 tokens)" in diagnose(replace(HEALTHY, rounds=rounds))[0].evidence
+
+
+def test_newcomers_are_expected_to_be_idle() -> None:
+    run = replace(HEALTHY, rounds=of_all("cohort", ["b", "c", "d"]))
+    assert diagnose(replace(run, clients=without_data(newcomer=True)))[0].severity == "good"
+
+
+def test_the_gravest_comes_first() -> None:
+    change = SICK["unfinished"][1] | {"rounds": trained((math.nan,), (3.0,))}
+    found = diagnose(replace(HEALTHY, **change))
+    assert [finding.severity for finding in found] == ["problem", "note"]
+
+
+def test_advice_names_a_setting_with_its_value() -> None:
+    (found,) = diagnose(replace(HEALTHY, **SICK["swings"][1]))
+    assert "Lower training.lr=0.001," in found.advice
+
+
+def test_an_empty_run_is_only_unfinished() -> None:
+    empty = RunFiles(Path("run"), {}, {}, [], [], {}, [], [], [])
+    assert [finding.title for finding in diagnose(empty)] == ["The run has not finished"]
+
+
+@pytest.mark.parametrize(("norm", "cosine"), [(0.0, -1.0), (math.sqrt(0.5), 0.0), (1.0, 1.0)])
+def test_agreement_is_the_cosine_that_the_norms_imply(norm: float, cosine: float) -> None:
+    # Two unit updates, halved and added: opposite ones cancel, orthogonal ones leave sqrt(1/2).
+    clients = [{"client": c, "weight": 5.0, "drift": 1.0} for c in "ab"]
+    row = {"bytes_up": 1, "update_norm": norm, "clients": clients}
+    assert agreement(row) == pytest.approx(cosine, abs=1e-12)
+
+
+def test_agreement_minds_the_weights() -> None:
+    # 3/4 (1, 0) + 1/4 (0, 1) has norm sqrt(10)/4, and the two are orthogonal.
+    clients = [{"client": c, "weight": w, "drift": 1.0} for c, w in (("a", 3.0), ("b", 1.0))]
+    row = {"bytes_up": 1, "update_norm": math.sqrt(10) / 4, "clients": clients}
+    assert agreement(row) == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("change", [{"clients": HEALTHY.rounds[0]["clients"][:1]}, {"bytes_up": 0}])
+def test_nothing_merged_has_no_agreement(change: Row) -> None:
+    assert agreement({**HEALTHY.rounds[0], **change}) is None
