@@ -92,15 +92,15 @@ class Data:
     label_field: str | None = None
     """Field that labels the text (jsonl, hub)."""
     lines: Count = 16
-    """Consecutive lines of PTB that make one example."""
+    """Consecutive lines of PTB, or sentences of Brown, that make one example."""
     limit: Count | None = None
-    """Read at most so many examples; none is all."""
+    """Keep at most so many examples, evenly spaced over the source; none is all."""
     length: Annotated[int, Field(ge=8)] = 64
     """Tokens in a training block."""
     validation: Share = 0.1
-    """Share of each client's examples for validation (where the source has no split)."""
+    """Share of each client's examples for validation (where the source has no such split)."""
     test: Share = 0.1
-    """Share of each client's examples for the test (where the source has no split)."""
+    """Share of each client's examples for the test (where the source has no such split)."""
 
     def __post_init__(self) -> None:
         if self.validation + self.test >= 1:
@@ -139,7 +139,8 @@ class Federation:
     """Who takes part, and for how long."""
 
     clients: Count | None = None
-    """Clients in the federation; none is every natural group (partition.by=group), else 10."""
+    """Clients in the federation; none is every natural group (partition.by=group), one for each of
+    partition.sizes, else 10."""
     cohort: Count | None = None
     """Clients drawn each round, without replacement; none is all."""
     fraction: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -203,6 +204,8 @@ class Personal:
 
     epochs: Whole = 3
     """Most epochs of tuning; 0 leaves every client the global adapter."""
+    steps: Count | None = None
+    """Steps in an epoch; none is one pass over the client's examples."""
     lr: Positive = 5e-4
     """Learning rate."""
     patience: Count = 1

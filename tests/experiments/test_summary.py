@@ -21,7 +21,7 @@ from fedgen_edge.experiments.summary import (
 LN2 = math.log(2)
 
 
-def tested(model: str, client: str, bits: int) -> dict[str, object]:
+def on_test(model: str, client: str, bits: int) -> dict[str, object]:
     """Ten tokens in five words, each token `bits` bits: a perplexity of 2^bits."""
     return {"model": model, "client": client, "nats": 10 * bits * LN2, "tokens": 10, "words": 5}
 
@@ -46,7 +46,7 @@ def lines(rows: list[dict[str, object]]) -> str:
 def folder(tmp_path: Path) -> Path:
     """Clients a and b, and a newcomer c that local-only knows nothing of."""
     bits = {"backbone": (2, 4, 1), "personal": (1, 2, 9), "local-only": (1, 3), "global": (1, 3, 9)}
-    rows = [tested(m, c, n) for m, each in bits.items() for c, n in zip("abc", each, strict=False)]
+    rows = [on_test(m, c, n) for m, each in bits.items() for c, n in zip("abc", each, strict=False)]
     clients = [{"client": c, "train": 7, "tokens": 70, "newcomer": c == "c"} for c in "abc"]
     (tmp_path / "settings.toml").write_text('task = "language"\n[federation]\nseed = 3\n')
     (tmp_path / "run.json").write_text('{"full_bytes": 10000, "finished": true}')
@@ -90,14 +90,14 @@ def test_models_are_compared_on_the_clients_that_all_were_tested_on(folder: Path
 
 def test_worst_decile_is_the_mean_of_the_worst_tenth_rounded_up(folder: Path) -> None:
     # Of 11 clients with 1 to 11 bits, the worst two have 2^11 and 2^10: 1536 on average.
-    rows = [tested("global", f"c{bits}", bits) for bits in range(1, 12)]
+    rows = [on_test("global", f"c{bits}", bits) for bits in range(1, 12)]
     (folder / "evaluation.jsonl").write_text(lines(rows))
     assert perplexities(read(folder))[0].worst_decile == pytest.approx(1536)
 
 
 def test_a_client_with_a_broken_model_is_the_worst(folder: Path) -> None:
-    broken = {**tested("global", "b", 1), "nats": math.nan}
-    (folder / "evaluation.jsonl").write_text(lines([tested("global", "a", 5), broken]))
+    broken = {**on_test("global", "b", 1), "nats": math.nan}
+    (folder / "evaluation.jsonl").write_text(lines([on_test("global", "a", 5), broken]))
     assert perplexities(read(folder))[0].worst_client == "b"
 
 
@@ -179,7 +179,7 @@ def test_a_missing_or_altered_file_is_one_line_that_names_it(
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no run at .*/nowhere"):
+    with pytest.raises(CheckpointError, match=r"no run at .*/nowhere"):
         read(tmp_path / "nowhere")
 
 

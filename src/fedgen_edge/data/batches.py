@@ -4,9 +4,10 @@ Randomness comes from `(seed, round, client)` alone, so two methods in one table
 batches in the same order, and so do two engines.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
 import torch
 
@@ -39,7 +40,11 @@ class Budget:
     """Examples in a step."""
     epochs: int = 1
     steps: int | None = None
-    """Steps instead of epochs."""
+    """Steps in an epoch; none is one pass over the client's examples."""
+
+    def each(self, examples: Batch) -> int:
+        """Steps in an epoch on these examples."""
+        return self.steps or -(-rows(examples) // self.batch)
 
 
 def rows(examples: Batch) -> int:
@@ -88,36 +93,33 @@ def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) 
 
 
 def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
-    """One client's batches of one round, shuffled anew in each epoch.
+    """One client's batches of one round, shuffled anew in each pass over its examples.
 
     Args:
         examples: `[rows, ...]` each.
-        budget: epochs, or steps over as many epochs as they need.
+        budget: epochs, and their steps.
         key: seeds the order.
 
     Yields:
         Batches with two more fields, scalars: `epoch`, from 0, and `last`, true at its end.
     """
-    count = rows(examples)
-    taken = epoch = 0
-    while epoch < budget.epochs if budget.steps is None else taken < budget.steps:
-        order = torch.randperm(count, generator=generator(*key, epoch))
-        for at in range(0, count, budget.batch):
-            if taken == budget.steps:
-                return
-            own = order[at : at + budget.batch]
-            last = at + budget.batch >= count
-            marks = {"epoch": torch.tensor(epoch), "last": torch.tensor(last)}
-            yield {**{k: v[own] for k, v in examples.items()}, **marks}
-            taken += 1
-        epoch += 1
+    each = budget.each(examples)
+    chosen = islice(_passes(rows(examples), budget.batch, *key), each * budget.epochs)
+    for at, own in enumerate(chosen):
+        marks = {"epoch": torch.tensor(at // each), "last": torch.tensor(at % each == each - 1)}
+        yield {**{k: v[own] for k, v in examples.items()}, **marks}
+
+
+def _passes(count: int, batch: int, *key: int | str) -> Iterator[torch.Tensor]:
+    """Positions of batch after batch, without end."""
+    for number in itertools.count():
+        order = torch.randperm(count, generator=generator(*key, number))
+        yield from order.split(batch)
 
 
 def steps(examples: Batch, budget: Budget) -> int:
     """How many batches `deal` makes."""
-    if budget.steps is not None:
-        return budget.steps
-    return budget.epochs * -(-rows(examples) // budget.batch)
+    return budget.epochs * budget.each(examples)
 
 
 def interleave(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:

@@ -67,7 +67,7 @@ class Experiment:
     def train(self) -> Train:
         """What clients do in a round."""
         t = self.settings.training
-        budget = Budget(t.batch, t.epochs, t.steps)
+        budget = Budget(t.batch, 1 if t.steps else t.epochs, t.steps)
         return Train(self.clients, self.algorithm, budget, self._recipe)
 
     @property
@@ -76,7 +76,7 @@ class Experiment:
         t, p = self.settings.training, self.settings.personal
         corrects = proximal(p.pull) if p.pull else unchanged
         recipe = Recipe(optimiser(t, p.lr), t.clip, corrects=corrects)
-        budget = Budget(t.batch, p.epochs)
+        budget = Budget(t.batch, p.epochs, p.steps)
         return Personalise(self.clients, budget, recipe, Patience(p.patience, p.fallback))
 
     def start(self) -> ServerState:

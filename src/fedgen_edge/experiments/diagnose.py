@@ -23,6 +23,7 @@ from fedgen_edge.experiments.summary import (
     by_model,
     difference,
     number,
+    shared,
     validation,
 )
 
@@ -102,7 +103,7 @@ def swings(run: RunFiles) -> str | None:
 
 def stuck(run: RunFiles) -> str | None:
     """The loss hardly moves, and the test does not say otherwise."""
-    losses, models = [row["loss"] for row in run.rounds], by_model(run)
+    losses, models = [row["loss"] for row in run.rounds], shared(run)
     helps = difference(models.get(GLOBAL, {}), models.get(BACKBONE, {})) < 0
     if len(losses) < 3 or helps or not losses[0] - min(losses) < FLAT:
         return None
@@ -148,7 +149,7 @@ def alone_beats_global(run: RunFiles) -> str | None:
 
 
 def _over_local(run: RunFiles, model: str) -> float:
-    models = by_model(run)
+    models = shared(run)
     return difference(models.get(model, {}), models.get(LOCAL, {}))
 
 
@@ -160,15 +161,14 @@ def too_little_data(run: RunFiles) -> str | None:
         for row in _learners(run)
         if row["tokens"] < FEW_TOKENS or steps.get(row["client"], FEW_STEPS) < FEW_STEPS
     ]
-    least = f"under {FEW_TOKENS} training tokens or {FEW_STEPS} steps a round"
-    return f"{len(poor)} clients have {least}: {_some(poor)}." if poor else None
+    least = f"{FEW_TOKENS} training tokens or {FEW_STEPS} steps a round"
+    return f"{len(poor)} have fewer than {least}: {_some(poor)}." if poor else None
 
 
 def pulled_apart(run: RunFiles) -> str | None:
     """Updates cancel in the mean."""
     rows = [(row, cosine) for row in run.rounds if (cosine := agreement(row)) is not None]
-    typical = median(cosine for _, cosine in rows) if rows else 0.0
-    if typical >= AGREEMENT:
+    if not rows or (typical := median(cosine for _, cosine in rows)) >= AGREEMENT:
         return None
     drift = median(fmean(c["drift"] for c in row["clients"]) for row, _ in rows)
     merged = median(row["update_norm"] for row, _ in rows)

@@ -28,6 +28,7 @@ from fedgen_edge.experiments.summary import (
     by_model,
     per_client,
     perplexity,
+    printable,
     size,
     validation,
 )
@@ -214,7 +215,7 @@ def _line(axes: Axes, points: Sequence[Point], label: str, colour: str) -> None:
 
 
 def _band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str) -> None:
-    if all(math.isfinite(value) for each in values for value in each):
+    if values and all(math.isfinite(value) for each in values for value in each):
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
 
@@ -227,7 +228,7 @@ def _label(axes: Axes, names: Sequence[str]) -> None:
 
 def _name(client: str, newcomer: bool) -> str:
     short = client if len(client) < 24 else client[:22] + "\N{HORIZONTAL ELLIPSIS}"
-    return "".join(c if c.isprintable() else "?" for c in short) + " (new)" * newcomer
+    return printable(short) + " (new)" * newcomer
 
 
 def _spread(rows: Sequence[Any]) -> list[Any]:

@@ -173,11 +173,13 @@ def table_for_terminal(run: RunFiles) -> Table:
     for row in models:
         table.add_column(Text(row.model), justify="right", no_wrap=True)
     for row in rows:
-        name = Text(row.client + " (new)" * row.newcomer)
+        name = Text(summary.printable(row.client) + " (new)" * row.newcomer)
         table.add_row(name, *_best([row.perplexity.get(m.model, math.nan) for m in models]))
-    table.add_section()
-    table.add_row(f"mean of {models[0].clients}", *_best([m.mean for m in models]), style="bold")
-    table.add_row("worst client", *_best([m.worst for m in models]))
+    if models:
+        count = models[0].clients
+        table.add_section()
+        table.add_row(f"mean of {count}", *_best([m.mean for m in models]), style="bold")
+        table.add_row("worst client", *_best([m.worst for m in models]))
     return table
 
 
@@ -264,7 +266,8 @@ def _group_row(group: Group, first: Group, models: Sequence[str]) -> dict[str, A
 
 
 def _gap(run: RunFiles, other: RunFiles, model: str, reference: str) -> float:
-    return summary.difference(by_model(run).get(model, {}), by_model(other).get(reference, {}))
+    ours, theirs = summary.shared(run), summary.shared(other)
+    return summary.difference(ours.get(model, {}), theirs.get(reference, {}))
 
 
 def _against(group: Group, first: Group, model: str) -> list[float]:
@@ -275,7 +278,7 @@ def _against(group: Group, first: Group, model: str) -> list[float]:
 
 
 def _interval(values: Sequence[float]) -> dict[str, Any] | None:
-    finite = [value for value in values if not math.isnan(value)]
+    finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
     mean, low, high = summary.paired_interval(finite)

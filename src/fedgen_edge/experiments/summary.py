@@ -27,8 +27,8 @@ NEEDS = {
 
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
-Z975 = 1.959964
-"""The same for the normal distribution."""
+FISHER = (1.95996, 2.37227, 2.82250, 2.55585)
+"""Coefficients of 1, 1/f, 1/f^2 and 1/f^3 in the same quantile with f degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -186,12 +186,22 @@ def by_client(rows: Mapping[str, Row]) -> dict[str, float]:
     return {client: perplexity(row["nats"], row["tokens"]) for client, row in rows.items()}
 
 
-def perplexities(run: RunFiles) -> list[ModelRow]:
-    """Test perplexity, a row a model, over the clients that every model was tested on."""
+def shared(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
+    """Evaluation rows of the clients that train (or of the newcomers) and every model has.
+
+    A newcomer's local-only model is the backbone: in a mean it would count against training alone.
+    """
     models = by_model(run)
-    shared = [c for c in next(iter(models.values()), {}) if all(c in m for m in models.values())]
-    fair = {model: {c: rows[c] for c in shared} for model, rows in models.items()}
-    return [_model_row(model, fair) for model in fair if shared]
+    new = {row["client"] for row in run.clients if row.get("newcomer", False)}
+    found = [c for c in next(iter(models.values()), {}) if (c in new) == newcomers]
+    both = [c for c in found if all(c in rows for rows in models.values())]
+    return {model: {c: rows[c] for c in both} for model, rows in models.items()} if both else {}
+
+
+def perplexities(run: RunFiles, newcomers: bool = False) -> list[ModelRow]:
+    """Test perplexity, a row a model, over the same clients: those of `shared`."""
+    fair = shared(run, newcomers)
+    return [_model_row(model, fair) for model in fair]
 
 
 def _model_row(model: str, fair: Mapping[str, Mapping[str, Row]]) -> ModelRow:
@@ -268,8 +278,7 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     mean, freedom = fmean(differences), len(differences) - 1
     if not freedom:
         return mean, -math.inf, math.inf
-    z = Z975
-    expanded = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    expanded = sum(term / freedom**power for power, term in enumerate(FISHER))
     t = T975[freedom - 1] if freedom <= len(T975) else expanded
     half = t * stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
@@ -288,3 +297,8 @@ def size(count: float) -> str:
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, max(0, math.floor(math.log10(max(1, count)) / 3)))
     return f"{number(count / 1000**power) if power else int(count)} {units[power]}"
+
+
+def printable(text: str) -> str:
+    """The text with a question mark for whatever a terminal or a font cannot show."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)

