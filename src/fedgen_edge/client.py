@@ -8,7 +8,7 @@ optimisers work on stacks as they are.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -86,14 +86,16 @@ def descend(
             names = _trained(now, batch, phase, recipe)
             view = {k: v[:seen] if axes else v for k, v in now.items()}
             loss = task.loss(view, batch, phase.prefix)
-            mean = (loss.total / loss.count.clamp(min=1)).sum()
-            slopes = torch.autograd.grad(mean, [now[k] for k in names])
-            with torch.no_grad():
+            if names:
+                mean = (loss.total / loss.count.clamp(min=1)).sum()
+                slopes = torch.autograd.grad(mean, [now[k] for k in names])
                 grads = dict(zip(names, slopes, strict=True))
-                grads = recipe.corrects(grads, now, start, memory)
-                _apply(optimisers[phase.prefix], now, clipped(grads, recipe.clip, axes), seen)
+                with torch.no_grad():
+                    grads = recipe.corrects(grads, now, start, memory)
+                    _apply(optimisers[phase.prefix], now, clipped(grads, recipe.clip, axes), seen)
         assert loss is not None
-        yield Step(now, PerClient(loss.total.detach(), loss.count), batch["last"])
+        bare = {k: v.detach() for k, v in now.items()}
+        yield Step(bare, PerClient(loss.total.detach(), loss.count), batch["last"])
 
 
 def _trained(now: Leaves, batch: Batch, phase: Phase, recipe: Recipe) -> list[str]:
@@ -263,6 +265,7 @@ class Clients:
         return {k: v.to(self.device) for k, v in values.items()}
 
 
+@runtime_checkable
 class Job(Protocol):
     """What an engine has clients do; it decides who works together, and knows no method."""
 

@@ -29,6 +29,7 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NotNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Portion = Annotated[float, Field(gt=0, lt=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -97,9 +98,9 @@ class Data:
     """Keep at most so many examples, evenly spaced over the source; none is all."""
     length: Annotated[int, Field(ge=8)] = 64
     """Tokens in a training block."""
-    validation: Share = 0.1
+    validation: Portion = 0.1
     """Share of each client's examples for validation (where the source has no such split)."""
-    test: Share = 0.1
+    test: Portion = 0.1
     """Share of each client's examples for the test (where the source has no such split)."""
 
     def __post_init__(self) -> None:

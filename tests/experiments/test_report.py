@@ -158,6 +158,14 @@ def test_the_headline_has_the_numbers(run: Path) -> None:
     assert "9.00 MB: 99.80\N{NO-BREAK SPACE}% less" in told
 
 
+def test_the_headline_tells_newcomers_apart(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    clients = json.loads((folder / "clients.json").read_text())
+    clients[0]["newcomer"] = True
+    (folder / "clients.json").write_text(json.dumps(clients))
+    assert "For newcomers (1), who never trained: 64.0 with" in headline(read(folder))
+
+
 def test_the_page_shows_gains_findings_and_settings(page: str) -> None:
     assert "87.5\N{NO-BREAK SPACE}%" in page  # 8 against 64
     assert "Nothing found" in page
@@ -252,14 +260,14 @@ def test_the_terminals_table_fits_80_columns(tmp_path: Path) -> None:
         for m, bits in {**BITS, "fedavg-full": 4}.items()
         for c in clients
     ]
-    told = [{"client": c, "train": 9, "tokens": 900, "newcomer": True} for c in clients]
+    told = [{"client": c, "train": 9, "tokens": 900, "newcomer": c == clients[0]} for c in clients]
     (folder / "clients.json").write_text(json.dumps(told))
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     console = Console(width=80, record=True, color_system=None, file=(tmp_path / "out").open("w"))
     with console.file:
         console.print(table_for_terminal(read(folder)))
         lines = console.export_text().splitlines()
-    mean = next(line for line in lines if "mean of 15" in line)
+    mean = next(line for line in lines if "mean of 14" in line)
     assert mean.split()[3:] == ["64.0", "32.0", "16.0", "16.0", "8.00"]
     assert max(map(len, lines)) <= 80
     assert sum("[red]a-rather" in line for line in lines) == 15

@@ -19,6 +19,7 @@ from fedgen_edge.experiments.summary import (
 )
 
 LN2 = math.log(2)
+BITS = {"backbone": (2, 4, 1), "local-only": (1, 3, 1), "global": (1, 3, 9), "personal": (1, 2, 9)}
 
 
 def on_test(model: str, client: str, bits: int) -> dict[str, object]:
@@ -44,9 +45,8 @@ def lines(rows: list[dict[str, object]]) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Clients a and b, and a newcomer c that local-only knows nothing of."""
-    bits = {"backbone": (2, 4, 1), "personal": (1, 2, 9), "local-only": (1, 3), "global": (1, 3, 9)}
-    rows = [on_test(m, c, n) for m, each in bits.items() for c, n in zip("abc", each, strict=False)]
+    """Clients a and b, and a newcomer c, for whom local-only is the backbone."""
+    rows = [on_test(m, c, n) for m, each in BITS.items() for c, n in zip("abc", each, strict=True)]
     clients = [{"client": c, "train": 7, "tokens": 70, "newcomer": c == "c"} for c in "abc"]
     (tmp_path / "settings.toml").write_text('task = "language"\n[federation]\nseed = 3\n')
     (tmp_path / "run.json").write_text('{"full_bytes": 10000, "finished": true}')
@@ -79,13 +79,20 @@ def test_gains_are_percent_of_the_references_mean(folder: Path) -> None:
     assert math.isnan(rows["backbone"].over_backbone)
 
 
-def test_models_are_compared_on_the_clients_that_all_were_tested_on(folder: Path) -> None:
-    assert [(row.model, row.clients) for row in perplexities(read(folder))] == [
-        ("backbone", 2),
-        ("local-only", 2),
-        ("global", 2),
-        ("personal", 2),
+def test_newcomers_have_means_of_their_own(folder: Path) -> None:
+    run = read(folder)
+    assert {row.model: row.clients for row in perplexities(run)} == dict.fromkeys(BITS, 2)
+    new = perplexities(run, newcomers=True)
+    assert [(row.clients, row.mean) for row in new] == [
+        (1, pytest.approx(2 ** bits[2])) for bits in BITS.values()
     ]
+
+
+def test_models_are_compared_on_the_clients_that_all_were_tested_on(folder: Path) -> None:
+    rows = [on_test("global", "a", 1), on_test("global", "b", 5), on_test("backbone", "a", 2)]
+    (folder / "evaluation.jsonl").write_text(lines(rows))
+    found = [(row.model, row.mean) for row in perplexities(read(folder))]
+    assert found == [("backbone", pytest.approx(4)), ("global", pytest.approx(2))]
 
 
 def test_worst_decile_is_the_mean_of_the_worst_tenth_rounded_up(folder: Path) -> None:
@@ -104,7 +111,9 @@ def test_a_client_with_a_broken_model_is_the_worst(folder: Path) -> None:
 def test_each_client_has_a_perplexity_for_each_model_it_was_tested_with(folder: Path) -> None:
     newcomer = per_client(read(folder))[2]
     assert newcomer.newcomer
-    assert newcomer.perplexity == pytest.approx({"backbone": 2, "global": 512, "personal": 512})
+    assert newcomer.perplexity == pytest.approx(
+        {"backbone": 2, "local-only": 2, "global": 512, "personal": 512}
+    )
 
 
 def test_saving_is_measured_against_the_whole_model_for_every_upload(folder: Path) -> None:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
@@ -23,7 +22,7 @@ from fedgen_edge.data.sources import Corpus
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.leaves import stack
+from fedgen_edge.experiments import machine
 from fedgen_edge.rounds import Engine, cohort_size
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.language import Language
@@ -31,9 +30,6 @@ from fedgen_edge.tasks.language import build as language
 from fedgen_edge.types import Leaves, ServerState
 
 TASKS = {"language": language}
-
-CPU_TOKENS = 2048
-"""Tokens in one step beyond which a CPU gains nothing from a larger stack."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ def build(settings: Settings) -> Experiment:
     algorithm = method(settings.method)
     for name in settings.evaluation.baselines:
         method(replace(settings.method, name=name))
-    device = resolve_device(settings)
+    device = machine.device(settings.engine.device)
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     corpus = sources.read(settings.data)
     federation, seed = settings.federation, settings.federation.seed
@@ -151,25 +147,6 @@ def beside(experiment: Experiment, name: str) -> Experiment:
         task = TASKS[settings.task](settings, full=full, device=clients.device)
         clients = replace(clients, task=task)
     return replace(experiment, settings=settings, algorithm=algorithm, task=task, clients=clients)
-
-
-def resolve_device(settings: Settings) -> torch.device:
-    """The device of the settings.
-
-    Raises:
-        ConfigError: there is none such.
-    """
-    name = settings.engine.device
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise ConfigError(
-            f"engine.device={name!r} is not on this machine: say cpu, or auto"
-        ) from None
-    return device
 
 
 def shards(
@@ -209,7 +186,7 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
         engine=replace(
             settings.engine,
             name="stacked" if can_stack else "serial",
-            stack=(settings.engine.stack or _stack(experiment, cohort)) if can_stack else None,
+            stack=min(cohort, settings.engine.stack or _stack(experiment)) if can_stack else None,
             device=str(clients.device),
             threads=torch.get_num_threads(),
         ),
@@ -221,40 +198,9 @@ def _absolute(path: Any) -> Any:
     return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
 
 
-def _stack(experiment: Experiment, cohort: int) -> int:
-    """Clients in one stack: what half of the free memory holds, measured on one client's batch."""
-    settings, clients = experiment.settings, experiment.clients
-    budget = Budget(settings.training.batch, steps=1)
+def _stack(experiment: Experiment) -> int:
+    """Clients that fit in one stack, by the batch of the largest."""
+    clients, rows = experiment.clients, experiment.settings.training.batch
     examples = max((s.train for s in clients.shards), key=lambda e: len(e["words"]))
-    batch = {k: v[: budget.batch].to(clients.device) for k, v in examples.items()}
-    adapter = experiment.task.init(generator(0))
-    kept = saved_bytes(experiment.task, clients.place(adapter), batch)
-    own = sum(v.numel() * v.element_size() for v in adapter.values())
-    each = int(1.5 * kept) + 6 * own
-    free = (
-        torch.cuda.mem_get_info(clients.device)[0]
-        if clients.device.type == "cuda"
-        else psutil.virtual_memory().available
-    )
-    most = free // 2 // each
-    if clients.device.type == "cpu":
-        most = min(most, CPU_TOKENS // max(1, batch["mask"].numel()))
-    return int(min(cohort, max(1, most)))
-
-
-def saved_bytes(task: Language, adapter: Leaves, batch: dict[str, Tensor]) -> int:
-    """Bytes that one client's forward pass keeps for its backward pass."""
-    seen: dict[int, int] = {}
-    frozen = {p.untyped_storage().data_ptr() for p in task.module.parameters()}
-
-    def pack_(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in frozen:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    one = {k: v.requires_grad_() for k, v in stack([adapter]).items()}
-    rows = {k: v.unsqueeze(0) for k, v in batch.items()}
-    with torch.autograd.graph.saved_tensors_hooks(pack_, lambda tensor: tensor):
-        task.loss(one, rows, task.phases[0].prefix)
-    return sum(seen.values())
+    adapter = clients.place(experiment.task.init(generator(0)))
+    return machine.stack_size(experiment.task, adapter, clients.place(head(examples, rows)))

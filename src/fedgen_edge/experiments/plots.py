@@ -23,6 +23,7 @@ from fedgen_edge.experiments.summary import (
     GLOBAL,
     LOCAL,
     PERSONAL,
+    Number,
     Row,
     RunFiles,
     by_model,
@@ -71,7 +72,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("xtick.color", "ytick.color"), INK),
 }
 
-Point = tuple[float, float]
+Point = tuple[Number, Number]
 Draw = Callable[[RunFiles], Figure | None]
 
 
@@ -155,7 +156,7 @@ def who_holds_what(run: RunFiles) -> Figure | None:
     rows = _spread(sorted(run.clients, key=lambda row: row["train"]))
     held = _held(rows)
     figure, axes = _figure(len(rows))
-    left = [0.0] * len(rows)
+    left: list[Number] = [0.0] * len(rows)
     for colour, (kind, widths) in zip((*SERIES, COLOURS[BACKBONE]), held.items(), strict=False):
         axes.barh(range(len(rows)), widths, 0.7, left, color=colour, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
@@ -172,16 +173,18 @@ PICTURES: dict[str, Draw] = {
 }
 
 
-def _held(rows: Sequence[Row]) -> dict[str, list[float]]:
+def _held(rows: Sequence[Row]) -> dict[str, list[Number]]:
     labels = [row.get("labels") or {} for row in rows]
     if all(len(each) < 2 for each in labels):
         return {"training tokens": [row["tokens"] for row in rows]}
     total = sum(map(Counter, labels), Counter())
     top = [label for label, _ in total.most_common(len(SERIES))]
-    rest: list[float] = [
+    rest: list[Number] = [
         sum(each.values()) - sum(each.get(label, 0) for label in top) for each in labels
     ]
-    held: dict[str, list[float]] = {label: [each.get(label, 0) for each in labels] for label in top}
+    held: dict[str, list[Number]] = {
+        label: [each.get(label, 0) for each in labels] for label in top
+    }
     return {**held, "others": rest} if any(rest) else held
 
 
@@ -214,7 +217,7 @@ def _line(axes: Axes, points: Sequence[Point], label: str, colour: str) -> None:
         axes.plot(*zip(*whole, strict=True), style, marker="o", color=colour, label=label)
 
 
-def _band(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str) -> None:
+def _band(axes: Axes, x: Sequence[Number], values: Sequence[Sequence[Number]], colour: str) -> None:
     if values and all(math.isfinite(value) for each in values for value in each):
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

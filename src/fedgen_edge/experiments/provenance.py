@@ -1,16 +1,14 @@
 """What a run's results rest on: run.json and clients.json."""
 
 import math
-import os
-import platform
 from collections import Counter
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.experiments.machine import hardware
 from fedgen_edge.types import ServerState
 from fedgen_edge.uplink.transform import length
 
@@ -73,13 +71,3 @@ def origin(experiment: Experiment, state: ServerState, client: str) -> dict[str,
         "client": client,
         "fedgen_edge": version("fedgen-edge"),
     }
-
-
-def hardware(device: torch.device) -> str:
-    """The processor, in words."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {os.cpu_count()} cores"

@@ -22,6 +22,8 @@ from fedgen_edge.experiments.summary import (
     GLOBAL,
     LOCAL,
     PERSONAL,
+    ModelRow,
+    Number,
     RunFiles,
     by_model,
     number,
@@ -120,12 +122,13 @@ def single(run: RunFiles) -> dict[str, Any]:
 
 def headline(run: RunFiles) -> str:
     """The run in a few short sentences."""
-    sent, rows = summary.uplink(run), summary.perplexities(run)
-    told = [f"{number(row.mean)} with {CALLED.get(row.model, row.model)}" for row in rows]
+    sent, new = summary.uplink(run), summary.perplexities(run, newcomers=True)
     method = run.settings.get("method.name", "training")
     text = f"{len(run.clients)} clients, {len(run.rounds)} rounds of {method}."
-    if told:
-        text += f" Mean perplexity on held-out text: {', '.join(told)}."
+    if told := _means(summary.perplexities(run)):
+        text += f" Mean perplexity on held-out text: {told}."
+    if new:
+        text += f" For newcomers ({new[0].clients}), who never trained: {_means(new)}."
     if not math.isnan(sent.saving):
         text += (
             f" Clients sent {size(sent.up)}, where the full model would have been "
@@ -134,11 +137,16 @@ def headline(run: RunFiles) -> str:
     return text
 
 
+def _means(rows: Sequence[ModelRow]) -> str:
+    return ", ".join(f"{number(row.mean)} with {CALLED.get(row.model, row.model)}" for row in rows)
+
+
 def samples(run: RunFiles) -> list[dict[str, Any]]:
     """Continuations side by side: for each client and prompt, one text a model."""
     texts = {(r["model"], r["client"], r["prompt"]): r["text"] for r in run.samples}
     models = list(dict.fromkeys(model for model, _, _ in texts))
-    asked = dict.fromkeys((client, prompt) for _, client, prompt in texts if client)
+    asked = list(dict.fromkeys((client, prompt) for _, client, prompt in texts))
+    of_clients = [(client, prompt) for client, prompt in asked if client]
     return [
         {
             "client": client,
@@ -148,7 +156,7 @@ def samples(run: RunFiles) -> list[dict[str, Any]]:
                 for m in models
             ],
         }
-        for client, prompt in asked
+        for client, prompt in of_clients or asked
     ]
 
 
@@ -160,7 +168,7 @@ def provenance(run: RunFiles) -> list[tuple[str, str]]:
     tokens = sum(row["tokens"] for row in run.clients)
     scale = [("Training tokens", tokens), ("Seed", run.settings.get(SEED, "?"))]
     return [
-        (label, f"{value:,}" if isinstance(value, int | float) else str(value))
+        (label, f"{round(value, 1):,}" if isinstance(value, int | float) else str(value))
         for label, value in (*known, *scale, *spent)
     ]
 
@@ -183,7 +191,7 @@ def table_for_terminal(run: RunFiles) -> Table:
     return table
 
 
-def _best(values: Sequence[float]) -> list[Text]:
+def _best(values: Sequence[Number]) -> list[Text]:
     low = min(values, default=0.0)
     return [Text(number(value), "green" if value == low else "") for value in values]
 
@@ -228,7 +236,7 @@ def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
     return {
         "kind": "comparison",
         "title": f"{len(runs)} runs compared",
-        "headline": f"{len(groups)} settings, {len(runs)} runs. {_lowest(rows, models)}",
+        "headline": f"Settings compared: {len(groups)}. {_lowest(rows, models)}",
         "differ": differ,
         "apart": apart,
         "models": models,
@@ -277,7 +285,7 @@ def _against(group: Group, first: Group, model: str) -> list[float]:
     return [_gap(run, other, model, model) for run, other in pairs if other]
 
 
-def _interval(values: Sequence[float]) -> dict[str, Any] | None:
+def _interval(values: Sequence[Number]) -> dict[str, Any] | None:
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return None
@@ -286,5 +294,5 @@ def _interval(values: Sequence[float]) -> dict[str, Any] | None:
     return {"mean": mean, "low": low, "high": high, "known": known, "sure": sure}
 
 
-def _signed(value: float) -> str:
+def _signed(value: Number) -> str:
     return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + number(abs(value))

@@ -13,6 +13,7 @@ from fedgen_edge.errors import CheckpointError
 
 Row = dict[str, Any]
 """One line of a run's file."""
+Number = int | float
 
 BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
 
@@ -165,7 +166,7 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def perplexity(nats: float, count: float) -> float:
+def perplexity(nats: Number, count: Number) -> float:
     """exp(nats / count); nan of nothing, infinite beyond what a float holds."""
     if count <= 0:
         return math.nan
@@ -242,16 +243,10 @@ def per_client(run: RunFiles) -> list[ClientRow]:
     """A row a client, in the run's order."""
     models = {model: by_client(rows) for model, rows in by_model(run).items()}
     return [
-        ClientRow(
-            client=row["client"],
-            train=row["train"],
-            tokens=row["tokens"],
-            newcomer=row.get("newcomer", False),
-            perplexity={
-                m: each[row["client"]] for m, each in models.items() if row["client"] in each
-            },
-        )
+        ClientRow(name, row["train"], row["tokens"], row.get("newcomer", False), tested)
         for row in run.clients
+        for name in [row["client"]]
+        for tested in [{m: each[name] for m, each in models.items() if name in each}]
     ]
 
 
@@ -264,13 +259,13 @@ def uplink(run: RunFiles) -> Uplink:
     return Uplink(up, sum(r[1] for r in rounds), rounds, participations, full, saving)
 
 
-def validation(rounds: Sequence[Row]) -> list[tuple[int, float]]:
+def validation(rounds: Sequence[Row]) -> list[tuple[int, Number]]:
     """Round and validation nats per token, where a round was validated."""
     judged = [(row["round"], row.get("validation")) for row in rounds]
     return [(number, v["nats"] / v["tokens"]) for number, v in judged if v and v["tokens"]]
 
 
-def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
+def paired_interval(differences: Sequence[Number]) -> tuple[float, float, float]:
     """Mean, and the 95 % t-interval around it; boundless for a single difference.
 
     Source: Student 1908; beyond 10 degrees of freedom, Fisher's expansion of the quantile.
@@ -284,15 +279,16 @@ def paired_interval(differences: Sequence[float]) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def number(value: float) -> str:
+def number(value: Number) -> str:
     """A number to read: about three digits; a dash for nan."""
     if not math.isfinite(value):
         return "\N{EN DASH}" if math.isnan(value) else "\N{INFINITY}"
-    decimals = 0 if abs(value) >= 1000 else 1 if abs(value) >= 10 else 2
-    return f"{value:,.{decimals}f}"
+    high = abs(value)
+    form = ".1e" if high >= 1e6 else ",.0f" if high >= 1000 else ".1f" if high >= 10 else ".2f"
+    return f"{value:{form}}"
 
 
-def size(count: float) -> str:
+def size(count: Number) -> str:
     """Bytes in decimal units: 1 kB is 1000 bytes."""
     units = ("bytes", "kB", "MB", "GB", "TB")
     power = min(len(units) - 1, max(0, math.floor(math.log10(max(1, count)) / 3)))

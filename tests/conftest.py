@@ -1,0 +1,85 @@
+"""Backbones and toy tasks that tests share."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from fedgen_edge.data.batches import Shard
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The tiny backbone is made here, not in the user's cache."""
+    pytest.MonkeyPatch().setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Tiny models gain nothing from more, and tests side by side lose a great deal."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", params=["stories260K", "tiny"])
+def backbone(request: pytest.FixtureRequest) -> str:
+    """A pretrained backbone of 260 thousand parameters where the data folder is, and a random one."""
+    if request.param == "tiny":
+        return "tiny"
+    if not (SHARED / "stories260K").is_dir():
+        pytest.skip("the data folder beside the repository is not here: no stories260K")
+    return str(SHARED / "stories260K")
+
+
+@dataclass(frozen=True)
+class Line:
+    """Loss (w - x)^2 / 2 of each number x, under one leaf w: gradients by hand."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(),)
+
+    def init(self, rng: Generator) -> Leaves:
+        del rng
+        return {"w": torch.zeros(())}
+
+    def draw(self, examples: Batch, rng: Generator) -> Batch:
+        del rng
+        return examples
+
+    def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
+        del phase
+        error = (adapter["w"].unsqueeze(-1) - batch["x"]).square() / 2
+        return PerClient((error * batch["mask"]).sum(-1), batch["mask"].sum(-1).float())
+
+    def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
+        with torch.no_grad():
+            loss = self.loss(adapter, examples, "")
+        return {"total": loss.total, "count": loss.count}
+
+    def summary(self, statistics: Statistics) -> dict[str, Tensor]:
+        return {"loss": statistics["total"] / statistics["count"]}
+
+
+def numbers(*values: float) -> Batch:
+    """Examples of a Line."""
+    return {"x": torch.tensor(values), "mask": torch.ones(len(values), dtype=torch.bool)}
+
+
+def line_shard(name: str, *values: float) -> Shard:
+    """A client that holds these numbers, for everything."""
+    return Shard(name, numbers(*values), numbers(*values), numbers(*values))
+
+
+def sentences(count: int, client: int) -> list[str]:
+    """Different short texts of one client."""
+    words = ["dog", "cat", "sun", "red", "ball", "tree", "boat", "moon", "bird", "fish"]
+    return [
+        f"One day {words[client % 10]} number {i} saw a {words[(3 * i + client) % 10]} and a "
+        f"{words[(7 * i + 1) % 10]}. They went {'up' if i % 2 else 'down'}."
+        for i in range(count)
+    ]

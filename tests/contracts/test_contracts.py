@@ -1,0 +1,221 @@
+"""One suite a protocol, over the whole catalogue: tasks, algorithms, engines."""
+
+from functools import partial
+
+import pytest
+import torch
+from conftest import sentences
+from torch.optim import AdamW
+
+from fedgen_edge.adapters.full import Full
+from fedgen_edge.algorithms.methods import METHODS
+from fedgen_edge.client import Clients, Patience, Personalise, Recipe, Train
+from fedgen_edge.config import Federation, Method, from_table
+from fedgen_edge.data.batches import Budget, Shard, pack
+from fedgen_edge.engines.serial import serial
+from fedgen_edge.engines.stacked import stacked
+from fedgen_edge.experiments.build import TASKS
+from fedgen_edge.leaves import row, stack
+from fedgen_edge.rounds import Engine, rounds
+from fedgen_edge.seeds import generator
+from fedgen_edge.tasks.task import Task
+from fedgen_edge.types import Batch, Commit, Leaves, Order
+
+ENGINES: dict[str, Engine] = {"serial": serial, "stacked": stacked(3), "stacked by two": stacked(2)}
+SIZES = (9, 4, 1)
+CPU = torch.device("cpu")
+
+
+def make(name: str, *, full: bool = False, dropout: float = 0.2) -> Task:
+    table = {"backbone": {"path": "tiny", "precision": "float32"}, "adapter": {"dropout": dropout}}
+    return TASKS[name](from_table(table), full=full, device=CPU)
+
+
+def shards(task: Task) -> list[Shard]:
+    made = []
+    for client, size in enumerate(SIZES):
+        coded = task.encode(sentences(size, client))  # pyright: ignore[reportAttributeAccessIssue]
+        examples = pack(coded, [1] * size, 32)
+        made.append(Shard(f"c{client}", examples, examples, examples))
+    return made
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def task(request: pytest.FixtureRequest) -> Task:
+    return make(request.param)
+
+
+@pytest.fixture(scope="module")
+def batches(task: Task) -> list[Batch]:
+    """A drawn batch of each of two clients, of one size."""
+    return [
+        task.draw({k: v[:3] for k, v in shard.train.items()}, generator("draw", i))
+        for i, shard in enumerate(shards(task)[:2])
+    ]
+
+
+def some(task: Task, key: int) -> Leaves:
+    rng = generator("some", key)
+    return {k: torch.randn(v.shape, generator=rng) * 0.1 for k, v in task.init(rng).items()}
+
+
+class TestTask:
+    def test_it_has_the_four_methods(self, task: Task) -> None:
+        assert isinstance(task, Task)
+
+    def test_leaves_are_float32_and_each_belongs_to_a_phase(self, task: Task) -> None:
+        adapter = task.init(generator(0))
+        assert all(v.dtype == torch.float32 for v in adapter.values())
+        assert all(any(k.startswith(p.prefix) for p in task.phases) for k in adapter)
+
+    def test_init_and_draw_depend_on_the_generator_alone(self, task: Task) -> None:
+        one, two = task.init(generator(5)), task.init(generator(5))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+        held = shards(task)[0].train
+        one, two = task.draw(held, generator(5)), task.draw(held, generator(5))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+    def test_loss_is_deterministic_and_of_a_stack_is_each_clients(
+        self, task: Task, batches: list[Batch]
+    ) -> None:
+        adapters = [some(task, 0), some(task, 1)]
+        for phase in task.phases:
+            alone = [
+                task.loss(a, b, phase.prefix) for a, b in zip(adapters, batches, strict=True)
+            ]
+            again = task.loss(adapters[0], batches[0], phase.prefix)
+            assert torch.equal(again.total, alone[0].total)
+            both = task.loss(stack(adapters), stack(batches), phase.prefix)
+            torch.testing.assert_close(both.total, torch.stack([a.total for a in alone]))
+            assert torch.equal(both.count, torch.stack([a.count for a in alone]))
+
+    def test_gradients_of_a_stack_are_each_clients(self, task: Task, batches: list[Batch]) -> None:
+        adapters = [some(task, 0), some(task, 1)]
+
+        def slopes(adapter: Leaves, batch: Batch) -> Leaves:
+            own = {k: v.clone().requires_grad_() for k, v in adapter.items()}
+            loss = task.loss(own, batch, task.phases[0].prefix).total.sum()
+            return dict(zip(own, torch.autograd.grad(loss, list(own.values())), strict=True))
+
+        both = slopes(stack(adapters), stack(batches))
+        for i in (0, 1):
+            alone = slopes(adapters[i], batches[i])
+            for name, slope in alone.items():
+                torch.testing.assert_close(both[name][i], slope, atol=1e-4, rtol=1e-4)
+
+    def test_padding_adds_nothing(self, task: Task, batches: list[Batch]) -> None:
+        filled = {
+            k: torch.cat([v, torch.zeros_like(v[:1])]) if v.ndim else v
+            for k, v in batches[0].items()
+        }
+        plain = task.loss(some(task, 0), batches[0], task.phases[0].prefix)
+        more = task.loss(some(task, 0), filled, task.phases[0].prefix)
+        torch.testing.assert_close(more.total, plain.total)
+        assert float(more.count) == float(plain.count)
+
+    def test_evaluation_adds_up_and_sums_up(self, task: Task) -> None:
+        held, adapter = shards(task)[0].test, some(task, 0)
+        whole = task.evaluate(adapter, held)
+        first = task.evaluate(adapter, {k: v[:1] for k, v in held.items()})
+        rest = task.evaluate(adapter, {k: v[1:] for k, v in held.items()})
+        for key, value in whole.items():
+            torch.testing.assert_close(first[key] + rest[key], value, rtol=1e-5, atol=1e-5)
+        assert "loss" in task.summary(whole)
+
+
+def run(task: Task, name: str, engine: Engine, count: int = 2) -> tuple[Commit, dict[int, Leaves]]:
+    algorithm = METHODS[name].make(Method(mu=0.1))
+    memory: dict[int, Leaves] = {}
+    job = Train(
+        Clients(task, shards(task), 0),
+        algorithm,
+        Budget(2, epochs=2),
+        lambda _: Recipe(partial(AdamW, lr=1e-3), 1.0, corrects=algorithm.corrects),
+    )
+    plan = Federation(clients=len(SIZES), rounds=count)
+    start = algorithm.init(task.init(generator(0, "init")))
+    *_, last = rounds(start, algorithm, engine, job, plan, memory)
+    return last, memory
+
+
+@pytest.mark.parametrize("name", METHODS)
+class TestAlgorithm:
+    def test_it_trains_and_counts_what_it_sends(self, name: str) -> None:
+        task = make("language", full=METHODS[name].make(Method()).adapts == "full")
+        last, memory = run(task, name, serial)
+        start = task.init(generator(0, "init"))
+        models = [METHODS[name].make(Method()).receives(last.state.adapter, memory.get(0, {}))]
+        assert any(not torch.equal(models[0][k], start[k]) for k in start)
+        assert last.state.round == 2
+        for update in last.updates:
+            sent = sum(v.numel() * 4 for v in update.delta.values())
+            assert update.bytes_up == 0 if not sent else update.bytes_up > sent
+            kept = {k.removeprefix("kept:") for k in update.memory}
+            assert kept | set(update.delta) == set(start)
+            assert not kept & set(update.delta)
+
+    def test_engines_agree(self, name: str) -> None:
+        full = METHODS[name].make(Method()).adapts == "full"
+        if full:
+            pytest.skip("whole models are not stacked: every engine but serial refuses them")
+        task = make("language")
+        reference, kept = run(task, name, serial)
+        for engine in ENGINES.values():
+            found, memory = run(task, name, engine)
+            for leaf, value in reference.state.adapter.items():
+                torch.testing.assert_close(found.state.adapter[leaf], value, atol=1e-5, rtol=0)
+            assert set(memory) == set(kept)
+            for client, leaves in kept.items():
+                for leaf, value in leaves.items():
+                    torch.testing.assert_close(memory[client][leaf], value, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
+class TestEngine:
+    def test_a_run_repeats_bit_by_bit(self, engine: Engine) -> None:
+        task = make("language")
+        one, two = (run(task, "fedgen-edge", engine)[0].state.adapter for _ in range(2))
+        assert all(torch.equal(one[k], two[k]) for k in one)
+
+    def test_every_order_is_done_once(self, engine: Engine) -> None:
+        task = make("language")
+        job = Train(
+            Clients(task, shards(task), 0),
+            METHODS["fedgen-edge"].make(Method()),
+            Budget(2),
+            lambda _: Recipe(partial(AdamW, lr=1e-3)),
+        )
+        start = task.init(generator(0))
+        orders = [Order((c,), 0, start, {}) for c in (2, 0, 1)]
+        found = list(engine(orders, job))
+        assert sorted(u.order.clients for u in found) == [(0,), (1,), (2,)]
+        for update in found:
+            assert update.weight == len(shards(task)[update.order.clients[0]].train["words"])
+
+    def test_personal_adapters_equal_the_serial_ones(self, engine: Engine) -> None:
+        task = make("language", dropout=0.0)
+        clients = Clients(task, shards(task), 0)
+        job = Personalise(
+            clients, Budget(2, epochs=3), Recipe(partial(AdamW, lr=1e-3), 1.0), Patience()
+        )
+        start = task.init(generator(0))
+        orders = [Order((c,), 5, start, {}) for c in range(3)]
+        expected = {t.order.clients: t for t in serial(orders, job)}
+        for tuned in engine(orders, job):
+            other = expected[tuned.order.clients]
+            assert tuned.chosen == other.chosen
+            for leaf, value in other.adapter.items():
+                torch.testing.assert_close(tuned.adapter[leaf], value, atol=1e-5, rtol=0)
+
+
+def test_whole_models_share_tied_weights_once() -> None:
+    task = make("language", full=True)
+    assert isinstance(task.adapter, Full)  # pyright: ignore[reportAttributeAccessIssue]
+    names = set(task.init(generator(0)))
+    assert "model.embed_tokens.weight" in names
+    assert "lm_head.weight" not in names
+
+
+def test_a_row_of_a_stack_is_a_client() -> None:
+    one, two = {"w": torch.ones(2)}, {"w": torch.zeros(2)}
+    assert torch.equal(row(stack([one, two]), 1)["w"], two["w"])

@@ -1,0 +1,83 @@
+import itertools
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgen_edge.data.batches import Budget, deal, head, interleave, pack, rows, stack, steps
+
+
+def test_every_token_but_each_documents_first_is_predicted_once() -> None:
+    # [9 1 2 8] predicts 1 2 8; [9 3 8] predicts 3 8: five labels in blocks of four.
+    packed = pack([[9, 1, 2, 8], [9, 3, 8]], [2, 1], 4)
+    assert packed["tokens"].tolist() == [[9, 1, 2, 9], [3, 0, 0, 0]]
+    assert packed["labels"].tolist() == [[1, 2, 8, 3], [8, 0, 0, 0]]
+    assert packed["mask"].tolist() == [[True] * 4, [True, False, False, False]]
+    assert packed["segment"].tolist() == [[1, 1, 1, 2], [1, 0, 0, 0]]
+    assert packed["position"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
+    assert packed["words"].tolist() == [3, 0]  # both documents begin in the first block
+
+
+@given(
+    st.lists(st.lists(st.integers(2, 50), min_size=2, max_size=30), min_size=1, max_size=12),
+    st.integers(2, 16),
+)
+def test_packing_loses_and_doubles_no_label_and_no_word(
+    documents: list[list[int]], length: int
+) -> None:
+    packed = pack(documents, [len(d) for d in documents], length)
+    labels = packed["labels"][packed["mask"]].tolist()
+    assert labels == [token for document in documents for token in document[1:]]
+    assert int(packed["words"].sum()) == sum(len(d) for d in documents)
+    assert rows(packed) == -(-len(labels) // length)
+
+
+def test_an_epoch_deals_every_example_once_and_marks_its_end() -> None:
+    examples = {"x": torch.arange(5)}
+    dealt = list(deal(examples, Budget(batch=2, epochs=2), 0, "order", 0, 0))
+    assert [len(b["x"]) for b in dealt] == [2, 2, 1, 2, 2, 1]
+    for epoch in (dealt[:3], dealt[3:]):
+        assert sorted(torch.cat([b["x"] for b in epoch]).tolist()) == [0, 1, 2, 3, 4]
+    assert [bool(b["last"]) for b in dealt] == [False, False, True] * 2
+    assert [int(b["epoch"]) for b in dealt] == [0, 0, 0, 1, 1, 1]
+
+
+def test_a_number_of_steps_goes_over_as_many_passes_as_it_needs() -> None:
+    examples = {"x": torch.arange(3)}
+    budget = Budget(batch=2, epochs=1, steps=5)
+    dealt = list(deal(examples, budget, 0))
+    assert len(dealt) == steps(examples, budget) == 5
+    assert [bool(b["last"]) for b in dealt] == [False] * 4 + [True]
+    assert sorted(torch.cat([dealt[0]["x"], dealt[1]["x"]]).tolist()) == [0, 1, 2]
+
+
+def test_order_depends_on_the_key_alone() -> None:
+    examples = {"x": torch.arange(50)}
+
+    def order(*key: int) -> list[int]:
+        return next(deal(examples, Budget(50), *key))["x"].tolist()
+
+    assert order(0, 1, 2) == order(0, 1, 2)
+    assert order(0, 1, 2) != order(0, 2, 1)
+
+
+def test_pooled_batches_are_met_in_turn() -> None:
+    streams = [iter([{"x": torch.tensor(v)} for v in part]) for part in ([1, 2, 3], [10], [20, 30])]
+    assert [int(b["x"]) for b in interleave(streams)] == [1, 10, 20, 2, 30, 3]
+
+
+def test_a_stack_holds_the_clients_that_still_have_batches_and_fills_with_zeros() -> None:
+    long = deal({"x": torch.tensor([1.0, 2.0, 3.0])}, Budget(2), 0)
+    short = deal({"x": torch.tensor([4.0])}, Budget(2), 0)
+    first, second = stack([long, short])
+    assert first["x"].shape == (2, 2)
+    assert first["x"][1].tolist() == [4.0, 0.0]
+    assert second["x"].shape == (1, 1)
+    assert first["last"].tolist() == [False, True]
+
+
+def test_head_of_zero_is_everything() -> None:
+    examples = {"x": torch.arange(4)}
+    assert rows(head(examples, 0)) == 4
+    assert rows(head(examples, 3)) == 3
+    assert list(itertools.islice(head(examples, 3)["x"].tolist(), 3)) == [0, 1, 2]

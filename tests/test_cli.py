@@ -1,0 +1,449 @@
+"""The command: it runs a federation, explains itself, and answers a mistake with one line."""
+
+import ast
+import contextlib
+import inspect
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from peft import PeftConfig
+from transformers import AutoModelForCausalLM
+
+from fedgen_edge import cli, config
+from fedgen_edge.algorithms.methods import METHODS
+
+FRAME = re.compile(r"[╭╮╰╯│─\s]+")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def rows(count: int = 30, client: str = "anna") -> str:
+    record = '{"text": "Sentence number %d of %s.", "who": "%s"}\n'
+    return "".join(record % (i, client, client) for i in range(count))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of two clients' texts."""
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text(rows(client="anna") + rows(client="berta"))
+    return path
+
+
+def run(data: Path, *more: str) -> list[str]:
+    """Arguments of a run on the tiny backbone."""
+    told = {
+        "backbone.path": "tiny",
+        "data.source": "jsonl",
+        "data.path": str(data),
+        "data.client-field": "who",
+    }
+    return ["run", *(part for key, value in told.items() for part in (f"--{key}", value)), *more]
+
+
+@pytest.fixture(scope="module")
+def done(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A finished run of two rounds, and what was printed."""
+    out = tmp_path_factory.mktemp("runs") / "done"
+    short = (
+        "--federation.rounds 2 --training.steps 1 --personal.epochs 1 --evaluation.sample-tokens 1"
+    )
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        cli.main(run(texts, "--out", str(out), *short.split()))
+    return out, said.getvalue()
+
+
+def says(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command that succeeds prints."""
+    cli.main(arguments)
+    said, complained = capsys.readouterr()
+    assert complained == ""
+    return said
+
+
+def refuses(
+    arguments: Sequence[str], words: Sequence[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line with these words, exit 2, no traceback, nothing written."""
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    said, complained = capsys.readouterr()
+    assert (caught.value.code, said) == (2, "")
+    assert re.fullmatch(r"fedgen: [^\n]+\n", complained)
+    for word in words:
+        assert word in complained
+    assert list(Path.cwd().rglob("*")) == []
+
+
+# ---- what it does
+
+
+def test_a_run_prints_its_progress_its_table_and_where_things_are(done: tuple[Path, str]) -> None:
+    out, said = done
+    assert "federation 1/2 loss" in said
+    for word in ("anna", "berta", "worst client", "MB up", "report.html", "adapters"):
+        assert word in said
+    assert len((out / "rounds.jsonl").read_text().splitlines()) == 2
+    assert (out / "report.html").stat().st_size > 1000
+    for adapter in ("global", "clients/anna", "clients/berta"):
+        assert PeftConfig.from_pretrained(str(out / "adapters" / adapter)).peft_type == "LORA"
+        assert (out / "adapters" / adapter / "provenance.json").is_file()
+
+
+def test_a_runs_settings_are_its_own_recipe(done: tuple[Path, str], texts: Path) -> None:
+    settings = config.load(done[0] / "settings.toml")
+    assert settings.federation.rounds == 2
+    assert settings.data.path == str(texts)
+
+
+def test_a_setting_on_the_command_line_goes_before_the_files(
+    texts: Path, tmp_path_factory: pytest.TempPathFactory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path_factory.mktemp("recipe") / "own.toml"
+    recipe.write_text("[adapter]\nrank = 999\n[federation]\ncohort = 7\n")
+    arguments = run(texts, "--adapter.rank", "2")
+    refuses([arguments[0], str(recipe), *arguments[1:]], ["federation.cohort=7"], capsys)
+
+
+def test_a_finished_run_is_resumed_to_the_same_result(
+    done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, said = done
+    kept = {name: (out / name).read_bytes() for name in ("rounds.jsonl", "evaluation.jsonl")}
+    again = says(["resume", str(out)], capsys)
+    assert {name: (out / name).read_bytes() for name in kept} == kept
+    assert again.splitlines()[-2:] == said.splitlines()[-2:]
+
+
+def test_a_report_is_one_page(
+    done: tuple[Path, str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = done
+    assert says(["report", str(out)], capsys) == f"{out / 'report.html'}\n"
+    assert says(["report", str(out), str(out)], capsys) == "comparison.html\n"
+    assert "</html>" in (here / "comparison.html").read_text()
+
+
+@pytest.mark.parametrize("which", [[], ["--client", "anna"], ["--backbone"]])
+def test_a_prompt_is_continued_and_always_the_same(
+    which: list[str], done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", str(done[0]), "--prompt", "One day", "--tokens", "5", *which]
+    text = says(arguments, capsys)
+    assert text.startswith("One day")
+    assert says(arguments, capsys) == text
+
+
+def test_adapters_are_exported_as_they_are_in_the_run(
+    done: tuple[Path, str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = done
+    said = says(["export", str(out), "--out", "copy"], capsys)
+    made = ["global", "clients/anna", "clients/berta"]
+    assert said.splitlines() == [f"copy/{name}" for name in made]
+    for name in made:
+        copy, own = here / "copy" / name, out / "adapters" / name
+        weights = "adapter_model.safetensors"
+        assert (copy / weights).read_bytes() == (own / weights).read_bytes()
+
+
+def test_a_merged_model_is_a_folder_that_transformers_loads(
+    done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["export", str(done[0]), "--out", "merged", "--client", "anna", "--merge"]
+    assert says(arguments, capsys) == "merged\n"
+    names = {name for name, _ in AutoModelForCausalLM.from_pretrained("merged").named_parameters()}
+    assert not any("lora" in name for name in names)
+
+
+def test_every_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = says(["methods"], capsys).splitlines()
+    assert [line.split()[0] for line in listed] == list(METHODS)
+
+
+# ---- mistakes in a setting
+
+FLAGS = {
+    "rank 0": ("--adapter.rank 0", ["adapter.rank=0", "greater than or equal to 1"]),
+    "rank above a layer": ("--adapter.rank 33", ["adapter.rank=33", "above 32", "take at most 32"]),
+    "rank above a smaller layer": (
+        "--adapter.rank 17 --adapter.target-modules v_proj",
+        ["adapter.rank=17", "take at most 16"],
+    ),
+    "rank a word": ("--adapter.rank eight", ["--adapter.rank", "'eight'"]),
+    "unknown key": ("--adapter.rnak 4", ["'adapter.rnak'", "did you mean 'adapter.rank'?"]),
+    "unknown key with =": ("--adapter.rnak=4", ["'adapter.rnak'", "did you mean 'adapter.rank'?"]),
+    "unknown part": ("--trainig.lr 1", ["'trainig.lr'", "did you mean 'training.lr'?"]),
+    "key without part": ("--lr 1", ["'lr'", "did you mean 'training.lr'?"]),
+    "targets match nothing": (
+        "--adapter.target-modules query",
+        ["adapter.target_modules=['query']", "q_proj", "all-linear"],
+    ),
+    "targets no expression": (
+        "--adapter.target-modules (q_proj",
+        ["adapter.target_modules='(q_proj'", "no regular expression"],
+    ),
+    "targets no layer": (
+        "--adapter.target-modules norm",
+        ["adapter.target_modules", "LlamaRMSNorm", "Linear"],
+    ),
+    "cohort too large": ("--federation.cohort 3", ["federation.cohort=3", "at most 2"]),
+    "nobody trains": ("--federation.newcomers 2", ["federation.newcomers=2", "have fewer"]),
+    "too many clients": ("--federation.clients 3", ["federation.clients=3", "lower it"]),
+    "rate NaN": ("--training.lr nan", ["training.lr=nan", "finite"]),
+    "rate infinite": ("--training.lr inf", ["training.lr=inf", "finite"]),
+    "rate below 0": ("--training.lr -1", ["training.lr=-1", "greater than 0"]),
+    "no value": ("--training.lr", ["--training.lr", "Missing value"]),
+    "no choice": ("--training.optimiser adam", ["--training.optimiser", "'adam'", "'adamw'"]),
+    "unknown method": ("--method.name fedporx", ["method.name='fedporx'", "'fedprox'"]),
+    "unknown baseline": (
+        "--evaluation.baselines fedper locally",
+        ["evaluation.baselines", "'locally'", "'local-only'"],
+    ),
+    "bad device": ("--engine.device tpu", ["engine.device='tpu'", "say cpu"]),
+    "no such device": ("--engine.device cuda:99", ["engine.device='cuda:99'", "say cpu"]),
+    "no backbone": (
+        "--backbone.path /none/at/all",
+        ["backbone.path='/none/at/all'", "give a folder"],
+    ),
+    "no GGUF file": ("--backbone.path none.gguf", ["backbone.path='none.gguf'", "no such GGUF"]),
+    "no package": ("--backbone.path package:none", ["backbone.path='package:none'", "pip install"]),
+    "no initial adapter": ("--adapter.initial /none", ["/none", "adapter_config.json"]),
+    "full models stacked": (
+        "--engine.name stacked --method.name fedavg-full",
+        ["engine.name='stacked'", "method.name='fedavg-full'", "say serial"],
+    ),
+    "a stray word": ("stray", ["stray"]),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), FLAGS.values(), ids=FLAGS)
+def test_a_mistaken_flag_is_one_line(
+    flags: str, words: list[str], texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses(run(texts, *flags.split()), words, capsys)
+
+
+RECIPES = {
+    "not TOML": ("[adapter", ["is not TOML"]),
+    "unknown key": ("[adapter]\nrnak = 4", ["'adapter.rnak'", "did you mean 'adapter.rank'?"]),
+    "unknown part": ("[adaptor]\nrank = 4", ["'adaptor'", "did you mean 'adapter"]),
+    "rank 0": ("[adapter]\nrank = 0", ["adapter.rank=0", "greater than or equal to 1"]),
+    "rate NaN": ("[training]\nlr = nan", ["training.lr=nan", "finite"]),
+    "rate infinite": ("[training]\nlr = inf", ["training.lr=inf", "finite"]),
+    "no part": ("adapter = 3", ["adapter=3"]),
+    "no path": ('[data]\nsource = "ptb"', ["data.path is missing", "--data.path"]),
+    "unknown method": ('[method]\nname = "fedporx"', ["method.name='fedporx'", "'fedprox'"]),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), RECIPES.values(), ids=RECIPES)
+def test_a_mistaken_recipe_is_one_line(
+    content: str,
+    words: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tmp_path_factory.mktemp("recipe") / "own.toml"
+    recipe.write_text(content)
+    refuses(["run", str(recipe)], words, capsys)
+
+
+def test_a_recipe_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    refuses(["run", "none.toml"], ["none.toml", "give a TOML file"], capsys)
+
+
+# ---- mistakes in the data
+
+DATA = {
+    "empty": (b"", ["texts.jsonl is empty"]),
+    "blank": (b"\n \n", ["texts.jsonl is empty"]),
+    "NULs": (rows().encode() + b'{"text": "a\0b", "who": "anna"}\n', ["line 31", "NUL"]),
+    "an escaped NUL": (rows().encode() + rb'{"text": "a\u0000b", "who": "b"}', ["line 31", "NUL"]),
+    "a line of 10 MB": (
+        rows().encode() + b'{"text": "' + b"a" * 10_000_000 + b'", "who": "anna"}\n',
+        ["line 31", "longer than 1000000 bytes", "break it"],
+    ),
+    "not UTF-8": (rows().encode() + b"\xff\xfe\n", ["line 31", "UTF-8"]),
+    "not JSON": (rows().encode() + b"{\n", ["line 31", "not JSON"]),
+    "no object": (rows().encode() + b"[1]\n", ["line 31", "not a JSON object"]),
+    "no such field": (b'{"body": "A text.", "who": "b"}\n', ["data.text_field='text'", "body"]),
+    "a client with no text": (
+        rows().encode() + b'{"text": " ", "who": "berta"}\n',
+        ["'berta'", "no text", "leave them out"],
+    ),
+    "a client with one text": (
+        (rows() + rows(1, "berta")).encode(),
+        ["'berta' has 1 example", "partition.minimum=3", "lower that"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), DATA.values(), ids=DATA)
+def test_mistaken_data_are_one_line_with_the_file_and_the_place(
+    content: bytes,
+    words: list[str],
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    data = tmp_path_factory.mktemp("data") / "texts.jsonl"
+    data.write_bytes(content)
+    refuses(run(data), words, capsys)
+
+
+def test_data_that_are_not_there_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    refuses(run(Path("none.jsonl")), ["data.path='none.jsonl'", "does not exist"], capsys)
+
+
+# ---- mistakes about a run
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_folder_that_holds_a_run_is_never_written_to(
+    done: tuple[Path, str], texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = done
+    before = tree(out)
+    words = [f"out={str(out)!r} already holds a run", f"fedgen resume {out}"]
+    refuses(run(texts, "--out", str(out)), words, capsys)
+    assert tree(out) == before
+
+
+def test_a_folder_that_holds_other_files_is_never_written_to(
+    texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = tree(texts.parent)
+    words = ["already holds other files", "name another folder"]
+    refuses(run(texts, "--out", str(texts.parent)), words, capsys)
+    assert tree(texts.parent) == before
+
+
+COMMANDS = {
+    "no command": ("trian", ["unknown command 'trian'", "resume"]),
+    "resume nothing": ("resume", ["resume", "The run's folder"]),
+    "resume no run": ("resume none", ["none holds no run"]),
+    "resume an empty folder": ("resume {empty}", ["holds no run", "settings.toml"]),
+    "resume with a flag": ("resume {run} --adapter.rank 4", ["fedgen resume"]),
+    "report nothing": ("report", ["at least one run"]),
+    "report no run": ("report none", ["no run at none"]),
+    "report an empty folder": ("report {empty}", ["settings.toml is missing"]),
+    "generate without a prompt": ("generate {run}", ["--prompt"]),
+    "generate without a run": ("generate none --prompt x", ["none holds no run"]),
+    "generate for nobody": (
+        "generate {run} --prompt x --client nobody",
+        ["'nobody'", "anna, berta"],
+    ),
+    "export to nowhere": ("export {run}", ["--out"]),
+    "export no run": ("export none --out copy", ["none holds no run"]),
+    "export of nobody": ("export {run} --out copy --client nobody", ["'nobody'", "anna, berta"]),
+    "export over a run": ("export {run} --out {run}", ["already holds a run", "another folder"]),
+}
+
+
+@pytest.mark.parametrize(("line", "words"), COMMANDS.values(), ids=COMMANDS)
+def test_a_mistaken_command_is_one_line(
+    line: str,
+    words: list[str],
+    done: tuple[Path, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = line.format(run=done[0], empty=tmp_path_factory.mktemp("empty")).split()
+    refuses(arguments, words, capsys)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "word"),
+    [
+        ("settings.toml", "[adapter", "is not TOML"),
+        ("run.json", "{", "run.json"),
+        ("run.json", "{}", "run.json"),
+        ("run.json", '{"backbone": {"sha256": "of another"}}', "SHA-256 of another"),
+    ],
+)
+def test_a_run_whose_files_were_altered_is_refused(
+    name: str,
+    content: str,
+    word: str,
+    done: tuple[Path, str],
+    tmp_path_factory: pytest.TempPathFactory,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copy = tmp_path_factory.mktemp("runs") / "copy"
+    shutil.copytree(done[0], copy)
+    (copy / name).write_text(content)
+    refuses(["resume", str(copy)], [word], capsys)
+
+
+# ---- how it explains itself
+
+
+def test_help_names_every_command_and_needs_no_heavy_library() -> None:
+    code = (
+        "import json, sys; from fedgen_edge.cli import main; main(['--help']); "
+        "print(json.dumps(sorted({'torch', 'transformers', 'peft'} & set(sys.modules))))"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
+    *usage, heavy = found.stdout.splitlines()
+    assert (found.returncode, found.stderr, json.loads(heavy)) == (0, "", [])
+    for name, about in cli.COMMANDS.items():
+        assert any(f"fedgen {name} " in line and about in line for line in usage)
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_is_printed_when_asked_for_or_when_there_is_nothing_to_do(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert says(arguments, capsys).startswith("usage: fedgen COMMAND")
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_commands_help_explains_every_setting(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as caught:
+        cli.main([name, "--help"])
+    said, complained = capsys.readouterr()
+    assert (caught.value.code or 0, complained) == (0, "")
+    page = FRAME.sub(" ", said)
+    told = sentences(cli, name.capitalize())
+    if name == "run":
+        told += sentences(config)
+        for setting, _ in config.flat(config.Settings()):
+            assert re.search(rf"--{setting.replace('_', '-')}[ ,]", page)
+    assert [sentence for sentence in told if sentence not in page] == []
+
+
+def sentences(module: ModuleType, only: str = "") -> list[str]:
+    """The string under each field of one class, or of all."""
+    kinds = [n for n in ast.parse(inspect.getsource(module)).body if isinstance(n, ast.ClassDef)]
+    found = []
+    for field, after in (
+        pair for kind in kinds if only in {"", kind.name} for pair in pairwise(kind.body)
+    ):
+        match field, after:
+            case ast.AnnAssign(), ast.Expr(value=ast.Constant(value=str(text))):
+                found.append(" ".join(text.split()))
+            case _:
+                pass
+    return found

@@ -1,0 +1,156 @@
+from functools import partial
+
+import pytest
+import torch
+from conftest import Line, numbers
+from torch.optim import SGD, AdamW
+
+from fedgen_edge.algorithms.correct import proximal
+from fedgen_edge.client import Patience, Recipe, Step, clipped, descend, local_update, personalise
+from fedgen_edge.data.batches import Budget, deal, stack
+from fedgen_edge.types import Batch, Leaves, PerClient
+
+HALF = Recipe(partial(SGD, lr=0.5))
+
+
+def batches(*values: float) -> list[Batch]:
+    return [
+        {**numbers(v), "epoch": torch.tensor(0), "last": torch.tensor(i == len(values) - 1)}
+        for i, v in enumerate(values)
+    ]
+
+
+def test_a_step_of_sgd_goes_half_of_the_way() -> None:
+    # gradient w - x; from 0, lr 0.5: to x/2 = 2; then 2 + (4 - 2)/2 = 3. Losses 8 and 2.
+    delta, loss = local_update(Line(), {"w": torch.tensor(0.0)}, {}, batches(4, 4), HALF)
+    assert float(delta["w"]) == 3.0
+    assert float(loss.total) == 10.0
+    assert float(loss.count) == 2.0
+
+
+def test_the_mean_is_over_examples_not_over_rows() -> None:
+    # one row of two is padding: gradient 0 - 6, not -3; lr 0.5 gives 3.
+    batch = {**batches(6)[0], "x": torch.tensor([6.0, 0.0]), "mask": torch.tensor([True, False])}
+    delta, _ = local_update(Line(), {"w": torch.tensor(0.0)}, {}, [batch], HALF)
+    assert float(delta["w"]) == 3.0
+
+
+def test_fedprox_pulls_by_mu_times_the_distance_from_the_start() -> None:
+    # first step: no distance yet, to 2. Second: gradient (2 - 4) + 1 * (2 - 0) = 0: it stays.
+    recipe = Recipe(partial(SGD, lr=0.5), corrects=proximal(1.0))
+    delta, _ = local_update(Line(), {"w": torch.tensor(0.0)}, {}, batches(4, 4), recipe)
+    assert float(delta["w"]) == 2.0
+
+
+def test_clipping_is_by_each_clients_own_norm_over_all_leaves() -> None:
+    # norms 5 and 0.5, limit 1: the first is divided by 5, the second is left.
+    grads = {"a": torch.tensor([[3.0], [0.3]]), "b": torch.tensor([[4.0], [0.4]])}
+    found = clipped(grads, 1.0, 1)
+    torch.testing.assert_close(found["a"], torch.tensor([[0.6], [0.3]]))
+    torch.testing.assert_close(found["b"], torch.tensor([[0.8], [0.4]]))
+    assert clipped(grads, 0.0, 1) is grads
+
+
+def test_untrained_leaves_stay() -> None:
+    recipe = Recipe(partial(SGD, lr=0.5), trains=lambda name, epoch: epoch > 0)
+    again = [{**b, "epoch": torch.tensor(i)} for i, b in enumerate(batches(4, 4))]
+    delta, _ = local_update(Line(), {"w": torch.tensor(0.0)}, {}, again, recipe)
+    assert float(delta["w"]) == 2.0  # the second batch alone
+
+
+@pytest.mark.parametrize("optimiser", [partial(SGD, lr=0.1, momentum=0.9), partial(AdamW, lr=0.1)])
+def test_a_finished_client_no_longer_changes(optimiser: partial) -> None:
+    # momentum and AdamW move a row even at zero gradient: the short client must stop all the same.
+    shards = [numbers(1, 2, 3, 4), numbers(5)]
+
+    def stream(x: Batch) -> list[Batch]:
+        return list(deal(x, Budget(1, epochs=2), 0))
+
+    alone = [
+        local_update(Line(), {"w": torch.tensor(0.0)}, {}, stream(x), Recipe(optimiser))
+        for x in shards
+    ]
+    many, loss = local_update(
+        Line(), {"w": torch.zeros(2)}, {}, stack([iter(stream(x)) for x in shards]), Recipe(optimiser)
+    )
+    torch.testing.assert_close(many["w"], torch.stack([delta["w"] for delta, _ in alone]))
+    torch.testing.assert_close(loss.total, torch.stack([one.total for _, one in alone]))
+    assert loss.count.tolist() == [8.0, 2.0]
+
+
+def test_clients_of_one_stack_must_train_the_same_leaves() -> None:
+    recipe = Recipe(partial(SGD, lr=0.5), trains=lambda name, epoch: epoch > 0)
+    mixed = {
+        "x": torch.ones(2, 1),
+        "mask": torch.ones(2, 1, dtype=torch.bool),
+        "epoch": torch.tensor([0, 1]),
+        "last": torch.tensor([False, False]),
+    }
+    with pytest.raises(ValueError, match="same leaves"):
+        local_update(Line(), {"w": torch.zeros(2)}, {}, [mixed], recipe)
+
+
+def walk(*values: float) -> list[Step]:
+    """Epochs that end at these leaves."""
+    none = PerClient(torch.tensor(0.0), torch.tensor(1.0))
+    return [Step({"w": torch.tensor(v)}, none, torch.tensor(True)) for v in values]
+
+
+def own_loss(_: int, own: Leaves) -> float:
+    return float(own["w"])
+
+
+@pytest.mark.parametrize(
+    ("path", "patience", "best", "chosen"),
+    [
+        ((3.0, 2.0, 4.0, 1.0), 1, 2.0, 2),  # stops after 4.0, so never sees 1.0
+        ((3.0, 2.0, 4.0, 1.0), 2, 1.0, 4),  # waits once more
+        ((6.0, 7.0), 1, 5.0, 0),  # nothing helps: the global adapter is kept
+        ((float("nan"), 1.0), 1, 5.0, 0),  # not finite is not better
+    ],
+)
+def test_tuning_keeps_the_best_and_stops(
+    path: tuple[float, ...], patience: int, best: float, chosen: int
+) -> None:
+    start = {"w": torch.tensor(5.0)}
+    ((own, history, kept),) = personalise(walk(*path), [start], own_loss, Patience(patience))
+    assert float(own["w"]) == best
+    assert kept == chosen
+    assert history[0] == 5.0
+
+
+def test_without_fallback_the_first_epoch_is_kept_at_least() -> None:
+    start = {"w": torch.tensor(5.0)}
+    ((own, _, chosen),) = personalise(walk(6.0, 7.0), [start], own_loss, Patience(1, fallback=False))
+    assert (float(own["w"]), chosen) == (6.0, 1)
+
+
+def test_personalising_a_stack_equals_one_by_one() -> None:
+    held = [numbers(1.0, 1.2), numbers(-2.0, -1.0, -3.0)]
+
+    def judge(place: int, own: Leaves) -> float:
+        return float((own["w"] - held[place]["x"].mean()) ** 2)
+
+    def steps(x: Batch) -> list[Batch]:
+        return list(deal(x, Budget(1, epochs=4), 0))
+
+    order = (1, 0)  # the longer client first
+    start = {"w": torch.tensor(0.0)}
+    alone = [
+        personalise(
+            descend(Line(), start, {}, steps(held[c]), HALF),
+            [start],
+            lambda _, own, c=c: judge(c, own),
+            Patience(1),
+        )[0]
+        for c in order
+    ]
+    many = personalise(
+        descend(Line(), {"w": torch.zeros(2)}, {}, stack([iter(steps(held[c])) for c in order]), HALF),
+        [start, start],
+        lambda place, own: judge(order[place], own),
+        Patience(1),
+    )
+    for one, stacked_one in zip(alone, many, strict=True):
+        torch.testing.assert_close(one[0]["w"], stacked_one[0]["w"])
+        assert one[1:] == stacked_one[1:]

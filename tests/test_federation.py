@@ -1,0 +1,170 @@
+"""Whole rounds against answers from outside: by hand, and a plain PEFT loop."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from conftest import Line, line_shard, sentences
+from peft import LoraConfig, get_peft_model
+from torch.optim import SGD, AdamW, Optimizer
+from transformers import AutoModelForCausalLM
+
+from fedgen_edge.adapters.formats import from_peft
+from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.methods import METHODS
+from fedgen_edge.client import Clients, Recipe, Train
+from fedgen_edge.config import Federation, Method, from_table
+from fedgen_edge.data.batches import Budget, Shard, deal, pack
+from fedgen_edge.engines.serial import serial
+from fedgen_edge.engines.stacked import stacked
+from fedgen_edge.rounds import Engine, rounds, sample
+from fedgen_edge.seeds import generator
+from fedgen_edge.tasks import language
+from fedgen_edge.tasks.language import Language
+from fedgen_edge.types import Commit, Leaves, ServerState
+
+HALF = partial(SGD, lr=0.5)
+
+
+def run_line(
+    shards: list[Shard], algorithm: Algorithm, count: int = 1, engine: Engine = serial
+) -> tuple[Commit, dict[int, Leaves]]:
+    """Full-batch rounds on a Line from w = 0, every client in each."""
+    memory: dict[int, Leaves] = {}
+    job = Train(Clients(Line(), shards, 0), algorithm, Budget(99), lambda _: Recipe(HALF))
+    plan = Federation(clients=len(shards), rounds=count)
+    start = algorithm.init({"w": torch.tensor(0.0)})
+    *_, last = rounds(start, algorithm, engine, job, plan, memory)
+    return last, memory
+
+
+def test_fedavg_weighs_clients_by_their_examples() -> None:
+    # one step goes half of the way to a client's mean: 4/2 = 2 with one example, 8/2 = 4 with
+    # three; (1 * 2 + 3 * 4) / 4 = 3.5, not 3. Then w = 3.5: halfway to 4 and 8 is 3.75 and 5.75,
+    # (3.75 + 3 * 5.75) / 4 = 5.25.
+    shards = [line_shard("a", 4), line_shard("b", 8, 8, 8)]
+    assert float(run_line(shards, Algorithm())[0].state.adapter["w"]) == 3.5
+    assert float(run_line(shards, Algorithm(), 2)[0].state.adapter["w"]) == 5.25
+
+
+def test_one_client_and_equal_clients_are_the_identity() -> None:
+    # halfway to 4, twice: 3.
+    for shards in ([line_shard("a", 4)], [line_shard(n, 4) for n in "abc"]):
+        assert float(run_line(shards, Algorithm(), 2)[0].state.adapter["w"]) == 3.0
+
+
+def test_local_only_shares_nothing_and_remembers() -> None:
+    # each goes on from its own: 2 then 3 towards 4; 4 then 6 towards 8.
+    shards = [line_shard("a", 4), line_shard("b", 8)]
+    last, memory = run_line(shards, METHODS["local-only"].make(Method()), 2)
+    assert float(last.state.adapter["w"]) == 0.0
+    assert [float(memory[c]["kept:w"]) for c in (0, 1)] == [3.0, 6.0]
+    assert all(u.bytes_up == 0 for u in last.updates)
+    assert last.bytes_down == 0
+
+
+def test_centralised_meets_every_clients_batches_in_turn() -> None:
+    # one learner, two steps: to 4/2 = 2, then halfway to 8: 5.
+    shards = [line_shard("a", 4), line_shard("b", 8)]
+    last, _ = run_line(shards, METHODS["centralised"].make(Method()))
+    assert float(last.state.adapter["w"]) == 5.0
+    assert len(last.updates) == 1
+
+
+def test_fedper_keeps_the_last_layers_at_the_client() -> None:
+    sends = METHODS["fedper"].make(Method(personal_layers=1)).sends
+    names = ["m.layers.0.q.lora_A", "m.layers.9.q.lora_A", "m.layers.10.q.lora_A", "embed.lora_A"]
+    assert sends(names) == {"m.layers.0.q.lora_A", "m.layers.9.q.lora_A", "embed.lora_A"}
+
+
+def test_a_cohort_is_drawn_without_replacement_by_seed_and_round() -> None:
+    plan = Federation(clients=10, cohort=4, rounds=1, newcomers=2, seed=3)
+    drawn = [sample(plan, 10, r) for r in range(200)]
+    assert all(len(set(cohort)) == 4 and max(cohort) < 8 for cohort in drawn)
+    assert drawn[0] == sample(plan, 10, 0)
+    # 200 rounds x 4 of 8: each client 100 times, standard deviation sqrt(200/4) = 7.1
+    assert all(70 < sum(c in cohort for cohort in drawn) < 130 for c in range(8))
+
+
+OPTIMISERS: dict[str, partial[Optimizer]] = {
+    "sgd": partial(SGD, lr=0.05),
+    "adamw": partial(AdamW, lr=1e-3, weight_decay=0.01),
+}
+SIZES = (11, 5, 2)
+
+
+def build(backbone: str) -> tuple[Language, list[Shard]]:
+    settings = from_table({"backbone": {"path": backbone, "precision": "float32"}})
+    task = language.build(settings, full=False, device=torch.device("cpu"))
+
+    def shard(client: int, size: int) -> Shard:
+        texts = sentences(size, client)
+        examples = pack(task.encode(texts), [1] * size, 24)
+        return Shard(str(client), examples, examples, examples)
+
+    return task, [shard(c, size) for c, size in enumerate(SIZES)]
+
+
+def plain_peft(
+    task: Language, shards: list[Shard], optimiser: Any, clip: float, count: int
+) -> Leaves:
+    """What users write: get_peft_model, transformers' loss, torch.optim, and a mean by hand."""
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(task.loaded.folder),
+        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+    )
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    ours = {from_peft(n.replace(".default", "")): p for n, p in trained.items()}
+    server = task.init(generator(0, "init"))
+    weights = [float(len(s.train["words"])) for s in shards]
+    for r in range(count):
+        sums = {k: torch.zeros_like(v) for k, v in server.items()}
+        for c, shard in enumerate(shards):
+            with torch.no_grad():
+                for name, parameter in ours.items():
+                    parameter.copy_(server[name])
+            descent = optimiser(list(ours.values()))
+            for batch in deal(shard.train, Budget(2, epochs=2), 0, "train", r, c):
+                same = batch["segment"].unsqueeze(2) == batch["segment"].unsqueeze(1)
+                seen = (same & torch.ones(24, 24).tril().bool()).unsqueeze(1)
+                logits = model(
+                    input_ids=batch["tokens"],
+                    position_ids=batch["position"],
+                    attention_mask=torch.where(seen, 0.0, torch.finfo(torch.float32).min),
+                ).logits
+                labels = torch.where(batch["mask"], batch["labels"], -100).long()
+                loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+                descent.zero_grad()
+                loss.backward()
+                if clip:
+                    torch.nn.utils.clip_grad_norm_(list(ours.values()), clip)
+                descent.step()
+            for name, parameter in ours.items():
+                sums[name] += parameter.detach() * weights[c]
+        server = {k: v / sum(weights) for k, v in sums.items()}
+    return server
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_serial_stacked_and_a_plain_peft_loop_agree(backbone: str, name: str, clip: float) -> None:
+    task, shards = build(backbone)
+    algorithm, optimiser = Algorithm(), OPTIMISERS[name]
+    job = Train(
+        Clients(task, shards, 0), algorithm, Budget(2, epochs=2), lambda _: Recipe(optimiser, clip)
+    )
+
+    def result(engine: Engine) -> Leaves:
+        start = ServerState(0, task.init(generator(0, "init")))
+        plan = Federation(clients=3, rounds=3)
+        *_, last = rounds(start, algorithm, engine, job, plan, {})
+        return last.state.adapter
+
+    expected = plain_peft(task, shards, optimiser, clip, 3)
+    change = task.init(generator(0, "init"))
+    assert max(float((expected[k] - change[k]).abs().max()) for k in expected) > 1e-3
+    for engine in (serial, stacked(3), stacked(2)):
+        found = result(engine)
+        for leaf in expected:
+            torch.testing.assert_close(found[leaf], expected[leaf], atol=1e-5, rtol=0)
