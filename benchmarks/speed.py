@@ -4,7 +4,7 @@
 
 The bare loop is what users write: `get_peft_model`, autocast, `torch.optim.AdamW`. Speeds come
 from one process that takes the cases in turn, so that a machine whose speed drifts is fair to all;
-each case's peak memory comes from a process of its own. Batches hold random tokens, without padding.
+each case's peak memory comes from a process of its own. Batches hold random tokens, unpadded.
 """
 
 import argparse
@@ -177,9 +177,7 @@ def main() -> None:
         "stacked_over_bare_same_batch_per_client": ratio("bare, one client's batch"),
         "stacked_over_bare_same_total_batch": ratio("bare, the total batch"),
         "stacked_over_serial": ratio("serial"),
-        "peak_megabytes": {
-            name: round(alone(told.backbone, name, device) / 1e6) for name in CASES
-        },
+        "peak_megabytes": {name: round(alone(told.backbone, name, device) / 1e6) for name in CASES},
     }
     print(json.dumps(result, indent=1))
     if told.out:

@@ -27,7 +27,7 @@ def one_thread() -> None:
 
 @pytest.fixture(scope="session", params=["stories260K", "tiny"])
 def backbone(request: pytest.FixtureRequest) -> str:
-    """A pretrained backbone of 260 thousand parameters where the data folder is, and a random one."""
+    """A small pretrained backbone where the data folder is, and a random one."""
     if request.param == "tiny":
         return "tiny"
     if not (SHARED / "stories260K").is_dir():

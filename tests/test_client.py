@@ -2,15 +2,21 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import Line, numbers
 from torch.optim import SGD, AdamW
 
+from conftest import Line, numbers
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.client import Patience, Recipe, Step, clipped, descend, local_update, personalise
 from fedgen_edge.data.batches import Budget, deal, stack
 from fedgen_edge.types import Batch, Leaves, PerClient
 
 HALF = Recipe(partial(SGD, lr=0.5))
+
+
+def later(name: str, epoch: int) -> bool:
+    """Train nothing in the first epoch."""
+    del name
+    return epoch > 0
 
 
 def batches(*values: float) -> list[Batch]:
@@ -52,7 +58,7 @@ def test_clipping_is_by_each_clients_own_norm_over_all_leaves() -> None:
 
 
 def test_untrained_leaves_stay() -> None:
-    recipe = Recipe(partial(SGD, lr=0.5), trains=lambda name, epoch: epoch > 0)
+    recipe = Recipe(partial(SGD, lr=0.5), trains=later)
     again = [{**b, "epoch": torch.tensor(i)} for i, b in enumerate(batches(4, 4))]
     delta, _ = local_update(Line(), {"w": torch.tensor(0.0)}, {}, again, recipe)
     assert float(delta["w"]) == 2.0  # the second batch alone
@@ -71,7 +77,11 @@ def test_a_finished_client_no_longer_changes(optimiser: partial) -> None:
         for x in shards
     ]
     many, loss = local_update(
-        Line(), {"w": torch.zeros(2)}, {}, stack([iter(stream(x)) for x in shards]), Recipe(optimiser)
+        Line(),
+        {"w": torch.zeros(2)},
+        {},
+        stack([iter(stream(x)) for x in shards]),
+        Recipe(optimiser),
     )
     torch.testing.assert_close(many["w"], torch.stack([delta["w"] for delta, _ in alone]))
     torch.testing.assert_close(loss.total, torch.stack([one.total for _, one in alone]))
@@ -79,7 +89,7 @@ def test_a_finished_client_no_longer_changes(optimiser: partial) -> None:
 
 
 def test_clients_of_one_stack_must_train_the_same_leaves() -> None:
-    recipe = Recipe(partial(SGD, lr=0.5), trains=lambda name, epoch: epoch > 0)
+    recipe = Recipe(partial(SGD, lr=0.5), trains=later)
     mixed = {
         "x": torch.ones(2, 1),
         "mask": torch.ones(2, 1, dtype=torch.bool),
@@ -121,7 +131,9 @@ def test_tuning_keeps_the_best_and_stops(
 
 def test_without_fallback_the_first_epoch_is_kept_at_least() -> None:
     start = {"w": torch.tensor(5.0)}
-    ((own, _, chosen),) = personalise(walk(6.0, 7.0), [start], own_loss, Patience(1, fallback=False))
+    ((own, _, chosen),) = personalise(
+        walk(6.0, 7.0), [start], own_loss, Patience(1, fallback=False)
+    )
     assert (float(own["w"]), chosen) == (6.0, 1)
 
 
@@ -146,7 +158,9 @@ def test_personalising_a_stack_equals_one_by_one() -> None:
         for c in order
     ]
     many = personalise(
-        descend(Line(), {"w": torch.zeros(2)}, {}, stack([iter(steps(held[c])) for c in order]), HALF),
+        descend(
+            Line(), {"w": torch.zeros(2)}, {}, stack([iter(steps(held[c])) for c in order]), HALF
+        ),
         [start, start],
         lambda place, own: judge(order[place], own),
         Patience(1),

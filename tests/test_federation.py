@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Line, line_shard, sentences
 from peft import LoraConfig, get_peft_model
 from torch.optim import SGD, AdamW, Optimizer
 from transformers import AutoModelForCausalLM
 
+from conftest import Line, line_shard, sentences
 from fedgen_edge.adapters.formats import from_peft
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS

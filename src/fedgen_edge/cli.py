@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -149,12 +150,14 @@ def _parse(kind: type[Told], args: list[str], name: str, default: Told | None = 
     """Read arguments with tyro, whose page-long complaints become one line."""
     os.environ.setdefault("COLUMNS", "100")
     said = io.StringIO()
-    given = {} if default is None else {"default": default}
+    read = partial(tyro.cli, kind, args=args, prog=f"fedgen {name}")
+    if default is not None:
+        read = partial(read, default=default)
     if "--help" in args or "-h" in args:
-        return tyro.cli(kind, args=args, prog=f"fedgen {name}", **given)
+        return read()
     try:
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _wide():
-            return tyro.cli(kind, args=args, prog=f"fedgen {name}", **given)
+            return read()
     except SystemExit:
         raise ConfigError(_one_line(said.getvalue(), name)) from None
 
@@ -174,7 +177,9 @@ def _one_line(page: str, command: str) -> str:
     text = " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}", " ", page).split())
     if missing := re.search(r"Unrecognized options: --([^\s,=]+)", text):
         name = missing[1].replace("-", "_")
-        return unknown(name) if command == "run" else f"fedgen {command} has no option --{missing[1]}"
+        return (
+            unknown(name) if command == "run" else f"fedgen {command} has no option --{missing[1]}"
+        )
     refused = re.search(
         r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\S+ "
         r"input_value=(.*?), input_type",
@@ -183,6 +188,7 @@ def _one_line(page: str, command: str) -> str:
     if refused:
         part, key, reason, value = refused.groups()
         name = f"{part.removeprefix('settings.')}.{key}"
+        reason = reason[0].lower() + reason[1:]
         return f"{name}={value}: {reason}; `fedgen run --help` explains it"
     text = re.sub(r"^(Required options|Missing argument|Invalid choice|Value error) ", "", text)
     text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
@@ -216,18 +222,22 @@ def resume(told: Resume) -> None:
     _finish(reopen(told.run), told.run)
 
 
-def _finish(experiment, out: Path) -> None:  # noqa: ANN001
+def _finish(experiment, out: Path) -> None:
+    from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.progress import follow
-    from fedgen_edge.experiments.report import table_for_terminal, write
+    from fedgen_edge.experiments.report import headline, table_for_terminal, write
     from fedgen_edge.experiments.run import proceed
     from fedgen_edge.experiments.summary import read
 
+    steady_allocations()
     follow(proceed(experiment, out), experiment)
     page = write([out], out / "report.html")
     from rich.console import Console
 
     console = Console()
-    console.print(table_for_terminal(read(out)))
+    finished = read(out)
+    console.print(table_for_terminal(finished))
+    console.print(headline(finished))
     console.print(f"report    {page}\nadapters  {out / 'adapters' / 'clients'}", soft_wrap=True)
 
 
@@ -238,7 +248,12 @@ def report(told: Report) -> None:
     if not told.runs:
         raise ConfigError("fedgen report needs the folder of at least one run")
     alone = len(told.runs) == 1
-    print(write(told.runs, told.out or (told.runs[0] / "report.html" if alone else Path("comparison.html"))))
+    print(
+        write(
+            told.runs,
+            told.out or (told.runs[0] / "report.html" if alone else Path("comparison.html")),
+        )
+    )
 
 
 def generate(told: Generate) -> None:

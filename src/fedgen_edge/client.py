@@ -7,7 +7,8 @@ optimisers work on stacks as they are.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Algorithm, Corrects
 from fedgen_edge.algorithms.correct import unchanged
+from fedgen_edge.algorithms.receive import KEPT
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
 from fedgen_edge.leaves import row, select
 from fedgen_edge.seeds import generator
@@ -27,6 +29,11 @@ from fedgen_edge.uplink.transform import deliver
 Factory = Callable[[Sequence[Tensor]], Optimizer]
 Judge = Callable[[int, Leaves], float]
 """Validation loss of one client (its place in the stack) with one adapter."""
+
+
+def _not_kept(name: str) -> bool:
+    """Leaves that a client keeps are in its start already."""
+    return not name.startswith(KEPT)
 
 
 def _every(name: str, epoch: int) -> bool:
@@ -233,7 +240,7 @@ class Clients:
     task: Task
     shards: Sequence[Shard]
     seed: int
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
 
     def batches(self, order: Order, budget: Budget, purpose: str) -> Iterator[Batch]:
         """The order's batches, drawn, on the device."""
@@ -255,10 +262,10 @@ class Clients:
         """Starts, memories and batches of some orders: one as it is, or many with a first axis."""
         streams = [self.batches(order, budget, purpose) for order in orders]
         starts = [self.place(order.start) for order in orders]
-        memories = [self.place(order.memory) for order in orders]
+        memories = [self.place(select(order.memory, _not_kept)) for order in orders]
         if not stacked:
             return starts[0], memories[0], streams[0]
-        return leaves.stack(starts), leaves.stack(memories), stack(streams)
+        return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
 
     def place(self, values: Leaves) -> Leaves:
         """On the device."""

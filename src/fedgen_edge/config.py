@@ -20,16 +20,24 @@ from fedgen_edge.errors import ConfigError
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
+def _no_flag(value: object) -> object:
+    if isinstance(value, bool):
+        # pydantic reads ValueError as its own
+        raise ValueError("a number is wanted, not true or false")  # noqa: TRY004
+    return value
+
+
 def _words(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Portion = Annotated[float, Field(gt=0, lt=1)]
+Number = BeforeValidator(_no_flag)
+Count = Annotated[int, Number, Field(ge=1)]
+Whole = Annotated[int, Number, Field(ge=0)]
+Positive = Annotated[float, Number, Field(gt=0)]
+NotNegative = Annotated[float, Number, Field(ge=0)]
+Share = Annotated[float, Number, Field(ge=0, lt=1)]
+Portion = Annotated[float, Number, Field(gt=0, lt=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -96,7 +104,7 @@ class Data:
     """Consecutive lines of PTB, or sentences of Brown, that make one example."""
     limit: Count | None = None
     """Keep at most so many examples, evenly spaced over the source; none is all."""
-    length: Annotated[int, Field(ge=8)] = 64
+    length: Annotated[int, Number, Field(ge=8)] = 64
     """Tokens in a training block."""
     validation: Portion = 0.1
     """Share of each client's examples for validation (where the source has no such split)."""
@@ -144,7 +152,7 @@ class Federation:
     partition.sizes, else 10."""
     cohort: Count | None = None
     """Clients drawn each round, without replacement; none is all."""
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    fraction: Annotated[float, Number, Field(gt=0, le=1)] | None = None
     """The cohort as a share of the clients (the paper's C), instead of a number."""
     newcomers: Whole = 0
     """Clients, the last ones, that never train and only personalise the result."""
@@ -294,7 +302,9 @@ def from_table(table: Mapping[str, Any]) -> Settings:
         return TypeAdapter(Settings).validate_python(table)
     except ValidationError as error:
         first = error.errors()[0]
-        raise ConfigError(explain(first["loc"], first["type"], first["msg"], first["input"])) from None
+        raise ConfigError(
+            explain(first["loc"], first["type"], first["msg"], first["input"])
+        ) from None
 
 
 def explain(where: tuple[str | int, ...], kind: str, message: str, value: object) -> str:

@@ -12,11 +12,14 @@ def write(path: Path, content: bytes) -> None:
     """Replace a file in one step, and see it on the disk before returning."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
     _sync(path.parent)
 
 
@@ -25,6 +28,7 @@ def folder(path: Path) -> Iterator[Path]:
     """A draft folder to fill; it takes the path's place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    old = draft.with_name(f"{draft.name}.old")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir()
     try:
@@ -34,11 +38,12 @@ def folder(path: Path) -> Iterator[Path]:
                 os.fsync(opened.fileno())
         _sync(draft)
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(old)
         draft.replace(path)
         _sync(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def digest(path: Path) -> str:

@@ -51,6 +51,12 @@ def stack(members: Sequence[Leaves]) -> Leaves:
     return {k: torch.stack([m[k] for m in members]) for k in members[0]}
 
 
+def filled(members: Sequence[Leaves]) -> list[Leaves]:
+    """The same members with the same names: what one of them lacks is zero."""
+    shapes = {k: v for member in members for k, v in member.items()}
+    return [{k: m.get(k, torch.zeros_like(v)) for k, v in shapes.items()} for m in members]
+
+
 def row(leaves: Leaves, index: int) -> Leaves:
     """One client's leaves out of a stack."""
     return {k: v[index] for k, v in leaves.items()}

@@ -68,7 +68,9 @@ def rounds(
     clients = federation.clients or 0
     for r in range(state.round, federation.rounds):
         cohort = sample(federation, clients, r)
-        shared, size = deliver(select(state.adapter, algorithm.sends(list(state.adapter)).__contains__))
+        shared, size = deliver(
+            select(state.adapter, algorithm.sends(list(state.adapter)).__contains__)
+        )
         received = {**state.adapter, **shared}
         orders = [
             _order(algorithm, received, memory, group, r) for group in algorithm.groups(cohort)

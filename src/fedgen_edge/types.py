@@ -19,7 +19,8 @@ Statistics = dict[str, Tensor]
 """Held-out sums that add up over batches and clients; `[*clients]` each."""
 
 
-class PerClient(NamedTuple):
+@dataclass(frozen=True)
+class PerClient:
     """A sum and what it is a sum over."""
 
     total: Tensor

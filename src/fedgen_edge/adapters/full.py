@@ -39,4 +39,3 @@ class Full:
         kinds = {name: p.dtype for name, p in self.model.named_parameters()}
         own = {f"model.{name}": leaf.to(kinds[name]) for name, leaf in leaves.items()}
         return functional_call(module, own, (batch,), tie_weights=True)
-

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -49,13 +49,13 @@ def _linear(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _conv2d(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
-    assert not isinstance(layer.padding, str)
-    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+    padding: Any = layer.padding  # a word or numbers: torch's stub knows one of them at a time
+    how = (layer.stride, padding, layer.dilation)
     if a.ndim == 4:
-        return F.conv2d(F.conv2d(x, a, **how), b)
+        return F.conv2d(F.conv2d(x, a, None, *how), b)
     clients, rows = len(a), x.shape[0] // len(a)
     wide = x.reshape(clients, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-    narrow = F.conv2d(wide, a.flatten(0, 1), groups=clients, **how)
+    narrow = F.conv2d(wide, a.flatten(0, 1), None, *how, groups=clients)
     out = F.conv2d(narrow, b.flatten(0, 1), groups=clients)
     out = out.reshape(rows, clients, b.shape[1], *out.shape[2:]).transpose(0, 1)
     return out.reshape(-1, *out.shape[2:])
@@ -64,7 +64,7 @@ def _conv2d(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _embedding(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if a.ndim == 2:
         return F.embedding(x, a.mT) @ b.mT
-    clients, _, vocabulary = a.shape
+    clients, vocabulary = len(a), a.shape[-1]
     own = torch.arange(clients, device=x.device).view(-1, *[1] * x.ndim) * vocabulary
     ids = (x.reshape(clients, -1, *x.shape[1:]) + own).reshape(clients, -1)
     found = F.embedding(ids, a.mT.reshape(clients * vocabulary, -1))
@@ -74,7 +74,9 @@ def _embedding(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def _conv_shapes(layer: nn.Module, rank: int) -> tuple[Shape, Shape]:
     assert isinstance(layer, nn.Conv2d)
     if layer.groups != 1:
-        raise ConfigError("adapter.target_modules: a grouped Conv2d cannot be adapted, leave it out")
+        raise ConfigError(
+            "adapter.target_modules: a grouped Conv2d cannot be adapted, leave it out"
+        )
     return (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
 
 
@@ -126,7 +128,7 @@ class Site(nn.Module):
         if self.factors is None:
             return y
         a, b = (factor.to(y.dtype) for factor in self.factors)
-        if self.seed is not None and self.dropout:
+        if self.seed is not None and self.dropout and x.is_floating_point():
             x = x * self._mask(x).to(x.dtype)
         return y + self.kind.product(self.base, x, a, b)
 
@@ -226,7 +228,9 @@ def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> 
     for name, site in sites.items():
         model.set_submodule(name, site)
     root = math.sqrt(settings.rank) if settings.rslora else settings.rank
-    return Lora(sites, settings.rank, settings.alpha / root, tuple(sorted(short) if exact else chosen))
+    return Lora(
+        sites, settings.rank, settings.alpha / root, tuple(sorted(short) if exact else chosen)
+    )
 
 
 def _site(name: str, layer: nn.Module, number: int, settings: Adapter) -> Site:

@@ -38,8 +38,8 @@ class Algorithm:
     """Whether leaves are an adapter's or the whole model's."""
 
     def init(self, adapter: Leaves) -> ServerState:
-        """The server before the first round."""
-        return ServerState(round=0, adapter=adapter)
+        """The server before the first round; leaves by name, as decoding gives them."""
+        return ServerState(round=0, adapter=dict(sorted(adapter.items())))
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.

@@ -14,6 +14,7 @@ from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Method
 from fedgen_edge.errors import ConfigError
 
+
 class Entry(NamedTuple):
     """A method, and what its row in the catalogue says."""
 
@@ -46,8 +47,12 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def method(settings: Method) -> Algorithm:
+def method(settings: Method, setting: str = "method.name") -> Algorithm:
     """The algorithm of these settings.
+
+    Args:
+        settings: its name and parameters.
+        setting: where the name was given, for the error.
 
     Raises:
         ConfigError: no method has this name.
@@ -55,7 +60,7 @@ def method(settings: Method) -> Algorithm:
     if settings.name not in METHODS:
         near = difflib.get_close_matches(settings.name, METHODS, n=1, cutoff=0.0)[0]
         raise ConfigError(
-            f"method.name={settings.name!r} is not known: did you mean {near!r}? "
+            f"{setting}={settings.name!r} is not known: did you mean {near!r}? "
             f"There are {', '.join(METHODS)}"
         )
     return METHODS[settings.name].make(settings)

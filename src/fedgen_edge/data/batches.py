@@ -7,7 +7,7 @@ batches in the same order, and so do two engines.
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
+from itertools import islice, pairwise, zip_longest
 
 import torch
 
@@ -62,7 +62,7 @@ def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) 
 
     Args:
         documents: token numbers of each, start and end marks included.
-        words: of each document; counted on the block in which it begins.
+        words: of each document; shared out over its tokens, so that a part of it counts a part.
         length: tokens in a block.
 
     Returns:
@@ -72,24 +72,27 @@ def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) 
         next block without what came before.
     """
     steps = [
-        (token, label, 1, number + 1)
-        for number, ids in enumerate(documents)
-        for token, label in zip(ids, ids[1:], strict=False)
+        (
+            token,
+            label,
+            1,
+            number + 1,
+            (at + 1) * count // (len(ids) - 1) - at * count // (len(ids) - 1),
+        )
+        for number, (ids, count) in enumerate(zip(documents, words, strict=True))
+        for at, (token, label) in enumerate(pairwise(ids))
     ]
-    steps += [(0, 0, 0, 0)] * (-len(steps) % length)
-    token, label, mask, document = torch.tensor(steps, dtype=torch.int32).T.reshape(4, -1, length)
+    steps += [(0, 0, 0, 0, 0)] * (-len(steps) % length)
+    table = torch.tensor(steps, dtype=torch.int32).reshape(-1, length, 5)
+    token, label, mask, document, said = table.unbind(-1)
     begins = torch.ones_like(document, dtype=torch.bool)
     begins[:, 1:] = document[:, 1:] != document[:, :-1]
     place = torch.arange(length, dtype=torch.int32).expand_as(document)
     position = place - torch.where(begins, place, 0).cummax(1).values
     segment = begins.int().cumsum(1, dtype=torch.int32) * mask
-    counted = torch.zeros(len(document), dtype=torch.int32)
-    at = 0
-    for ids, count in zip(documents, words, strict=True):
-        counted[at // length] += count
-        at += max(0, len(ids) - 1)
     values = (token, label, mask.bool(), segment, position.int())
-    return {**dict(zip(FIELDS, values, strict=True)), "words": counted}
+    packed = {k: v.contiguous() for k, v in zip(FIELDS, values, strict=True)}
+    return {**packed, "words": said.sum(1, dtype=torch.int32)}
 
 
 def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:

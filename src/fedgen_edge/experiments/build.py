@@ -111,7 +111,7 @@ def build(settings: Settings) -> Experiment:
     """
     algorithm = method(settings.method)
     for name in settings.evaluation.baselines:
-        method(replace(settings.method, name=name))
+        method(replace(settings.method, name=name), "evaluation.baselines")
     device = machine.device(settings.engine.device)
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     corpus = sources.read(settings.data)

@@ -97,13 +97,7 @@ def latest(run: Path) -> tuple[ServerState | None, Memory, list[str]]:
 
 
 def _load(run: Path, folder: Path) -> tuple[ServerState, Memory]:
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        right = manifest.pop("digest") == _digest(manifest)
-    except (OSError, ValueError, KeyError, AttributeError):
-        right = False
-    if not right:
-        raise CheckpointError(f"{folder / 'manifest.json'} is missing, truncated or altered")
+    manifest = _manifest(folder / "manifest.json")
     leaves = decode(_checked(folder / "server.safetensors", manifest["server"]))
     memory = Memory(
         run / "memory",
@@ -114,6 +108,16 @@ def _load(run: Path, folder: Path) -> tuple[ServerState, Memory]:
         _checked(memory.folder / name, digest)
     state = ServerState(manifest["round"], _part(leaves, "adapter/"), _part(leaves, "memory/"))
     return state, memory
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        manifest: Manifest = json.loads(path.read_text())
+        if manifest.pop("digest") == _digest(manifest):
+            return manifest
+    except (OSError, ValueError, KeyError, AttributeError):
+        pass
+    raise CheckpointError(f"{path} is missing, truncated or altered")
 
 
 def _part(leaves: Leaves, prefix: str) -> Leaves:

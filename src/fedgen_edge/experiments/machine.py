@@ -1,4 +1,4 @@
-"""What the machine at hand decides: device, how many clients fit in a stack, how memory is taken."""
+"""What the machine at hand decides: its device, how many clients a stack holds, its memory."""
 
 import ctypes
 import os

@@ -25,7 +25,9 @@ def follow(events: Iterable[Event], experiment: Experiment) -> None:
     )
     tasks = {}
     with Progress(*bars, console=console) as progress:
-        first = progress.add_task("federation", total=experiment.settings.federation.rounds, said="")
+        first = progress.add_task(
+            "federation", total=experiment.settings.federation.rounds, said=""
+        )
         tasks["federation"] = first
         for event in events:
             if "refused" in event.line:

@@ -63,13 +63,20 @@ def reopen(run: Path) -> Experiment:
     if not (run / "settings.toml").exists() or not (run / "run.json").exists():
         raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")
     experiment = build(load(run / "settings.toml"))
-    began = records.read_json(run / "run.json")["backbone"]["sha256"]
+    began = _sha256(records.read_json(run / "run.json"), run)
     if began != experiment.task.loaded.sha256:
         raise CheckpointError(
             f"{run}: its backbone had SHA-256 {began[:16]}..., {experiment.task.loaded.folder} has "
             f"{experiment.task.loaded.sha256[:16]}...: restore the one that it began with"
         )
     return experiment
+
+
+def _sha256(told: Any, run: Path) -> str:
+    try:
+        return str(told["backbone"]["sha256"])
+    except (KeyError, TypeError):
+        raise CheckpointError(f"{run / 'run.json'} names no backbone: it was altered") from None
 
 
 def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
@@ -130,7 +137,12 @@ def federate(experiment: Experiment, folder: Path) -> Iterator[records.Line]:
     records.truncate(log, state.round)
     board = records.Board(folder) if settings.evaluation.tensorboard else None
     loop = rounds(
-        state, experiment.algorithm, experiment.engine, experiment.train, settings.federation, memory
+        state,
+        experiment.algorithm,
+        experiment.engine,
+        experiment.train,
+        settings.federation,
+        memory,
     )
     for message in refused:
         yield {"round": state.round, "refused": message}
@@ -262,14 +274,15 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     target = run / "samples.jsonl"
     if target.exists() or not settings.sample_tokens:
         return
+    models = [("backbone", None), ("global", None), *_shown(experiment)]
     found = []
-    for model, client in [("backbone", None), ("global", None), *_shown(experiment)]:
+    for done, (model, client) in enumerate(models):
         adapter = model_of(experiment, run, model, client)
         for prompt in settings.prompts:
             seed = experiment.settings.federation.seed
             text = experiment.task.generate(adapter, prompt, settings.sample_tokens, seed)
             found.append({"model": model, "client": client, "prompt": prompt, "text": text})
-        yield Event("samples", len(found), 0, {})
+        yield Event("samples", done + 1, len(models), {})
     records.write_lines(target, found)
 
 
@@ -312,17 +325,16 @@ def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Pat
     Returns:
         The folders that were made.
     """
-    records.claim(out)
     experiment = reopen(run)
+    wanted = [client] if client or merge else [None, *experiment.names]
+    models = {who: model_of(experiment, run, "global", who) for who in wanted}
+    records.claim(out)
     if merge:
-        experiment.task.merged(out, model_of(experiment, run, "global", client))
+        experiment.task.merged(out, models[client])
         return [out]
     names = records.folder_names(experiment.names)
     state, _ = _last(run)
-    chosen = [client] if client else [None, *experiment.names]
-    made = []
-    for who in chosen:
-        target = out / ("global" if who is None else f"clients/{names.get(who, '')}")
-        _save(experiment, target, state, model_of(experiment, run, "global", who), who or "global")
-        made.append(target)
-    return made
+    targets = {who: out / (f"clients/{names[who]}" if who else "global") for who in models}
+    for who, adapter in models.items():
+        _save(experiment, targets[who], state, adapter, who or "global")
+    return list(targets.values())

@@ -82,7 +82,7 @@ def precision(settings: Backbone) -> torch.dtype:
 
 
 def find(settings: Backbone) -> Path:
-    """The local Hugging Face folder of a backbone, made from a GGUF file where that is the source."""
+    """The local Hugging Face folder of a backbone; one is made of a GGUF file."""
     path = settings.path
     if path == "tiny":
         return _tiny()

@@ -1,6 +1,7 @@
 """Causal language modelling with any Hugging Face causal language model."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,9 @@ class Language:
         each = max(1, EVALUATE // (length * clients.numel()))
         sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("nats", "tokens", "words")}
         for at in range(0, rows, each):
-            part = {k: v.narrow(len(clients), at, min(each, rows - at)) for k, v in examples.items()}
+            part = {
+                k: v.narrow(len(clients), at, min(each, rows - at)) for k, v in examples.items()
+            }
             loss = self.loss(adapter, part, "")
             sums["nats"] += loss.total.double().cpu()
             sums["tokens"] += loss.count.double().cpu()
@@ -115,9 +118,11 @@ class Language:
                 break
             said.append(token)
             new = [token]
-        return self.loaded.tokenizer.decode([*told[1:], *said], skip_special_tokens=True)
+        return self.loaded.tokenizer.decode([*told[1:], *said])
 
-    def save(self, folder: Path, leaves: Leaves, settings: Settings, provenance: dict) -> None:
+    def save(
+        self, folder: Path, leaves: Leaves, settings: Settings, provenance: Mapping[str, Any]
+    ) -> None:
         """Write an adapter as a PEFT folder; a full model as a Hugging Face folder."""
         if isinstance(self.adapter, Lora):
             source = str(self.loaded.folder)
@@ -130,7 +135,7 @@ class Language:
                 provenance=provenance,
             )
         else:
-            self._save_model(folder, leaves)
+            self._save_model(folder, leaves, provenance)
 
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
@@ -152,10 +157,11 @@ class Language:
         if isinstance(self.adapter, Lora):
             merge(self.module.float().model, self.adapter, leaves)
             leaves = self.module.model.state_dict()
-        self._save_model(folder, leaves)
+        self._save_model(folder, leaves, {"backbone_sha256": self.loaded.sha256, "merged": True})
 
-    def _save_model(self, folder: Path, state: Leaves) -> None:
+    def _save_model(self, folder: Path, state: Leaves, provenance: Mapping[str, Any]) -> None:
         with files.folder(folder) as draft:
+            (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
             self.module.model.save_pretrained(draft, state_dict=dict(state))
             self.loaded.tokenizer.save_pretrained(draft)
 

@@ -13,7 +13,7 @@ class Task(Protocol):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Parts of the adapter, trained in this order on each batch; `(Phase(),)` is all at once."""
+        """Parts of the adapter, trained in this order on each batch; one `Phase()` is all."""
         ...
 
     def init(self, rng: Generator) -> Leaves:

@@ -18,8 +18,8 @@ def encode(leaves: Leaves) -> bytes:
 
 
 def decode(payload: bytes) -> Leaves:
-    """The leaves of a payload."""
-    return load(payload)
+    """The leaves of a payload, in the order of names, which sums over leaves depend on."""
+    return dict(sorted(load(payload).items()))
 
 
 def deliver(leaves: Leaves) -> tuple[Leaves, int]:
@@ -41,5 +41,5 @@ def length(shapes: Mapping[str, Sequence[int]]) -> int:
         size = 4 * math.prod(shape)
         header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     return 8 + -(-len(text) // 8) * 8 + at

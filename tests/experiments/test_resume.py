@@ -1,0 +1,203 @@
+"""Killed at any moment and resumed, a run ends as one that was never stopped."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from conftest import sentences
+from fedgen_edge.config import Settings, from_table
+from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
+from fedgen_edge.experiments import run as running
+from fedgen_edge.experiments.run import create, proceed, reopen
+
+TIMES = ("seconds", "evaluate_seconds")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five clients of unequal size."""
+    path = tmp_path_factory.mktemp("data") / "stories.jsonl"
+    rows = [
+        {"text": text, "who": f"client {c}"} for c in range(5) for text in sentences(6 + 3 * c, c)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def settings(corpus: Path, **more: dict[str, Any]) -> Settings:
+    """Every stateful part: cohorts, memory (FedPer), a schedule, dropout, a baseline."""
+    table: dict[str, Any] = {
+        "backbone": {"path": "tiny", "precision": "float32"},
+        "adapter": {"dropout": 0.1},
+        "data": {"source": "jsonl", "path": str(corpus), "client_field": "who", "length": 32},
+        "federation": {"rounds": 8, "cohort": 3, "newcomers": 1},
+        "method": {"name": "fedper"},
+        "training": {"batch": 2, "schedule": "cosine"},
+        "personal": {"epochs": 2},
+        "engine": {"threads": 1, "stack": 2},
+        "evaluation": {"baselines": ["local-only"], "sample_tokens": 3, "prompts": ["One"]},
+    }
+    return from_table({k: {**table.get(k, {}), **more.get(k, {})} for k in {*table, *more}})
+
+
+def finish(folder: Path) -> None:
+    for _ in proceed(reopen(folder), folder):
+        pass
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that a run leaves, times aside."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.suffix == ".jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            found[name] = [{k: v for k, v in ln.items() if k not in TIMES} for ln in lines]
+        elif path.suffix == ".safetensors":
+            found[name] = {k: v.numpy().tobytes() for k, v in load_file(path).items()}
+    return found
+
+
+@pytest.fixture(scope="module")
+def unbroken(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken") / "run"
+    create(settings(corpus), folder)
+    finish(folder)
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kill_9_at_random_moments_then_resume_is_bit_identical(
+    corpus: Path, unbroken: Path, tmp_path: Path, seed: int
+) -> None:
+    folder, rng = tmp_path / "run", random.Random(seed)
+    create(settings(corpus), folder)
+    killed = 0
+    for _ in range(4):
+        child = os.fork()
+        if not child:
+            finish(folder)
+            os._exit(0)
+        time.sleep(rng.uniform(0.2, 1.5))
+        os.kill(child, signal.SIGKILL)
+        killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+    assert killed >= 1
+    finish(folder)
+    expected, found = outcome(unbroken), outcome(folder)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert found[name] == value, name
+
+
+def test_between_the_record_and_its_commit_the_line_is_written_once(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    create(settings(corpus), folder)
+    real = running.commit
+    calls = []
+
+    def dies(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(running, "commit", dies)
+    with pytest.raises(KeyboardInterrupt):
+        finish(folder)
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]  # the third has no commit
+    monkeypatch.setattr(running, "commit", real)
+    finish(folder)
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    assert [json.loads(line)["round"] for line in lines] == list(range(1, 9))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_ends_the_same(
+    corpus: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    create(settings(corpus), folder)
+    events = proceed(reopen(folder), folder)
+    for event in events:
+        if event.done == 4:
+            break
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    target = folder / "checkpoints" / "00004" / "server.safetensors"
+    target.write_bytes(target.read_bytes()[:-5])
+    told = [event.line for event in proceed(reopen(folder), folder)]
+    assert str(target) in told[0]["refused"]
+    assert told[1]["round"] == 4
+    assert outcome(folder) == outcome(unbroken)
+
+
+def test_a_finished_run_does_nothing_more(unbroken: Path) -> None:
+    before = outcome(unbroken)
+    finish(unbroken)
+    assert outcome(unbroken) == before
+
+
+def test_another_backbone_is_refused(unbroken: Path, tmp_path: Path) -> None:
+    told = json.loads((unbroken / "run.json").read_text())
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "settings.toml").write_text((unbroken / "settings.toml").read_text())
+    told["backbone"]["sha256"] = "0" * 64
+    (folder / "run.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match="backbone had SHA-256 0000"):
+        reopen(folder)
+
+
+def test_two_processes_do_not_write_one_run(corpus: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    experiment = create(settings(corpus), folder)
+    first = proceed(experiment, folder)
+    next(first)
+    with pytest.raises(CheckpointError, match="in use"):
+        next(proceed(experiment, folder))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
+    corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    create(settings(corpus, training={"optimiser": "sgd", "lr": 1e30, "clip": 0.0}), folder)
+    with pytest.raises(TrainingError, match=r"training\.lr=1e\+30"):
+        finish(folder)
+    assert not (folder / "checkpoints").exists()
+
+
+def test_newcomers_never_train_and_are_personalised(unbroken: Path) -> None:
+    lines = [json.loads(line) for line in (unbroken / "rounds.jsonl").read_text().splitlines()]
+    assert all("client 4" not in line["cohort"] for line in lines)
+    assert (unbroken / "adapters" / "clients" / "client_4" / "adapter_model.safetensors").exists()
+    tested = [json.loads(ln) for ln in (unbroken / "evaluation.jsonl").read_text().splitlines()]
+    assert {t["participated"] for t in tested if t["client"] == "client 4"} == {False}
+
+
+def test_a_folder_with_a_run_is_left_alone(unbroken: Path, corpus: Path) -> None:
+    before = outcome(unbroken)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        create(settings(corpus), unbroken)
+    assert outcome(unbroken) == before
+
+
+def test_uplink_bytes_are_the_lengths_of_what_was_sent(unbroken: Path) -> None:
+    # FedPer on the tiny backbone keeps the last of two layers: half of the leaves are sent.
+    lines = [json.loads(line) for line in (unbroken / "rounds.jsonl").read_text().splitlines()]
+    adapter = load_file(unbroken / "adapters" / "global" / "adapter_model.safetensors")
+    sent = sum(v.numel() * 4 for k, v in adapter.items() if ".layers.0." in k)
+    for line in lines:
+        for client in line["clients"]:
+            assert sent < client["bytes_up"] < sent + 1000  # the header: names, shapes, types
+        assert line["bytes_up"] == sum(c["bytes_up"] for c in line["clients"])
+    assert torch.isfinite(torch.tensor([line["loss"] for line in lines])).all()
