@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import fedgen_edge
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS, method
 from fedgen_edge.config import Method
@@ -24,3 +25,12 @@ def test_every_method_of_the_catalogue_says_what_it_is_and_can_be_made(name: str
     assert entry.about
     assert "\n" not in entry.about
     assert isinstance(method(Method(name=name)), Algorithm)
+
+
+def test_the_public_names_are_those_that_can_be_seen_and_used() -> None:
+    assert {*dir(fedgen_edge)} == {*fedgen_edge.__all__, "__version__"}
+    assert {*fedgen_edge.__all__} == {*fedgen_edge._HOMES}
+    for name in fedgen_edge.__all__:
+        assert getattr(fedgen_edge, name) is not None
+    with pytest.raises(AttributeError, match="no public name"):
+        _ = fedgen_edge.nothing

@@ -1,0 +1,83 @@
+"""Peak memory against the number of clients, every client's personal adapter kept.
+
+    python benchmarks/memory.py --backbone PATH --out benchmarks/results/memory.json
+
+Each number comes from a process of its own that does a whole run: rounds with a cohort of 10 by
+FedPer, whose clients keep leaves, then personalisation of all. Every client has eight sentences.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from fedgen_edge.config import from_table
+from fedgen_edge.experiments.machine import hardware
+from fedgen_edge.experiments.run import create, proceed
+
+COUNTS = (10, 100, 1000)
+
+
+def whole_run(backbone: str, clients: int) -> int:
+    """Peak bytes of this process after a run of so many clients."""
+    with tempfile.TemporaryDirectory() as place:
+        data = Path(place) / "data.jsonl"
+        with data.open("w") as file:
+            for client in range(clients):
+                for at in range(8):
+                    text = f"Sentence {at} of client {client}: the dog saw a ball and ran home."
+                    file.write(json.dumps({"text": text, "who": f"c{client:05d}"}) + "\n")
+        table = {
+            "backbone": {"path": backbone},
+            "data": {"source": "jsonl", "path": str(data), "client_field": "who", "length": 32},
+            "federation": {"rounds": 3, "cohort": 10},
+            "method": {"name": "fedper"},
+            "training": {"steps": 2},
+            "personal": {"epochs": 1, "steps": 2},
+            "evaluation": {"every": 3, "sample_tokens": 0},
+        }
+        out = Path(place) / "run"
+        experiment = create(from_table(table), out)
+        for _ in proceed(experiment, out):
+            pass
+        kept = len(list((out / "adapters" / "clients").iterdir()))
+    assert kept == clients
+    told = Path("/proc/self/status").read_text()
+    found = re.search(r"VmHWM:\s+(\d+)", told)
+    assert found
+    return 1024 * int(found[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--clients", type=int)
+    told = parser.parse_args()
+    if told.clients:
+        print(whole_run(told.backbone, told.clients))
+        return
+    peaks = {}
+    for count in COUNTS:
+        command = [sys.executable, __file__, "--backbone", told.backbone, "--clients", str(count)]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks[str(count)] = round(int(done.stdout.split()[-1]) / 1e6)
+    result = {
+        "backbone": Path(told.backbone).name,
+        "hardware": hardware(torch.device("cpu")),
+        "peak_megabytes": peaks,
+        "most_over_fewest": round(peaks[str(COUNTS[-1])] / peaks[str(COUNTS[0])], 3),
+    }
+    print(json.dumps(result, indent=1))
+    if told.out:
+        told.out.write_text(json.dumps(result, indent=1) + os.linesep)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+"""Rebuild a claim: run its recipe for every seed, and keep the records and the table.
+
+    python paper/reproduce.py paper/quickstart.toml
+
+Writes `paper/results/NAME.jsonl`, a line for every seed, model and client, and
+`paper/results/NAME.md`, the table made from it alone. Finished runs in `--runs` are not done again.
+"""
+
+import argparse
+import json
+import tomllib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedgen_edge.config import load
+from fedgen_edge.experiments.machine import steady_allocations
+from fedgen_edge.experiments.records import lines, read_json, write_lines
+from fedgen_edge.experiments.run import create, proceed, reopen
+from fedgen_edge.experiments.summary import paired_interval, perplexity, read, size, uplink
+
+Row = dict[str, Any]
+
+
+def carry_out(recipe: Path, seed: int, folder: Path) -> list[Row]:
+    """The test records of one seed's run, which is gone on with where it stopped."""
+    if (folder / "run.json").exists():
+        experiment = reopen(folder)
+    else:
+        settings = load(recipe)
+        experiment = create(
+            replace(settings, federation=replace(settings.federation, seed=seed)), folder
+        )
+    for event in proceed(experiment, folder):
+        print(f"seed {seed}: {event.stage} {event.done}/{event.total}", flush=True)
+    told, sent = read_json(folder / "run.json"), uplink(read(folder))
+    facts = {"seed": seed, "hardware": told["hardware"], "precision": told["precision"]}
+    facts |= {"seconds_of": told["seconds"], "bytes_up": sent.up, "bytes_full": sent.full}
+    kept = ("model", "client", "nats", "tokens", "words")
+    return [{**facts, **{k: row[k] for k in kept}} for row in lines(folder / "evaluation.jsonl")]
+
+
+def means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
+    """Mean perplexity over clients, by model and seed."""
+    found: dict[str, dict[int, list[float]]] = {}
+    for row in rows:
+        each = found.setdefault(row["model"], {}).setdefault(row["seed"], [])
+        each.append(perplexity(row["nats"], row["tokens"]))
+    return {m: {s: fmean(v) for s, v in seeds.items()} for m, seeds in found.items()}
+
+
+def table(claim: Row, rows: Sequence[Row]) -> str:
+    """The claim's table in Markdown, from its records alone."""
+    found, seeds = means(rows), claim["seeds"]
+    first = rows[0]
+    out = [
+        f"Recipe `{claim['recipe']}`, seeds {', '.join(map(str, seeds))}; {first['hardware']}, "
+        f"{first['precision']}. Mean over clients of test perplexity (token level).",
+        "",
+        "| model | " + " | ".join(f"seed {s}" for s in seeds) + " | mean |",
+        "|---" * (len(seeds) + 2) + "|",
+    ]
+    for model, by_seed in found.items():
+        cells = [f"{by_seed[s]:.2f}" for s in seeds]
+        out.append(f"| {model} | {' | '.join(cells)} | {fmean(by_seed.values()):.2f} |")
+    out += ["", "| difference | mean | 95 % interval over seeds |", "|---|---|---|"]
+    for model, reference in claim["differences"]:
+        apart = [found[model][s] - found[reference][s] for s in seeds]
+        mean, low, high = paired_interval(apart)
+        out.append(f"| {model} less {reference} | {mean:.2f} | {low:.2f} to {high:.2f} |")
+    saved = 100 * (1 - first["bytes_up"] / first["bytes_full"])
+    out += [
+        "",
+        f"Sent by clients in a run: {size(first['bytes_up'])}; full-model FedAvg would have sent "
+        f"{size(first['bytes_full'])} (float32): {saved:.2f} % saved.",
+    ]
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("claim", type=Path)
+    parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--table-only", action="store_true", help="from the records that are there")
+    told = parser.parse_args()
+    claim = tomllib.loads(told.claim.read_text())
+    results = told.claim.parent / "results"
+    records = results / f"{told.claim.stem}.jsonl"
+    if not told.table_only:
+        steady_allocations()
+        root = told.claim.parent.parent
+        made = [
+            row
+            for seed in claim["seeds"]
+            for row in carry_out(
+                root / claim["recipe"], seed, told.runs / f"{told.claim.stem}-{seed}"
+            )
+        ]
+        write_lines(records, made)
+    rows = [json.loads(line) for line in records.read_text().splitlines()]
+    (results / f"{told.claim.stem}.md").write_text(table(claim, rows))
+    print(table(claim, rows))
+
+
+if __name__ == "__main__":
+    main()
