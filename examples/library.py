@@ -23,11 +23,11 @@ TABLE = {
 def main(backbone: str = "tiny", folder: str = "adapters") -> None:
     parts = build(from_table({**TABLE, "backbone": {"path": backbone}}))
     state, plan = parts.start(), parts.settings.federation
-    for commit in rounds(state, parts.algorithm, parts.engine, parts.train, plan, {}):
+    for commit in rounds(state, parts.algorithm, parts.engine, parts.train, plan):
         state = commit.state
         print(f"round {state.round}: loss {mean_loss(commit.updates):.3f}")
 
-    orders = [Order((c,), state.round, state.adapter, {}) for c in range(len(parts.names))]
+    orders = [Order((c,), state.round, state.adapter) for c in range(len(parts.names))]
     for tuned in parts.engine(orders, parts.tune):
         shard = parts.clients.shards[tuned.order.clients[0]]
         for name, adapter in {"global": state.adapter, "personal": tuned.adapter}.items():

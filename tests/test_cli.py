@@ -375,7 +375,7 @@ def test_a_mistaken_command_is_one_line(
         ("settings.toml", "[adapter", "is not TOML"),
         ("run.json", "{", "run.json"),
         ("run.json", "{}", "run.json"),
-        ("run.json", '{"backbone": {"sha256": "of another"}}', "SHA-256 of another"),
+        ("run.json", '{"backbone": {"sha256": "of another"}}', "backbone.sha256 was of another"),
     ],
 )
 def test_a_run_whose_files_were_altered_is_refused(

@@ -116,7 +116,6 @@ def refused(table: dict[str, Any], said: str) -> None:
         ({"partition": {"sizes": [1.0, -1.0]}}, r"partition.sizes.1=-1.0: .*greater than 0"),
         ({"federation": {"cohort": 3, "fraction": 0.5}}, "cohort=3 and federation.fraction=0.5"),
         ({"data": {"validation": 0.6, "test": 0.4}}, "data.validation=0.6 and data.test=0.4"),
-        ({"data": {"source": "jsonl"}}, "data.path is missing: data.source='jsonl'"),
     ],
 )
 def test_a_mistake_is_one_line_with_the_setting_its_value_and_the_rule(

@@ -23,7 +23,6 @@ def test_fedavg_from_scratch_is_what_rounds_makes() -> None:
         experiment.engine,
         experiment.train,
         experiment.settings.federation,
-        {},
     )
     *_, last = loop
     found = example["main"]()

@@ -13,11 +13,12 @@ from conftest import Line, line_shard, sentences
 from fedgen_edge.adapters.formats import from_peft
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.client import Clients, Recipe, Train
+from fedgen_edge.client import Recipe
 from fedgen_edge.config import Federation, Method, from_table
 from fedgen_edge.data.batches import Budget, Shard, deal, pack
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
+from fedgen_edge.jobs import Clients, Train
 from fedgen_edge.rounds import Engine, rounds, sample
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import language
@@ -32,10 +33,11 @@ def run_line(
 ) -> tuple[Commit, dict[int, Leaves]]:
     """Full-batch rounds on a Line from w = 0, every client in each."""
     memory: dict[int, Leaves] = {}
-    job = Train(Clients(Line(), shards, 0), algorithm, Budget(99), lambda _: Recipe(HALF))
+    clients = Clients(Line(), algorithm, shards, 0, memory=memory)
+    job = Train(clients, Budget(99), lambda _: Recipe(HALF))
     plan = Federation(clients=len(shards), rounds=count)
     start = algorithm.init({"w": torch.tensor(0.0)})
-    *_, last = rounds(start, algorithm, engine, job, plan, memory)
+    *_, last = rounds(start, algorithm, engine, job, plan)
     return last, memory
 
 
@@ -152,13 +154,13 @@ def test_serial_stacked_and_a_plain_peft_loop_agree(backbone: str, name: str, cl
     task, shards = build(backbone)
     algorithm, optimiser = Algorithm(), OPTIMISERS[name]
     job = Train(
-        Clients(task, shards, 0), algorithm, Budget(2, epochs=2), lambda _: Recipe(optimiser, clip)
+        Clients(task, algorithm, shards, 0), Budget(2, epochs=2), lambda _: Recipe(optimiser, clip)
     )
 
     def result(engine: Engine) -> Leaves:
         start = ServerState(0, task.init(generator(0, "init")))
         plan = Federation(clients=3, rounds=3)
-        *_, last = rounds(start, algorithm, engine, job, plan, {})
+        *_, last = rounds(start, algorithm, engine, job, plan)
         return last.state.adapter
 
     expected = plain_peft(task, shards, optimiser, clip, 3)

@@ -106,7 +106,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FedGenError as error:
         print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):
+            print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
+            sys.exit(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("fedgen: stopped; `fedgen resume RUN` goes on from the last commit", file=sys.stderr)

@@ -7,33 +7,23 @@ optimisers work on stacks as they are.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fedgen_edge import leaves
-from fedgen_edge.algorithms.algorithm import Algorithm, Corrects
+from fedgen_edge.algorithms.algorithm import Corrects
 from fedgen_edge.algorithms.correct import unchanged
-from fedgen_edge.algorithms.receive import KEPT
-from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
-from fedgen_edge.leaves import row, select
-from fedgen_edge.seeds import generator
+from fedgen_edge.leaves import row
 from fedgen_edge.tasks.task import Task
-from fedgen_edge.types import Batch, Leaves, Order, PerClient, Phase, Update
-from fedgen_edge.uplink.transform import deliver
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase
 
 Factory = Callable[[Sequence[Tensor]], Optimizer]
 Judge = Callable[[int, Leaves], float]
 """Validation loss of one client (its place in the stack) with one adapter."""
-
-
-def _not_kept(name: str) -> bool:
-    """Leaves that a client keeps are in its start already."""
-    return not name.startswith(KEPT)
 
 
 def _every(name: str, epoch: int) -> bool:
@@ -185,6 +175,7 @@ class _Tuner:
     def look(self, now: Leaves, loss: float) -> None:
         """Take note of an epoch's end."""
         lowest = self.history[self.chosen] if self.best is not None else math.inf
+        lowest = math.inf if math.isnan(lowest) else lowest
         self.history.append(loss)
         if self.best is None or loss < lowest:
             self.best = {k: v.detach().clone() for k, v in now.items()}
@@ -193,17 +184,6 @@ class _Tuner:
     def stopped(self, patience: Patience) -> bool:
         """Whether it has waited long enough."""
         return len(self.history) - 1 - self.chosen >= patience.epochs and len(self.history) > 1
-
-
-class Tuned(NamedTuple):
-    """One client's own adapter."""
-
-    order: Order
-    adapter: Leaves
-    history: list[float]
-    """Validation loss at the start, then after each epoch."""
-    chosen: int
-    """The epoch that it kept; 0 is the start."""
 
 
 def personalise(
@@ -231,132 +211,3 @@ def personalise(
         (t.best if t.best is not None else own, t.history, t.chosen)
         for t, own in zip(tuners, start, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class Clients:
-    """The clients of a simulation: their data, and what they do with an order."""
-
-    task: Task
-    shards: Sequence[Shard]
-    seed: int
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-
-    def batches(self, order: Order, budget: Budget, purpose: str) -> Iterator[Batch]:
-        """The order's batches, drawn, on the device."""
-        streams = [
-            deal(self.shards[c].train, budget, self.seed, purpose, order.round, c)
-            for c in order.clients
-        ]
-        for at, batch in enumerate(interleave(streams)):
-            rng = generator(self.seed, purpose, "draw", order.round, order.clients[0], at)
-            yield {k: v.to(self.device) for k, v in self.task.draw(batch, rng).items()}
-
-    def steps(self, order: Order, budget: Budget) -> int:
-        """Optimiser steps that the order asks for."""
-        return sum(steps(self.shards[c].train, budget) for c in order.clients)
-
-    def together(
-        self, orders: Sequence[Order], budget: Budget, purpose: str, *, stacked: bool
-    ) -> tuple[Leaves, Leaves, Iterator[Batch]]:
-        """Starts, memories and batches of some orders: one as it is, or many with a first axis."""
-        streams = [self.batches(order, budget, purpose) for order in orders]
-        starts = [self.place(order.start) for order in orders]
-        memories = [self.place(select(order.memory, _not_kept)) for order in orders]
-        if not stacked:
-            return starts[0], memories[0], streams[0]
-        return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
-
-    def place(self, values: Leaves) -> Leaves:
-        """On the device."""
-        return {k: v.to(self.device) for k, v in values.items()}
-
-
-@runtime_checkable
-class Job(Protocol):
-    """What an engine has clients do; it decides who works together, and knows no method."""
-
-    def steps(self, order: Order) -> int:
-        """How long the order is."""
-        ...
-
-    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update] | list[Tuned]:
-        """Carry out the orders, none longer than the one before it; unstacked: just one."""
-        ...
-
-
-@dataclass(frozen=True)
-class Train:
-    """Local updates of one round, encoded and decoded as on a network."""
-
-    clients: Clients
-    algorithm: Algorithm
-    budget: Budget
-    recipe: Callable[[int], Recipe]
-    """For a round, since learning rates and trained leaves go by it."""
-
-    def steps(self, order: Order) -> int:
-        """Optimiser steps."""
-        return self.clients.steps(order, self.budget)
-
-    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
-        """Train, and return what the server gets."""
-        given = self.clients.together(orders, self.budget, "train", stacked=stacked)
-        start, memory, batches = given
-        delta, loss = local_update(
-            self.clients.task, start, memory, batches, self.recipe(orders[0].round)
-        )
-        losses = (loss.total / loss.count.clamp(min=1)).reshape(-1).tolist()
-        rows = [{k: v[i] if stacked else v for k, v in delta.items()} for i in range(len(orders))]
-        return [
-            self._update(order, {k: v.cpu() for k, v in own.items()}, mean)
-            for order, own, mean in zip(orders, rows, losses, strict=True)
-        ]
-
-    def _update(self, order: Order, delta: Leaves, loss: float) -> Update:
-        shared = self.algorithm.sends(list(delta))
-        sent, size = deliver(select(delta, shared.__contains__))
-        return Update(
-            order=order,
-            delta=sent,
-            memory=self.algorithm.keeps(leaves.add(order.start, delta)),
-            weight=sum(self.clients.shards[c].weight for c in order.clients),
-            loss=loss,
-            steps=self.steps(order),
-            bytes_up=size,
-        )
-
-
-@dataclass(frozen=True)
-class Personalise:
-    """Each client's own tuning of the last global adapter."""
-
-    clients: Clients
-    budget: Budget
-    recipe: Recipe
-    patience: Patience
-
-    def steps(self, order: Order) -> int:
-        """Most optimiser steps."""
-        return self.clients.steps(order, self.budget)
-
-    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Tuned]:
-        """Tune, and return every client's own adapter, which goes nowhere."""
-        given = self.clients.together(orders, self.budget, "personalise", stacked=stacked)
-        start, memory, batches = given
-        walk = descend(self.clients.task, start, memory, batches, self.recipe)
-        starts = [self.clients.place(order.start) for order in orders]
-        found = personalise(walk, starts, self._judge(orders), self.patience)
-        return [
-            Tuned(order, {k: v.cpu() for k, v in best.items()}, history, chosen)
-            for order, (best, history, chosen) in zip(orders, found, strict=True)
-        ]
-
-    def _judge(self, orders: Sequence[Order]) -> Judge:
-        task, shards = self.clients.task, self.clients.shards
-
-        def judge(place: int, own: Leaves) -> float:
-            held = self.clients.place(shards[orders[place].clients[0]].validation)
-            return float(task.summary(task.evaluate(own, held))["loss"])
-
-        return judge

@@ -37,7 +37,6 @@ Whole = Annotated[int, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
-Portion = Annotated[float, Number, Field(gt=0, lt=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -106,9 +105,9 @@ class Data:
     """Keep at most so many examples, evenly spaced over the source; none is all."""
     length: Annotated[int, Number, Field(ge=8)] = 64
     """Tokens in a training block."""
-    validation: Portion = 0.1
+    validation: Share = 0.1
     """Share of each client's examples for validation (where the source has no such split)."""
-    test: Portion = 0.1
+    test: Share = 0.1
     """Share of each client's examples for the test (where the source has no such split)."""
 
     def __post_init__(self) -> None:
@@ -116,11 +115,6 @@ class Data:
             raise ConfigError(
                 f"data.validation={self.validation} and data.test={self.test} leave nothing "
                 "to train on: their sum must be below 1"
-            )
-        if self.source != "docstrings" and self.path is None:
-            raise ConfigError(
-                f"data.path is missing: data.source={self.source!r} reads from a path, "
-                "give one with --data.path"
             )
 
 

@@ -2,10 +2,14 @@
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+DRAFT = re.compile(r"\.(.+?)\.\d+(\.old)?")
+"""Name of a draft: the target's, and the process that writes it."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -42,8 +46,26 @@ def folder(path: Path) -> Iterator[Path]:
         draft.replace(path)
         _sync(path.parent)
     finally:
+        if old.exists() and not path.exists():
+            old.replace(path)
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def sweep(root: Path) -> None:
+    """Put right what a killed process left below a folder: drafts go, a replaced folder comes back.
+
+    Only for who alone writes there.
+    """
+    for draft in sorted(root.rglob(".*")):
+        if match := DRAFT.fullmatch(draft.name):
+            target = draft.with_name(match[1])
+            if match[2] and not target.exists():
+                draft.replace(target)
+            elif draft.is_dir():
+                shutil.rmtree(draft)
+            else:
+                draft.unlink()
 
 
 def digest(path: Path) -> str:

@@ -1,16 +1,16 @@
 """The loop, as in the paper's pseudo-code: a generator, so whoever iterates decides the rest."""
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.client import Job
 from fedgen_edge.config import Federation
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.jobs import Job, Training
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
-from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
+from fedgen_edge.types import Commit, Order, ServerState, Update
 from fedgen_edge.uplink.transform import deliver
 
 Engine = Callable[[Sequence[Order], Job], Iterator]
@@ -51,9 +51,8 @@ def rounds(
     state: ServerState,
     algorithm: Algorithm,
     engine: Engine,
-    job: Job,
+    job: Training,
     federation: Federation,
-    memory: MutableMapping[int, Leaves],
 ) -> Iterator[Commit]:
     """Yield after each round until the federation's last.
 
@@ -61,37 +60,20 @@ def rounds(
         state: where to go on from: `algorithm.init(task.init(...))`, or a checkpoint's.
         algorithm: what the method changes.
         engine: how clients run.
-        job: what they do: `client.Train`.
+        job: what they do: `jobs.Train`.
         federation: who takes part; `clients` must be their number.
-        memory: what each client keeps, `{}` where it has kept nothing yet; written here.
     """
     clients = federation.clients or 0
     for r in range(state.round, federation.rounds):
         cohort = sample(federation, clients, r)
-        shared, size = deliver(
-            select(state.adapter, algorithm.sends(list(state.adapter)).__contains__)
-        )
-        received = {**state.adapter, **shared}
-        orders = [
-            _order(algorithm, received, memory, group, r) for group in algorithm.groups(cohort)
-        ]
+        shared = algorithm.sends(list(state.adapter))
+        arrived, size = deliver(select(state.adapter, shared.__contains__))
+        received = {**state.adapter, **arrived}
+        orders = [Order(group, r, received) for group in algorithm.groups(cohort)]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
         state = algorithm.step(state, updates)
-        for update in updates:
-            if update.memory:
-                memory[update.order.clients[0]] = update.memory
+        job.accepted(updates)
         yield Commit(state, updates, size * len(orders))
-
-
-def _order(
-    algorithm: Algorithm,
-    received: Leaves,
-    memory: MutableMapping[int, Leaves],
-    group: tuple[int, ...],
-    round_: int,
-) -> Order:
-    own = memory.get(group[0], {})
-    return Order(group, round_, algorithm.receives(received, own), own)
 
 
 def mean_loss(updates: Sequence[Update]) -> float:

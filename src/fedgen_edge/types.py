@@ -46,10 +46,8 @@ class Order:
     """Whose data it trains on: one client, or all of them where data are pooled."""
     round: int
     """Counted from 0."""
-    start: Leaves
-    """The adapter that it begins from, exactly as it was received."""
-    memory: Leaves
-    """What its client has kept from earlier rounds."""
+    received: Leaves
+    """The global adapter, exactly as it arrived; rules on products add the change to it."""
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ from torch.optim import AdamW
 
 from conftest import sentences
 from fedgen_edge.adapters.full import Full
+from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.client import Clients, Patience, Personalise, Recipe, Train
+from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Federation, Method, from_table
 from fedgen_edge.data.batches import Budget, Shard, pack
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.experiments.build import TASKS
+from fedgen_edge.jobs import Clients, Personalise, Train
 from fedgen_edge.leaves import row, stack
 from fedgen_edge.rounds import Engine, rounds
 from fedgen_edge.seeds import generator
@@ -127,14 +129,13 @@ def run(
     algorithm = METHODS[name].make(Method(mu=0.1))
     memory: dict[int, Leaves] = {}
     job = Train(
-        Clients(task, shards(task), 0),
-        algorithm,
+        Clients(task, algorithm, shards(task), 0, memory=memory),
         Budget(2, epochs=2),
         lambda _: Recipe(partial(AdamW, lr=1e-3), 1.0, corrects=algorithm.corrects),
     )
     plan = Federation(clients=len(SIZES), cohort=cohort, rounds=count)
     start = algorithm.init(task.init(generator(0, "init")))
-    *_, last = rounds(start, algorithm, engine, job, plan, memory)
+    *_, last = rounds(start, algorithm, engine, job, plan)
     return last, memory
 
 
@@ -181,13 +182,12 @@ class TestEngine:
     def test_every_order_is_done_once(self, engine: Engine) -> None:
         task = make("language")
         job = Train(
-            Clients(task, shards(task), 0),
-            METHODS["fedgen-edge"].make(Method()),
+            Clients(task, Algorithm(), shards(task), 0),
             Budget(2),
             lambda _: Recipe(partial(AdamW, lr=1e-3)),
         )
         start = task.init(generator(0))
-        orders = [Order((c,), 0, start, {}) for c in (2, 0, 1)]
+        orders = [Order((c,), 0, start) for c in (2, 0, 1)]
         found = list(engine(orders, job))
         assert sorted(u.order.clients for u in found) == [(0,), (1,), (2,)]
         for update in found:
@@ -195,12 +195,12 @@ class TestEngine:
 
     def test_personal_adapters_equal_the_serial_ones(self, engine: Engine) -> None:
         task = make("language", dropout=0.0)
-        clients = Clients(task, shards(task), 0)
+        clients = Clients(task, Algorithm(), shards(task), 0)
         job = Personalise(
             clients, Budget(2, epochs=3), Recipe(partial(AdamW, lr=1e-3), 1.0), Patience()
         )
         start = task.init(generator(0))
-        orders = [Order((c,), 5, start, {}) for c in range(3)]
+        orders = [Order((c,), 5, start) for c in range(3)]
         expected = {t.order.clients: t for t in serial(orders, job)}
         for tuned in engine(orders, job):
             other = expected[tuned.order.clients]

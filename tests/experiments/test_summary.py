@@ -35,7 +35,7 @@ def a_round(number: int, bits: float) -> dict[str, object]:
         "validation": {"nats": 100 * bits * LN2, "tokens": 100, "words": 50, "clients": {}},
         "bytes_up": 200,
         "bytes_down": 220,
-        "clients": [],
+        "clients": [{"client": "a"}, {"client": "b"}],
     }
 
 

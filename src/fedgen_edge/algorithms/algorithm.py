@@ -50,7 +50,8 @@ class Algorithm:
         after = self.steps(state, merged)
         return ServerState(round=state.round + 1, adapter=after.adapter, memory=after.memory)
 
-    def keeps(self, leaves: Leaves) -> Leaves:
-        """The client's memory of leaves that it trained and does not send."""
-        shared = self.sends(list(leaves))
-        return {receive.KEPT + k: v for k, v in leaves.items() if k not in shared}
+    def keeps(self, start: Leaves, delta: Leaves, memory: Leaves) -> Leaves:
+        """A client's memory after a round: what it had, and the leaves that it does not send."""
+        shared = self.sends(list(delta))
+        own = {receive.KEPT + k: start[k] + v for k, v in delta.items() if k not in shared}
+        return {**memory, **own}

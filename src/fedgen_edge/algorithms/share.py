@@ -3,6 +3,8 @@
 import re
 from collections.abc import Callable, Sequence
 
+from fedgen_edge.errors import ConfigError
+
 
 def always(name: str, round_: int, epoch: int) -> bool:
     """Train every leaf in every epoch."""
@@ -33,6 +35,11 @@ def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
     def sends(names: Sequence[str]) -> set[str]:
         numbers = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
         last = sorted(set(numbers.values()))[-layers:]
+        if len(last) < layers or len(last) == len(set(numbers.values())):
+            raise ConfigError(
+                f"method.personal_layers={layers} must be below {len(set(numbers.values()))}, the "
+                "layers that are adapted: else nothing would be shared"
+            )
         return {n for n in names if numbers.get(n) not in last}
 
     return sends

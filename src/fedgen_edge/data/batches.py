@@ -142,6 +142,8 @@ def stack(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
     """
     for turn in zip_longest(*streams):
         members = [batch for batch in turn if batch is not None]
+        if any(batch is None for batch in turn[: len(members)]):
+            raise ValueError("a stack's longest streams come first")
         yield {k: _fill([m[k] for m in members]) for k in members[0]}
 
 

@@ -99,7 +99,7 @@ def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
             "all: leave federation.clients out"
         )
     if settings.by == "pooled":
-        return [1]
+        return [1.0]
     if settings.by == "size" and settings.sizes:
         if clients not in {None, len(settings.sizes)}:
             raise ConfigError(
@@ -108,7 +108,7 @@ def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
             )
         return settings.sizes
     count = clients or CLIENTS
-    return range(1, count + 1) if settings.by == "size" else [1] * count
+    return [float(n) if settings.by == "size" else 1.0 for n in range(1, count + 1)]
 
 
 def labels_of(corpus: Corpus, settings: config.Partition, seed: int) -> list[str] | None:
@@ -149,7 +149,7 @@ def by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, lis
     return owned
 
 
-def by_size(count: int, sizes: Sequence[float]) -> list[list[int]]:
+def by_size(count: int, sizes: Sequence[int | float]) -> list[list[int]]:
     """Consecutive runs in proportion to the sizes, rounded so that nothing is left over."""
     ends = [0, *(np.cumsum(sizes) * count / np.sum(sizes)).astype(int)[:-1].tolist(), count]
     return [list(range(*bounds)) for bounds in pairwise(ends)]
@@ -253,7 +253,6 @@ def hold(
         if share and not held[split]:
             raise DataError(
                 f"client {name!r} has no {split} example among its {len(examples)}: raise "
-                "partition.minimum or partition.alpha, have fewer clients, or set "
-                "data.validation or data.test to 0"
+                "partition.minimum, partition.alpha or its share in data, or have fewer clients"
             )
     return Holding(name, *(sorted(held[split]) for split in ("train", "validation", "test")))

@@ -67,9 +67,14 @@ def read(settings: config.Data) -> Corpus:
 
     Raises:
         DataError: the data are missing, empty or not text; names the file and the line.
-        ConfigError: no such package.
+        ConfigError: no such package, or no path.
         MissingExtraError: a hub data set, without the library `datasets`.
     """
+    if settings.path is None and settings.source != "docstrings":
+        raise ConfigError(
+            f"data.path is missing: data.source={settings.source!r} reads from a path, "
+            "give one with --data.path"
+        )
     rows = list(SOURCES[settings.source](settings))
     filled = [row for row in rows if row.text.strip()]
     first: dict[str, Row] = {}

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from fedgen_edge.client import Job, Tuned
+from fedgen_edge.jobs import Job, Tuned
 from fedgen_edge.rounds import Engine
 from fedgen_edge.types import Order, Update
 

@@ -1,8 +1,9 @@
 """From settings to the parts of a run; nothing is written, so a mistake costs nothing."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import method
-from fedgen_edge.client import Clients, Patience, Personalise, Recipe, Train
+from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.data import sources
 from fedgen_edge.data.batches import Budget, Shard, head, pack
@@ -21,9 +22,10 @@ from fedgen_edge.data.partition import Holding, labels_of, partition
 from fedgen_edge.data.sources import Corpus
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
-from fedgen_edge.errors import ConfigError
+from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments import machine
-from fedgen_edge.rounds import Engine, cohort_size
+from fedgen_edge.jobs import Clients, Personalise, Train
+from fedgen_edge.rounds import Engine, cohort_size, sample
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.tasks.language import build as language
@@ -39,7 +41,6 @@ class Experiment:
     settings: Settings
     """Resolved: nothing in them is left to the machine."""
     task: Language
-    algorithm: Algorithm
     corpus: Corpus
     holdings: Sequence[Holding]
     labels: Sequence[str] | None
@@ -47,9 +48,20 @@ class Experiment:
     clients: Clients
 
     @property
+    def algorithm(self) -> Algorithm:
+        """What the method changes."""
+        return self.clients.algorithm
+
+    @property
     def names(self) -> list[str]:
         """The clients' names, in their order."""
         return [holding.name for holding in self.holdings]
+
+    @cached_property
+    def participants(self) -> frozenset[int]:
+        """Clients that some round draws."""
+        plan, count = self.settings.federation, len(self.holdings)
+        return frozenset(c for r in range(plan.rounds) for c in sample(plan, count, r))
 
     @property
     def engine(self) -> Engine:
@@ -64,7 +76,7 @@ class Experiment:
         """What clients do in a round."""
         t = self.settings.training
         budget = Budget(t.batch, 1 if t.steps else t.epochs, t.steps)
-        return Train(self.clients, self.algorithm, budget, self._recipe)
+        return Train(self.clients, budget, self._recipe)
 
     @property
     def tune(self) -> Personalise:
@@ -112,11 +124,14 @@ def build(settings: Settings) -> Experiment:
     algorithm = method(settings.method)
     for name in settings.evaluation.baselines:
         method(replace(settings.method, name=name), "evaluation.baselines")
+    if settings.evaluation.tensorboard and not find_spec("tensorboard"):
+        raise MissingExtraError("evaluation.tensorboard=true", "tensorboard")
     device = machine.device(settings.engine.device)
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     corpus = sources.read(settings.data)
     federation, seed = settings.federation, settings.federation.seed
     holdings = partition(corpus, settings.data, settings.partition, federation.clients, seed)
+    _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
     task = TASKS[settings.task](settings, full=algorithm.adapts == "full", device=device)
     if settings.engine.name == "stacked" and not task.stackable:
@@ -124,11 +139,10 @@ def build(settings: Settings) -> Experiment:
             f"engine.name='stacked' cannot carry method.name={settings.method.name!r}, which "
             "trains a whole model for each client: say serial, or auto"
         )
-    clients = Clients(task, shards(task, corpus, holdings, settings), seed, device)
+    clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = Experiment(
         settings,
         task,
-        algorithm,
         corpus,
         holdings,
         labels_of(corpus, settings.partition, seed),
@@ -137,16 +151,31 @@ def build(settings: Settings) -> Experiment:
     return replace(experiment, settings=_resolved(experiment, cohort))
 
 
+def _check_held_out(holdings: Sequence[Holding]) -> None:
+    for part in ("validation", "test"):
+        lacking = [holding.name for holding in holdings if not getattr(holding, part)]
+        if lacking:
+            raise ConfigError(
+                f"data.{part}=0 leaves {len(lacking)} clients, {lacking[0]!r} first, nothing to be "
+                "judged on: give it a share, such as 0.1"
+            )
+
+
+def remembering(experiment: Experiment, memory: MutableMapping[int, Leaves]) -> Experiment:
+    """The same, with what its clients have kept."""
+    return replace(experiment, clients=replace(experiment.clients, memory=memory))
+
+
 def beside(experiment: Experiment, name: str) -> Experiment:
     """The same data, batches and budget with another method."""
     settings = replace(experiment.settings, method=replace(experiment.settings.method, name=name))
     algorithm = method(settings.method)
-    task, clients = experiment.task, experiment.clients
+    task, clients = experiment.task, replace(experiment.clients, algorithm=algorithm, memory={})
     if (algorithm.adapts == "full") == task.stackable:
         full = algorithm.adapts == "full"
         task = TASKS[settings.task](settings, full=full, device=clients.device)
         clients = replace(clients, task=task)
-    return replace(experiment, settings=settings, algorithm=algorithm, task=task, clients=clients)
+    return replace(experiment, settings=settings, task=task, clients=clients)
 
 
 def shards(
@@ -179,6 +208,7 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
         backbone=replace(
             settings.backbone, precision=precision, path=_absolute(settings.backbone.path)
         ),
+        adapter=replace(settings.adapter, initial=_absolute(settings.adapter.initial)),
         data=replace(settings.data, path=_absolute(settings.data.path)),
         federation=replace(
             settings.federation, clients=len(experiment.holdings), cohort=cohort, fraction=None
@@ -195,7 +225,9 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
 
 def _absolute(path: Any) -> Any:
     """A path that is there, from the root; a name as it is."""
-    return str(Path(path).resolve()) if path is not None and Path(path).exists() else path
+    if path in {None, "tiny"} or not Path(path).exists():
+        return path
+    return type(path)(Path(path).resolve())
 
 
 def _stack(experiment: Experiment) -> int:

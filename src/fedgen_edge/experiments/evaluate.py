@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedgen_edge.experiments.build import Experiment
-from fedgen_edge.rounds import sample
 from fedgen_edge.types import Batch, Leaves, ServerState
 
 Sums = dict[str, float]
@@ -44,8 +43,6 @@ def test(
 
 def tested(experiment: Experiment, model: str, client: int, found: Sums) -> dict[str, Any]:
     """A line of evaluation.jsonl."""
-    federation = experiment.settings.federation
-    count = len(experiment.holdings)
-    took_part = any(client in sample(federation, count, r) for r in range(federation.rounds))
     name = experiment.clients.shards[client].name
+    took_part = client in experiment.participants
     return {"model": model, "client": name, "participated": took_part, **found}

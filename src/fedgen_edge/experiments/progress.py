@@ -1,6 +1,5 @@
 """A run, followed on the terminal: a bar, the time left, loss, perplexity and bytes."""
 
-import math
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -8,11 +7,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.run import Event
+from fedgen_edge.experiments.summary import perplexity, printable
 
 
 def follow(events: Iterable[Event], experiment: Experiment) -> None:
     """Show each event as it comes; the run goes on as they are asked for."""
-    console = Console()
+    console = Console(markup=False)
     console.print(_heading(experiment))
     bars = (
         TextColumn("{task.description:<24}"),
@@ -21,7 +21,7 @@ def follow(events: Iterable[Event], experiment: Experiment) -> None:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
+        TextColumn("{task.fields[said]}", markup=False),
     )
     tasks = {}
     with Progress(*bars, console=console) as progress:
@@ -46,14 +46,14 @@ def told(event: Event) -> str:
     """One event in a few words."""
     line = event.line
     if event.stage == "personal":
-        start, best = line["validation"][0], line["validation"][line["chosen"]]
-        return f"{line['client']} {math.exp(start):.1f} -> {math.exp(best):.1f}"
+        start, best = (perplexity(line["validation"][at], 1) for at in (0, line["chosen"]))
+        return f"{printable(line['client'])} {start:.1f} -> {best:.1f}"
     if "loss" not in line:
         return ""
     said = f"loss {line['loss']:.3f}"
     if line["validation"]:
         held = line["validation"]
-        said += f", perplexity {math.exp(held['nats'] / held['tokens']):.1f}"
+        said += f", perplexity {perplexity(held['nats'], held['tokens']):.1f}"
     return f"{said}, {line['bytes_up'] / 1e6:.1f} MB up"
 
 

@@ -1,5 +1,7 @@
 """What a run's results rest on: run.json and clients.json."""
 
+import hashlib
+import json
 import math
 from collections import Counter
 from importlib.metadata import version
@@ -49,6 +51,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "adapter_parameters": sum(math.prod(s) for s in adapter.values()),
         "adapter_bytes": length(adapter),
         "full_bytes": length(task.shapes()),
+        "data_sha256": data_digest(experiment),
         "duplicates": experiment.corpus.duplicates,
         "precision": settings.backbone.precision,
         "device": settings.engine.device,
@@ -57,6 +60,16 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "perplexity_is": "token",
         "finished": False,
     }
+
+
+def data_digest(experiment: Experiment) -> str:
+    """SHA-256 of who holds which text for what: a resumed run must find the same."""
+    texts = experiment.corpus.texts
+    held = [
+        [own.name, *([texts[i] for i in part] for part in (own.train, own.validation, own.test))]
+        for own in experiment.holdings
+    ]
+    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
 
 
 def origin(experiment: Experiment, state: ServerState, client: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgen_edge import files
-from fedgen_edge.errors import CheckpointError, ConfigError, MissingExtraError
+from fedgen_edge.errors import CheckpointError, ConfigError
 
 Line = dict[str, Any]
 
@@ -55,7 +55,10 @@ def lines(path: Path) -> list[Line]:
     if not path.exists():
         return []
     whole = path.read_text().split("\n")[:-1]
-    return [json.loads(line) for line in whole]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from None
 
 
 def truncate(path: Path, count: int) -> None:
@@ -108,10 +111,8 @@ class Board:
     """TensorBoard's view of a run."""
 
     def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MissingExtraError("evaluation.tensorboard", "tensorboard") from None
+        from torch.utils.tensorboard import SummaryWriter
+
         self.writer = SummaryWriter(str(folder / "tensorboard"))
 
     def write(self, line: Line) -> None:

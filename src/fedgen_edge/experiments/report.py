@@ -31,6 +31,8 @@ from fedgen_edge.experiments.summary import (
 )
 
 SEED = "federation.seed"
+ASIDE = (SEED, "engine.", "evaluation.keep")
+"""Settings that make no other experiment: the seed, and how the machine carries it out."""
 CALLED = {
     BACKBONE: "the frozen backbone",
     LOCAL: "training alone",
@@ -208,7 +210,7 @@ class Group:
 
 def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     """Runs by the settings that differ between them, the seed aside."""
-    names = sorted({name for run in runs for name in run.settings} - {SEED})
+    names = sorted({n for run in runs for n in run.settings if not n.startswith(ASIDE)})
     told = [{name: json.dumps(run.settings.get(name)) for name in names} for run in runs]
     differ = [name for name in names if len({each[name] for each in told}) > 1]
     found: dict[tuple[str, ...], list[RunFiles]] = {}

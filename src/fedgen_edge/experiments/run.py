@@ -7,15 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedgen_edge import leaves
-from fedgen_edge.client import Tuned
+from torch import Tensor
+
+from fedgen_edge import files, leaves
 from fedgen_edge.config import Settings, load, to_toml
 from fedgen_edge.errors import CheckpointError, TrainingError
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment, beside, build
+from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import Memory, commit, latest
 from fedgen_edge.experiments.evaluate import sums, test, tested, validation
-from fedgen_edge.experiments.provenance import holdings, origin, provenance
+from fedgen_edge.experiments.provenance import data_digest, holdings, origin, provenance
+from fedgen_edge.jobs import Tuned
 from fedgen_edge.rounds import mean_loss, rounds
 from fedgen_edge.types import Commit, Leaves, Order, ServerState
 
@@ -63,25 +65,27 @@ def reopen(run: Path) -> Experiment:
     if not (run / "settings.toml").exists() or not (run / "run.json").exists():
         raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")
     experiment = build(load(run / "settings.toml"))
-    began = _sha256(records.read_json(run / "run.json"), run)
-    if began != experiment.task.loaded.sha256:
-        raise CheckpointError(
-            f"{run}: its backbone had SHA-256 {began[:16]}..., {experiment.task.loaded.folder} has "
-            f"{experiment.task.loaded.sha256[:16]}...: restore the one that it began with"
-        )
+    told = records.read_json(run / "run.json")
+    _unchanged(run, told, "backbone.sha256", experiment.task.loaded.sha256)
+    _unchanged(run, told, "data_sha256", data_digest(experiment))
     return experiment
 
 
-def _sha256(told: Any, run: Path) -> str:
-    try:
-        return str(told["backbone"]["sha256"])
-    except (KeyError, TypeError):
-        raise CheckpointError(f"{run / 'run.json'} names no backbone: it was altered") from None
+def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
+    """Refuse to go on where a run rests on something else than it began with."""
+    for part in key.split("."):
+        told = told.get(part) if isinstance(told, dict) else None
+    if told != now:
+        raise CheckpointError(
+            f"{run}: {key} was {str(told)[:16]}..., and is {now[:16]}... now: "
+            "restore what the run began with, or begin another"
+        )
 
 
 def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Do what is left of a run, from its last commit to its test."""
     with records.locked(run):
+        files.sweep(run)
         yield from _federation(experiment, run, "federation")
         for name in experiment.settings.evaluation.baselines:
             stage = f"baselines/{name}"
@@ -89,8 +93,8 @@ def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
         yield from _personal(experiment, run)
         yield from _test(experiment, run)
         yield from _samples(experiment, run)
-        told = {**provenance(experiment), "seconds": _seconds(run), "finished": True}
-        records.write_json(run / "run.json", told)
+        told = records.read_json(run / "run.json")
+        records.write_json(run / "run.json", {**told, "seconds": _seconds(run), "finished": True})
 
 
 def _seconds(run: Path) -> dict[str, Any]:
@@ -133,6 +137,7 @@ def federate(experiment: Experiment, folder: Path) -> Iterator[records.Line]:
     settings = experiment.settings
     state, memory, refused = latest(folder)
     state = state or experiment.start()
+    experiment = remembering(experiment, memory)
     log = folder / "rounds.jsonl"
     records.truncate(log, state.round)
     board = records.Board(folder) if settings.evaluation.tensorboard else None
@@ -142,7 +147,6 @@ def federate(experiment: Experiment, folder: Path) -> Iterator[records.Line]:
         experiment.engine,
         experiment.train,
         settings.federation,
-        memory,
     )
     for message in refused:
         yield {"round": state.round, "refused": message}
@@ -184,10 +188,12 @@ def _line(experiment: Experiment, done: Commit, before: Leaves) -> records.Line:
         }
         for u in done.updates
     ]
-    for row in clients:
-        if not (math.isfinite(row["loss"]) and math.isfinite(row["drift"])):
+    for row, update in zip(clients, done.updates, strict=True):
+        kept = update.memory.values()
+        if not all(map(math.isfinite, (row["loss"], row["drift"], *map(_size, kept)))):
             raise TrainingError(
-                f"round {done.state.round}, client {row['client']}: the loss is {row['loss']}: "
+                f"round {done.state.round}, client {row['client']}: training left the finite "
+                f"numbers (its loss was {row['loss']}): "
                 f"lower training.lr={experiment.settings.training.lr}, or clip by training.clip"
             )
     change = leaves.norm(leaves.subtract(done.state.adapter, before))
@@ -203,9 +209,14 @@ def _line(experiment: Experiment, done: Commit, before: Leaves) -> records.Line:
     }
 
 
+def _size(leaf: Tensor) -> float:
+    return float(leaf.abs().sum())
+
+
 def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Tune every client's own adapter, a chunk at a time; whole chunks are not done again."""
     state, memory = _last(run)
+    experiment = remembering(experiment, memory)
     log, total = run / "personal.jsonl", len(experiment.holdings)
     names = records.folder_names(experiment.names)
     done = len(records.lines(log)) // CHUNK * CHUNK
@@ -214,16 +225,15 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     records.truncate(log, done)
     for at in range(done, total, CHUNK):
         orders = [
-            Order((c,), state.round, experiment.own(state, memory.get(c, {})), {})
-            for c in range(at, min(at + CHUNK, total))
+            Order((c,), state.round, state.adapter) for c in range(at, min(at + CHUNK, total))
         ]
         began = time.perf_counter()
-        found = list(experiment.engine(orders, experiment.tune))
-        each = round((time.perf_counter() - began) / len(orders), 3)
-        for tuned in sorted(found, key=lambda tuned: tuned.order.clients):
-            line = {**_own(experiment, run, names, state, tuned), "seconds": each}
+        for number, tuned in enumerate(experiment.engine(orders, experiment.tune)):
+            line = _own(experiment, run, names, state, tuned)
+            line["seconds"] = round(time.perf_counter() - began, 3)
             records.append(log, line)
-            yield Event("personal", tuned.order.clients[0] + 1, total, line)
+            yield Event("personal", at + number + 1, total, line)
+            began = time.perf_counter()
 
 
 def _own(

@@ -253,7 +253,7 @@ def per_client(run: RunFiles) -> list[ClientRow]:
 def uplink(run: RunFiles) -> Uplink:
     """What travelled, and what the whole model would have cost on the same way."""
     rounds = [(row["bytes_up"], row["bytes_down"]) for row in run.rounds]
-    up, participations = sum(r[0] for r in rounds), sum(len(row["cohort"]) for row in run.rounds)
+    up, participations = sum(r[0] for r in rounds), sum(len(row["clients"]) for row in run.rounds)
     full = run.facts.get("full_bytes", 0) * participations
     saving = 100 * (1 - up / full) if up and full else math.nan
     return Uplink(up, sum(r[1] for r in rounds), rounds, participations, full, saving)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -43,8 +44,8 @@ class Loaded:
     """Of its weights, file by file."""
 
 
-def load(settings: Backbone) -> Loaded:
-    """The backbone in the settings' precision, on the CPU.
+def load(settings: Backbone, device: torch.device) -> Loaded:
+    """The backbone in the settings' precision, on the device.
 
     Raises:
         ConfigError: there is none, or it is no causal language model with safetensors weights.
@@ -60,22 +61,26 @@ def load(settings: Backbone) -> Loaded:
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=precision(settings), local_files_only=True, use_safetensors=True
+            folder, dtype=precision(settings, device), local_files_only=True, use_safetensors=True
         )
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"backbone.path={settings.path!r} is no causal language model here ({reason}): {WAYS}"
         ) from None
-    return Loaded(model.eval(), tokenizer, folder, _digest(weights))
+    return Loaded(_placed(model, device), tokenizer, folder, _digest(weights))
 
 
-def precision(settings: Backbone) -> torch.dtype:
-    """The type of the frozen weights: bf16 where the processor does it natively, or as told."""
+def _placed(model: Any, device: torch.device) -> Any:
+    return model.eval().to(device)
+
+
+def precision(settings: Backbone, device: torch.device) -> torch.dtype:
+    """The type of the frozen weights: bf16 where the device does it natively, or as told."""
     if settings.precision != "auto":
         return torch.bfloat16 if settings.precision == "bf16" else torch.float32
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if native else torch.float32
@@ -100,7 +105,7 @@ def find(settings: Backbone) -> Path:
 
 
 def _in_package(name: str) -> Path:
-    found = importlib.util.find_spec(name)
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
     roots = list(found.submodule_search_locations or []) if found else []
     ggufs = [p for root in roots for p in sorted(Path(root).glob("*.gguf"))]
     if len(ggufs) != 1:

@@ -109,6 +109,7 @@ class Language:
     def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
         """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
         told = self.encode([prompt])[0][:-1]
+        adapter = {k: v.to(self.module.model.device) for k, v in adapter.items()}
         reader, said, new = _Reader(self.module.model), [], told
         for at in range(tokens):
             ids = torch.tensor([new], device=self.module.model.device)
@@ -199,9 +200,15 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    loaded = backbones.load(settings.backbone)
-    model = loaded.model.to(device)
+    loaded = backbones.load(settings.backbone, device)
+    model = loaded.model
+    _check_length(settings, model.config)
     if full:
+        if settings.adapter.initial:
+            raise ConfigError(
+                f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
+                "trains every weight: leave it out, or merge it into the backbone first"
+            )
         model.requires_grad_(False)
         return Language(Full(model), TokenLoss(model), loaded)
     kind = model.config.model_type
@@ -210,3 +217,12 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     first = settings.adapter.initial
     initial = formats.read(first, lora) if first else None
     return Language(lora, TokenLoss(model), loaded, initial)
+
+
+def _check_length(settings: Settings, config: Any) -> None:
+    most = getattr(config, "max_position_embeddings", None)
+    if most is not None and settings.data.length > most:
+        raise ConfigError(
+            f"data.length={settings.data.length} is above {most}, the context of this backbone: "
+            "take a shorter one"
+        )
