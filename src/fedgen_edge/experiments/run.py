@@ -77,7 +77,7 @@ def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
         told = told.get(part) if isinstance(told, dict) else None
     if told != now:
         raise CheckpointError(
-            f"{run}: {key} was {str(told)[:16]}..., and is {now[:16]}... now: "
+            f"{run / 'run.json'}: {key} was {str(told)[:16]}..., and is {now[:16]}... now: "
             "restore what the run began with, or begin another"
         )
 
