@@ -121,3 +121,33 @@ def test_a_digest_is_the_sha_256_of_the_content(tmp_path: Path) -> None:
     content = bytes(range(256)) * 5000
     (tmp_path / "a").write_bytes(content)
     assert files.digest(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+def test_what_a_killed_process_left_is_put_right(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.4711").write_text("half")
+    (tmp_path / "sub" / ".b.4711").mkdir(parents=True)
+    (tmp_path / ".c.4711.old").mkdir()  # replaced, and the new one not yet in its place
+    (tmp_path / ".d.4711.old").mkdir()
+    (tmp_path / "d").mkdir()  # the new one is in its place
+    (tmp_path / ".lock").write_text("")
+    files.sweep(tmp_path)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "c", "d", "sub"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "adapter"
+    target.mkdir()
+    (target / "old").touch()
+    real = Path.replace
+
+    def fails(self: Path, to: Path) -> Path:
+        if Path(to) == target and not self.name.endswith(".old"):
+            raise OSError("no")
+        return real(self, to)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="no"), files.folder(target) as draft:
+        (draft / "new").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["adapter", "old"]

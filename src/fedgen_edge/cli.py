@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sys.exit(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
-        print("fedgen: stopped; `fedgen resume RUN` goes on from the last commit", file=sys.stderr)
+        print("fedgen: stopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -233,7 +233,11 @@ def _finish(experiment, out: Path) -> None:
     from fedgen_edge.experiments.summary import read
 
     steady_allocations()
-    follow(proceed(experiment, out), experiment)
+    try:
+        follow(proceed(experiment, out), experiment)
+    except KeyboardInterrupt:
+        print(f"fedgen: stopped; `fedgen resume {out}` goes on", file=sys.stderr)
+        sys.exit(130)
     page = write([out], out / "report.html")
     from rich.console import Console
 

@@ -58,7 +58,8 @@ def sweep(root: Path) -> None:
     Only for who alone writes there.
     """
     for draft in sorted(root.rglob(".*")):
-        if match := DRAFT.fullmatch(draft.name):
+        match = DRAFT.fullmatch(draft.name)
+        if match and draft.exists():
             target = draft.with_name(match[1])
             if match[2] and not target.exists():
                 draft.replace(target)

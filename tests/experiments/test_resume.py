@@ -201,3 +201,31 @@ def test_uplink_bytes_are_the_lengths_of_what_was_sent(unbroken: Path) -> None:
             assert sent < client["bytes_up"] < sent + 1000  # the header: names, shapes, types
         assert line["bytes_up"] == sum(c["bytes_up"] for c in line["clients"])
     assert torch.isfinite(torch.tensor([line["loss"] for line in lines])).all()
+
+
+def test_other_data_than_it_began_with_are_refused(corpus: Path, tmp_path: Path) -> None:
+    copy, folder = tmp_path / "copy.jsonl", tmp_path / "run"
+    copy.write_text(corpus.read_text())
+    create(settings(copy), folder)
+    copy.write_text(corpus.read_text().replace("number 3 ", "number three "))
+    with pytest.raises(CheckpointError, match="data_sha256 was"):
+        reopen(folder)
+
+
+def test_tensorboard_events_are_written_where_asked_for(corpus: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard", reason="the extra tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "run"
+    quick = settings(
+        corpus,
+        federation={"rounds": 2},
+        evaluation={"tensorboard": True, "baselines": [], "sample_tokens": 0},
+    )
+    create(quick, folder)
+    finish(folder)
+    events = EventAccumulator(str(folder / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (folder / "rounds.jsonl").read_text().splitlines()]
+    assert [e.value for e in events.Scalars("train/loss")] == pytest.approx(
+        [line["loss"] for line in lines]
+    )

@@ -1,8 +1,10 @@
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -176,6 +178,36 @@ def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ConfigError, match="no safetensors"):
         make(str(tmp_path))
+
+
+def test_a_hub_id_is_read_from_the_hubs_own_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the layout that huggingface_hub writes: a ref names a commit, whose snapshot holds the files.
+    root, commit = tmp_path / "models--team--small", "1" * 40
+    shutil.copytree(backbones._tiny(), root / "snapshots" / commit)
+    (root / "refs").mkdir()
+    (root / "refs" / "main").write_text(commit)
+    (root / "blobs").mkdir()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert make("team/small").loaded.folder == root / "snapshots" / commit
+    with pytest.raises(ConfigError, match=r"backbone\.path='team/other' was not found"):
+        make("team/other")
+
+
+def test_blocks_longer_than_the_backbones_context_are_refused() -> None:
+    table = {"backbone": {"path": "tiny", "precision": "float32"}, "data": {"length": 513}}
+    with pytest.raises(ConfigError, match=r"data\.length=513 is above 512"):
+        language.build(from_table(table), full=False, device=CPU)
+
+
+def test_a_truncated_weight_file_is_one_line(tmp_path: Path) -> None:
+    shutil.copytree(backbones._tiny(), tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ConfigError, match=r"backbone\.path=.*is no causal language model"):
+        make(str(tmp_path / "cut"))
 
 
 def test_a_gguf_file_becomes_a_folder_once() -> None:
