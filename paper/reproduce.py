@@ -17,8 +17,9 @@ from typing import Any
 
 from fedgen_edge.config import load
 from fedgen_edge.experiments.machine import steady_allocations
+from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.records import lines, read_json, write_lines
-from fedgen_edge.experiments.run import create, proceed, reopen
+from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import paired_interval, perplexity, read, size, uplink
 
 Row = dict[str, Any]

@@ -220,7 +220,7 @@ def _fresh_name(recipe: str | None) -> str:
 
 def resume(told: Resume) -> None:
     """`fedgen resume RUN`."""
-    from fedgen_edge.experiments.run import reopen
+    from fedgen_edge.experiments.models import reopen
 
     _finish(reopen(told.run), told.run)
 
@@ -265,7 +265,7 @@ def report(told: Report) -> None:
 
 def generate(told: Generate) -> None:
     """`fedgen generate RUN --client ID --prompt TEXT`."""
-    from fedgen_edge.experiments.run import model_of, reopen
+    from fedgen_edge.experiments.models import model_of, reopen
 
     experiment = reopen(told.run)
     adapter = model_of(experiment, told.run, "backbone" if told.backbone else "global", told.client)
@@ -274,7 +274,7 @@ def generate(told: Generate) -> None:
 
 def export(told: Export) -> None:
     """`fedgen export RUN --out FOLDER`."""
-    from fedgen_edge.experiments.run import export as copy_out
+    from fedgen_edge.experiments.models import export as copy_out
 
     for path in copy_out(told.run, told.out, told.client, merge=told.merge):
         print(path)

@@ -16,7 +16,8 @@ from conftest import sentences
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import run as running
-from fedgen_edge.experiments.run import create, proceed, reopen
+from fedgen_edge.experiments.models import reopen
+from fedgen_edge.experiments.run import create, proceed
 
 TIMES = ("seconds", "evaluate_seconds")
 

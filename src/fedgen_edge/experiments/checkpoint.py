@@ -96,6 +96,18 @@ def latest(run: Path) -> tuple[ServerState | None, Memory, list[str]]:
     return None, Memory(run / "memory"), []
 
 
+def last(run: Path) -> tuple[ServerState, Memory]:
+    """The newest whole commit, which there must be.
+
+    Raises:
+        CheckpointError: there is none (yet).
+    """
+    state, memory, _ = latest(run)
+    if state is None:
+        raise CheckpointError(f"{run} has no checkpoint yet: go on with `fedgen resume {run}`")
+    return state, memory
+
+
 def _load(run: Path, folder: Path) -> tuple[ServerState, Memory]:
     manifest = _manifest(folder / "manifest.json")
     leaves = decode(_checked(folder / "server.safetensors", manifest["server"]))

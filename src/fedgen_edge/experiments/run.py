@@ -10,13 +10,14 @@ from typing import Any
 from torch import Tensor
 
 from fedgen_edge import files, leaves
-from fedgen_edge.config import Settings, load, to_toml
-from fedgen_edge.errors import CheckpointError, TrainingError
+from fedgen_edge.config import Settings, to_toml
+from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
-from fedgen_edge.experiments.checkpoint import Memory, commit, latest
+from fedgen_edge.experiments.checkpoint import commit, last, latest
 from fedgen_edge.experiments.evaluate import sums, test, tested, validation
-from fedgen_edge.experiments.provenance import data_digest, holdings, origin, provenance
+from fedgen_edge.experiments.models import model_of, save
+from fedgen_edge.experiments.provenance import holdings, provenance
 from fedgen_edge.jobs import Tuned
 from fedgen_edge.rounds import mean_loss, rounds
 from fedgen_edge.types import Commit, Leaves, Order, ServerState
@@ -54,32 +55,6 @@ def create(settings: Settings, out: Path) -> Experiment:
     records.write_json(out / "clients.json", holdings(experiment))
     records.write_json(out / "run.json", provenance(experiment))
     return experiment
-
-
-def reopen(run: Path) -> Experiment:
-    """The experiment of a run's folder, on the same backbone.
-
-    Raises:
-        CheckpointError: there is no run, or its backbone has changed since.
-    """
-    if not (run / "settings.toml").exists() or not (run / "run.json").exists():
-        raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")
-    experiment = build(load(run / "settings.toml"))
-    told = records.read_json(run / "run.json")
-    _unchanged(run, told, "backbone.sha256", experiment.task.loaded.sha256)
-    _unchanged(run, told, "data_sha256", data_digest(experiment))
-    return experiment
-
-
-def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
-    """Refuse to go on where a run rests on something else than it began with."""
-    for part in key.split("."):
-        told = told.get(part) if isinstance(told, dict) else None
-    if told != now:
-        raise CheckpointError(
-            f"{run / 'run.json'}: {key} was {str(told)[:16]}..., and is {now[:16]}... now: "
-            "restore what the run began with, or begin another"
-        )
 
 
 def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
@@ -120,9 +95,9 @@ def _federation(experiment: Experiment, folder: Path, stage: str) -> Iterator[Ev
     total = experiment.settings.federation.rounds
     for line in federate(experiment, folder):
         yield Event(stage, line["round"], total, line)
-    state, _ = _last(folder)
+    state, _ = last(folder)
     if experiment.algorithm.sends(list(state.adapter)):
-        _save(experiment, folder / "adapters" / "global", state, state.adapter, "global")
+        save(experiment, folder / "adapters" / "global", state, state.adapter, "global")
 
 
 def federate(experiment: Experiment, folder: Path) -> Iterator[records.Line]:
@@ -215,7 +190,7 @@ def _size(leaf: Tensor) -> float:
 
 def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Tune every client's own adapter, a chunk at a time; whole chunks are not done again."""
-    state, memory = _last(run)
+    state, memory = last(run)
     experiment = remembering(experiment, memory)
     log, total = run / "personal.jsonl", len(experiment.holdings)
     names = records.folder_names(experiment.names)
@@ -243,7 +218,7 @@ def _own(
     client = tuned.order.clients[0]
     shard = experiment.clients.shards[client]
     target = run / "adapters" / "clients" / names[shard.name]
-    _save(experiment, target, state, tuned.adapter, shard.name)
+    save(experiment, target, state, tuned.adapter, shard.name)
     found = sums(experiment, tuned.adapter, shard.test)
     return {
         "client": shard.name,
@@ -254,25 +229,18 @@ def _own(
     }
 
 
-def _save(
-    experiment: Experiment, target: Path, state: ServerState, adapter: Leaves, client: str
-) -> None:
-    beside_it = origin(experiment, state, client)
-    experiment.task.save(target, adapter, experiment.settings, beside_it)
-
-
 def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Read the test text, once, under every model."""
     target = run / "evaluation.jsonl"
     if target.exists():
         return
-    state, memory = _last(run)
+    state, memory = last(run)
     untouched = ServerState(0, experiment.task.backbone())
     found = list(test(experiment, "backbone", untouched, {}))
     if experiment.algorithm.sends(list(state.adapter)):
         found += list(test(experiment, "global", state, memory))
     for name in experiment.settings.evaluation.baselines:
-        found += list(test(beside(experiment, name), name, *_last(run / "baselines" / name)))
+        found += list(test(beside(experiment, name), name, *last(run / "baselines" / name)))
     found += [line["test"] for line in records.lines(run / "personal.jsonl")]
     records.write_lines(target, found)
     yield Event("test", 1, 1, {})
@@ -298,53 +266,3 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
 
 def _shown(experiment: Experiment) -> list[tuple[str, str]]:
     return [("personal", name) for name in experiment.names[:SHOWN]]
-
-
-def model_of(experiment: Experiment, run: Path, model: str, client: str | None) -> Leaves:
-    """The leaves of the backbone, the global adapter, or one client's own.
-
-    Raises:
-        CheckpointError: the run has no such model (yet).
-    """
-    if model == "backbone":
-        return experiment.task.backbone()
-    if client is None:
-        return _last(run)[0].adapter
-    names = records.folder_names(experiment.names)
-    if client not in names:
-        raise CheckpointError(f"client {client!r} is not in {run}: {', '.join(names)} are")
-    return experiment.task.load(run / "adapters" / "clients" / names[client])
-
-
-def _last(run: Path) -> tuple[ServerState, Memory]:
-    state, memory, _ = latest(run)
-    if state is None:
-        raise CheckpointError(f"{run} has no checkpoint yet: go on with `fedgen resume {run}`")
-    return state, memory
-
-
-def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Path]:
-    """Copy adapters out as PEFT folders, or merge one into the backbone.
-
-    Args:
-        run: the run's folder.
-        out: made here; must not exist yet.
-        client: whose; none is the global one, with every client's where nothing is merged.
-        merge: write a whole model.
-
-    Returns:
-        The folders that were made.
-    """
-    experiment = reopen(run)
-    wanted = [client] if client or merge else [None, *experiment.names]
-    models = {who: model_of(experiment, run, "global", who) for who in wanted}
-    records.claim(out)
-    if merge:
-        experiment.task.merged(out, models[client])
-        return [out]
-    names = records.folder_names(experiment.names)
-    state, _ = _last(run)
-    targets = {who: out / (f"clients/{names[who]}" if who else "global") for who in models}
-    for who, adapter in models.items():
-        _save(experiment, targets[who], state, adapter, who or "global")
-    return list(targets.values())
