@@ -53,6 +53,7 @@ def memory() -> str:
 
 PARTS = {
     "quality": lambda: (PAPER / "quickstart.md").read_text().strip(),
+    "tuned": lambda: (PAPER / "local-only-tuned.md").read_text().strip(),
     "speed": speed,
     "memory": memory,
     "quickstart": lambda: f"```text\n{(PAPER / 'quickstart.txt').read_text().rstrip()}\n```",

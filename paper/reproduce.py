@@ -7,7 +7,6 @@ Writes `paper/results/NAME.jsonl`, a line for every seed, model and client, and
 """
 
 import argparse
-import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,22 +14,30 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedgen_edge.config import load
+from fedgen_edge.config import Settings, from_table
 from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.records import lines, read_json, write_lines
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import paired_interval, perplexity, read, size, uplink
 
+RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def carry_out(recipe: Path, seed: int, folder: Path) -> list[Row]:
+def settings_of(claim: Row, root: Path) -> Settings:
+    """The claim's recipe, with what the claim overrides."""
+    table = tomllib.loads((root / claim["recipe"]).read_text())
+    for part, values in claim.get("overrides", {}).items():
+        table[part] = {**table.get(part, {}), **values}
+    return from_table(table)
+
+
+def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:
     """The test records of one seed's run, which is gone on with where it stopped."""
     if (folder / "run.json").exists():
         experiment = reopen(folder)
     else:
-        settings = load(recipe)
         experiment = create(
             replace(settings, federation=replace(settings.federation, seed=seed)), folder
         )
@@ -41,6 +48,11 @@ def carry_out(recipe: Path, seed: int, folder: Path) -> list[Row]:
     facts |= {"seconds_of": told["seconds"], "bytes_up": sent.up, "bytes_full": sent.full}
     kept = ("model", "client", "nats", "tokens", "words")
     return [{**facts, **{k: row[k] for k in kept}} for row in lines(folder / "evaluation.jsonl")]
+
+
+def read_records(name: str) -> list[Row]:
+    """The records of a claim."""
+    return lines(RESULTS / f"{name}.jsonl")
 
 
 def means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
@@ -71,6 +83,13 @@ def table(claim: Row, rows: Sequence[Row]) -> str:
         apart = [found[model][s] - found[reference][s] for s in seeds]
         mean, low, high = paired_interval(apart)
         out.append(f"| {model} less {reference} | {mean:.2f} | {low:.2f} to {high:.2f} |")
+    if "against" in claim:
+        other = means(read_records(claim["against"]))["personal"]
+        mean, low, high = paired_interval([other[s] - found["personal"][s] for s in seeds])
+        named = f"personal of `{claim['against']}` less personal here"
+        out.append(f"| {named} | {mean:.2f} | {low:.2f} to {high:.2f} |")
+    if not first["bytes_up"]:
+        return "\n".join(out) + "\n"
     saved = 100 * (1 - first["bytes_up"] / first["bytes_full"])
     out += [
         "",
@@ -87,21 +106,17 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="from the records that are there")
     told = parser.parse_args()
     claim = tomllib.loads(told.claim.read_text())
-    results = told.claim.parent / "results"
-    records = results / f"{told.claim.stem}.jsonl"
     if not told.table_only:
         steady_allocations()
-        root = told.claim.parent.parent
+        settings = settings_of(claim, told.claim.parent.parent)
         made = [
             row
             for seed in claim["seeds"]
-            for row in carry_out(
-                root / claim["recipe"], seed, told.runs / f"{told.claim.stem}-{seed}"
-            )
+            for row in carry_out(settings, seed, told.runs / f"{told.claim.stem}-{seed}")
         ]
-        write_lines(records, made)
-    rows = [json.loads(line) for line in records.read_text().splitlines()]
-    (results / f"{told.claim.stem}.md").write_text(table(claim, rows))
+        write_lines(RESULTS / f"{told.claim.stem}.jsonl", made)
+    rows = read_records(told.claim.stem)
+    (RESULTS / f"{told.claim.stem}.md").write_text(table(claim, rows))
     print(table(claim, rows))
 
 
