@@ -6,6 +6,7 @@ Every number comes from a file under `paper/results` or `benchmarks/results`.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,13 @@ PARTS = {
 }
 
 
+def _made(make: Callable[[], str]) -> str:
+    try:
+        return make()
+    except FileNotFoundError:
+        return "Not measured yet."
+
+
 def main() -> None:
     """Fill every page that has a mark."""
     for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
@@ -68,7 +76,7 @@ def main() -> None:
             before, mark, rest = text.partition(f"<!-- results:{name} -->")
             _, end, after = rest.partition("<!-- end -->")
             if mark and end:
-                text = f"{before}{mark}\n\n{make()}\n\n{end}{after}"
+                text = f"{before}{mark}\n\n{_made(make)}\n\n{end}{after}"
         page.write_text(text)
 
 
