@@ -37,8 +37,12 @@ Case = Callable[[int], int]
 """Does some steps, and returns the tokens that it trained on."""
 
 
+def folder_of(path: str) -> Path:
+    return backbones.find(from_table({"backbone": {"path": path}}).backbone)
+
+
 def bare(path: str, rows: int, device: torch.device) -> Case:
-    folder = backbones.find(from_table({"backbone": {"path": path}}).backbone)
+    folder = folder_of(path)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
     config = LoraConfig(
         r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
@@ -167,7 +171,7 @@ def main() -> None:
         return round(statistics.median(a / b for a, b in pairs), 3)
 
     result = {
-        "backbone": Path(told.backbone).name,
+        "backbone": folder_of(told.backbone).name,
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

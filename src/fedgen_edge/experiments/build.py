@@ -53,6 +53,11 @@ class Experiment:
         return self.clients.algorithm
 
     @property
+    def has_global(self) -> bool:
+        """Whether clients share anything, so that there is a global model to speak of."""
+        return bool(self.algorithm.sends(list(self.task.adapter.shapes())))
+
+    @property
     def names(self) -> list[str]:
         """The clients' names, in their order."""
         return [holding.name for holding in self.holdings]

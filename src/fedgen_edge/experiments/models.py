@@ -46,6 +46,9 @@ def model_of(experiment: Experiment, run: Path, model: str, client: str | None) 
     """
     if model == "backbone":
         return experiment.task.backbone()
+    if client is None and not experiment.has_global:
+        name = experiment.settings.method.name
+        raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
     if client is None:
         return last(run)[0].adapter
     names = records.folder_names(experiment.names)
@@ -75,7 +78,8 @@ def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Pat
         The folders that were made.
     """
     experiment = reopen(run)
-    wanted = [client] if client or merge else [None, *experiment.names]
+    shared = [None] if experiment.has_global else []
+    wanted = [client] if client or merge else [*shared, *experiment.names]
     models = {who: model_of(experiment, run, "global", who) for who in wanted}
     records.claim(out)
     if merge:

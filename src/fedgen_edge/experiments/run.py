@@ -96,7 +96,7 @@ def _federation(experiment: Experiment, folder: Path, stage: str) -> Iterator[Ev
     for line in federate(experiment, folder):
         yield Event(stage, line["round"], total, line)
     state, _ = last(folder)
-    if experiment.algorithm.sends(list(state.adapter)):
+    if experiment.has_global:
         save(experiment, folder / "adapters" / "global", state, state.adapter, "global")
 
 
@@ -237,7 +237,7 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     state, memory = last(run)
     untouched = ServerState(0, experiment.task.backbone())
     found = list(test(experiment, "backbone", untouched, {}))
-    if experiment.algorithm.sends(list(state.adapter)):
+    if experiment.has_global:
         found += list(test(experiment, "global", state, memory))
     for name in experiment.settings.evaluation.baselines:
         found += list(test(beside(experiment, name), name, *last(run / "baselines" / name)))
@@ -252,7 +252,8 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     target = run / "samples.jsonl"
     if target.exists() or not settings.sample_tokens:
         return
-    models = [("backbone", None), ("global", None), *_shown(experiment)]
+    shared = [("global", None)] if experiment.has_global else []
+    models = [("backbone", None), *shared, *_shown(experiment)]
     found = []
     for done, (model, client) in enumerate(models):
         adapter = model_of(experiment, run, model, client)
