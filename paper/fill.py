@@ -57,7 +57,6 @@ PARTS = {
     "tuned": lambda: (PAPER / "local-only-tuned.md").read_text().strip(),
     "speed": speed,
     "memory": memory,
-    "quickstart": lambda: f"```text\n{(PAPER / 'quickstart.txt').read_text().rstrip()}\n```",
 }
 
 
