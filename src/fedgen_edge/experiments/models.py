@@ -13,10 +13,10 @@ from fedgen_edge.types import Leaves, ServerState
 
 
 def reopen(run: Path) -> Experiment:
-    """The experiment of a run's folder, on the same backbone.
+    """The experiment of a run's folder, on the same backbone and data.
 
     Raises:
-        CheckpointError: there is no run, or its backbone has changed since.
+        CheckpointError: there is no run, or its backbone or data have changed since.
     """
     if not (run / "settings.toml").exists() or not (run / "run.json").exists():
         raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")

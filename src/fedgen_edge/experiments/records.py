@@ -97,14 +97,16 @@ def folder_name(client: str) -> str:
 
 def folder_names(clients: Sequence[str]) -> dict[str, str]:
     """The folder of each client; names that would meet get a number."""
-    taken: dict[str, str] = {}
+    found: dict[str, str] = {}
+    taken: set[str] = set()
     for client in clients:
         base = name = folder_name(client)
         number = 2
-        while name in taken.values():
+        while name in taken:
             name, number = f"{base}-{number}", number + 1
-        taken[client] = name
-    return taken
+        found[client] = name
+        taken.add(name)
+    return found
 
 
 class Board:
