@@ -161,6 +161,19 @@ def test_adapters_are_exported_as_they_are_in_the_run(
         assert (copy / weights).read_bytes() == (own / weights).read_bytes()
 
 
+def test_a_run_is_served_where_its_data_are_not(
+    done: tuple[Path, str], texts: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, _ = done
+    shutil.copytree(out, here / "run")
+    settings = here / "run" / "settings.toml"
+    settings.write_text(settings.read_text().replace(str(texts), "/nowhere/to/be/found"))
+    asked = ["--prompt", "One day", "--tokens", "5", "--client", "anna"]
+    there, here_too = (says(["generate", str(run_), *asked], capsys) for run_ in (out, "run"))
+    assert there == here_too
+    says(["export", "run", "--out", "copy"], capsys)
+
+
 def test_a_merged_model_is_a_folder_that_transformers_loads(
     done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -265,11 +265,11 @@ def report(told: Report) -> None:
 
 def generate(told: Generate) -> None:
     """`fedgen generate RUN --client ID --prompt TEXT`."""
-    from fedgen_edge.experiments.models import model_of, reopen
+    from fedgen_edge.experiments.models import folder_of, serve
 
-    experiment = reopen(told.run)
-    adapter = model_of(experiment, told.run, "backbone" if told.backbone else "global", told.client)
-    print(experiment.task.generate(adapter, told.prompt, told.tokens, told.seed))
+    task = serve(told.run)
+    adapter = task.backbone() if told.backbone else task.load(folder_of(told.run, told.client))
+    print(task.generate(adapter, told.prompt, told.tokens, told.seed))
 
 
 def export(told: Export) -> None:

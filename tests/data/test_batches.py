@@ -4,7 +4,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgen_edge.data.batches import Budget, deal, head, interleave, pack, rows, stack, steps
+from fedgen_edge.data.batches import (
+    Budget,
+    Shard,
+    Shards,
+    deal,
+    head,
+    interleave,
+    pack,
+    rows,
+    stack,
+    steps,
+)
 
 
 def test_every_token_but_each_documents_first_is_predicted_once() -> None:
@@ -31,6 +42,24 @@ def test_packing_loses_and_doubles_no_label_and_no_word(
     assert labels == [token for document in documents for token in document[1:]]
     assert int(packed["words"].sum()) == sum(len(d) for d in documents)
     assert rows(packed) == -(-len(labels) // length)
+
+
+def test_clients_in_one_table_are_what_they_were() -> None:
+    def batch(count: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(9, (count, 4), dtype=torch.int32)
+        return {"tokens": tokens, "mask": tokens > 4, "words": tokens.sum(1)}
+
+    own = [Shard(f"c{n}", batch(n + 1), batch(n), batch(2)) for n in range(4)]
+    table = Shards(iter(own))
+    assert len(table) == 4
+    for before, after in zip(own, table, strict=True):
+        assert (after.name, after.weight) == (before.name, before.weight)
+        for part in ("train", "validation", "test"):
+            was, now = getattr(before, part), getattr(after, part)
+            assert was.keys() == now.keys()
+            assert all(torch.equal(was[k], now[k]) and was[k].dtype == now[k].dtype for k in was)
+    assert [shard.name for shard in table[1:3]] == ["c1", "c2"]
+    assert table[-1].name == "c3"
 
 
 def test_an_epoch_deals_every_example_once_and_marks_its_end() -> None:

@@ -16,7 +16,7 @@ from conftest import sentences
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import run as running
-from fedgen_edge.experiments.models import export, model_of, reopen
+from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
 
 TIMES = ("seconds", "evaluate_seconds")
@@ -240,12 +240,12 @@ def test_training_alone_has_no_global_model(corpus: Path, tmp_path: Path) -> Non
         federation={"rounds": 1},
         evaluation={"baselines": []},
     )
-    experiment = create(alone, folder)
+    create(alone, folder)
     finish(folder)
     told = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert {row["model"] for row in told} == {"backbone", "personal"}
     assert not (folder / "adapters" / "global").exists()
     with pytest.raises(CheckpointError, match="local-only has no global model"):
-        model_of(experiment, folder, "global", None)
+        folder_of(folder, None)
     made = export(folder, tmp_path / "copy", None, merge=False)
     assert sorted(p.name for p in made) == [f"client_{c}" for c in range(5)]

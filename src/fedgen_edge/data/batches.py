@@ -5,9 +5,10 @@ batches in the same order, and so do two engines.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice, pairwise, zip_longest
+from typing import overload
 
 import torch
 
@@ -30,6 +31,45 @@ class Shard:
     def weight(self) -> float:
         """Training examples, for averaging."""
         return float(rows(self.train))
+
+
+class Shards(Sequence[Shard]):
+    """Every client's examples in one table, so that a client costs its rows and little else."""
+
+    def __init__(self, shards: Iterable[Shard]) -> None:
+        """Copy the shards in, one at a time: they may be made as they are asked for."""
+        self._names: list[str] = []
+        self._ends = [0]
+        buffers: dict[str, bytearray] = {}
+        kinds: Batch = {}
+        for shard in shards:
+            self._names.append(shard.name)
+            for part in (shard.train, shard.validation, shard.test):
+                self._ends.append(self._ends[-1] + rows(part))
+                for field, values in part.items():
+                    kinds.setdefault(field, values[:0])
+                    buffers.setdefault(field, bytearray()).extend(values.numpy().tobytes())
+        self._table = {
+            k: torch.frombuffer(buffers[k], dtype=kind.dtype).reshape(-1, *kind.shape[1:])
+            for k, kind in kinds.items()
+        }
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @overload
+    def __getitem__(self, at: int) -> Shard: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Shard]: ...
+    def __getitem__(self, at: int | slice) -> Shard | list[Shard]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        own = range(len(self))[at]
+        spans = pairwise(self._ends[3 * own : 3 * own + 4])
+        return Shard(
+            self._names[own],
+            *({k: v[low:high] for k, v in self._table.items()} for low, high in spans),
+        )
 
 
 @dataclass(frozen=True)

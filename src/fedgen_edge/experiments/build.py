@@ -17,7 +17,7 @@ from fedgen_edge.algorithms.methods import method
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.data import sources
-from fedgen_edge.data.batches import Budget, Shard, head, pack
+from fedgen_edge.data.batches import Budget, Shard, Shards, head, pack, rows
 from fedgen_edge.data.partition import Holding, labels_of, partition
 from fedgen_edge.data.sources import Corpus
 from fedgen_edge.engines.serial import serial
@@ -185,22 +185,21 @@ def beside(experiment: Experiment, name: str) -> Experiment:
 
 def shards(
     task: Language, corpus: Corpus, holdings: Sequence[Holding], settings: Settings
-) -> list[Shard]:
-    """Every client's examples, encoded and packed."""
-    coded = task.encode(corpus.texts)
+) -> Shards:
+    """Every client's examples, encoded and packed, one client after the other."""
 
     def packed(indices: Sequence[int], most: int = 0) -> dict[str, Tensor]:
-        documents = [coded[i] for i in indices]
+        documents = task.encode([corpus.texts[i] for i in indices])
         counted = [corpus.words[i] for i in indices]
         return head(pack(documents, counted, settings.data.length), most)
 
     e = settings.evaluation
-    return [
+    return Shards(
         Shard(
             h.name, packed(h.train), packed(h.validation, e.blocks), packed(h.test, e.test_blocks)
         )
         for h in holdings
-    ]
+    )
 
 
 def _resolved(experiment: Experiment, cohort: int) -> Settings:
@@ -237,7 +236,7 @@ def _absolute(path: Any) -> Any:
 
 def _stack(experiment: Experiment) -> int:
     """Clients that fit in one stack, by the batch of the largest."""
-    clients, rows = experiment.clients, experiment.settings.training.batch
-    examples = max((s.train for s in clients.shards), key=lambda e: len(e["words"]))
+    clients, batch = experiment.clients, experiment.settings.training.batch
+    examples = max((shard.train for shard in clients.shards), key=rows)
     adapter = clients.place(experiment.task.init(generator(0)))
-    return machine.stack_size(experiment.task, adapter, clients.place(head(examples, rows)))
+    return machine.stack_size(experiment.task, adapter, clients.place(head(examples, batch)))

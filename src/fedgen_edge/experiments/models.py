@@ -1,14 +1,18 @@
 """A run's folder, opened again: its experiment, its models, and copies of them to take away."""
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedgen_edge.config import load
+from fedgen_edge import files
+from fedgen_edge.algorithms.methods import method
+from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
-from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment, build
-from fedgen_edge.experiments.checkpoint import last
+from fedgen_edge.experiments import machine, records
+from fedgen_edge.experiments.build import TASKS, Experiment, build
 from fedgen_edge.experiments.provenance import data_digest, origin
+from fedgen_edge.tasks.language import Language
 from fedgen_edge.types import Leaves, ServerState
 
 
@@ -18,13 +22,32 @@ def reopen(run: Path) -> Experiment:
     Raises:
         CheckpointError: there is no run, or its backbone or data have changed since.
     """
-    if not (run / "settings.toml").exists() or not (run / "run.json").exists():
-        raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")
-    experiment = build(load(run / "settings.toml"))
-    told = records.read_json(run / "run.json")
+    settings, told = _began(run)
+    experiment = build(settings)
     _unchanged(run, told, "backbone.sha256", experiment.task.loaded.sha256)
     _unchanged(run, told, "data_sha256", data_digest(experiment))
     return experiment
+
+
+def serve(run: Path) -> Language:
+    """A run's task on the same backbone: all that its models need, wherever its data are.
+
+    Raises:
+        CheckpointError: there is no run, or its backbone has changed since.
+    """
+    settings, told = _began(run)
+    fresh = replace(settings, adapter=replace(settings.adapter, initial=None))
+    full = method(settings.method).adapts == "full"
+    task = TASKS[settings.task](fresh, full=full, device=machine.device("auto"))
+    _unchanged(run, told, "backbone.sha256", task.loaded.sha256)
+    return task
+
+
+def _began(run: Path) -> tuple[Settings, Any]:
+    """A run's settings, and what it rests on."""
+    if not (run / "settings.toml").exists() or not (run / "run.json").exists():
+        raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")
+    return load(run / "settings.toml"), records.read_json(run / "run.json")
 
 
 def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
@@ -38,23 +61,30 @@ def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
         )
 
 
-def model_of(experiment: Experiment, run: Path, model: str, client: str | None) -> Leaves:
-    """The leaves of the backbone, the global adapter, or one client's own.
+def folders(run: Path) -> dict[str | None, Path]:
+    """Where each client's own model lies, by its name, and the global one's, by None."""
+    names = records.folder_names([row["client"] for row in records.read_json(run / "clients.json")])
+    own: dict[str | None, Path] = {k: Path("clients", v) for k, v in names.items()}
+    return {None: Path("global"), **own}
+
+
+def folder_of(run: Path, client: str | None) -> Path:
+    """The folder of one client's own model, or of the global one.
 
     Raises:
-        CheckpointError: the run has no such model (yet).
+        CheckpointError: there is no such client, or its model is not there (yet).
     """
-    if model == "backbone":
-        return experiment.task.backbone()
-    if client is None and not experiment.has_global:
-        name = experiment.settings.method.name
+    known = folders(run)
+    if client not in known:
+        named = ", ".join(name for name in known if name)
+        raise CheckpointError(f"client {client!r} is not in {run}: {named} are")
+    found = run / "adapters" / known[client]
+    if found.exists():
+        return found
+    if client is None and records.read_json(run / "run.json")["finished"]:
+        name = load(run / "settings.toml").method.name
         raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
-    if client is None:
-        return last(run)[0].adapter
-    names = records.folder_names(experiment.names)
-    if client not in names:
-        raise CheckpointError(f"client {client!r} is not in {run}: {', '.join(names)} are")
-    return experiment.task.load(run / "adapters" / "clients" / names[client])
+    raise CheckpointError(f"{run} has no {found.name} model yet: go on with `fedgen resume {run}`")
 
 
 def save(
@@ -77,17 +107,18 @@ def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Pat
     Returns:
         The folders that were made.
     """
-    experiment = reopen(run)
-    shared = [None] if experiment.has_global else []
-    wanted = [client] if client or merge else [*shared, *experiment.names]
-    models = {who: model_of(experiment, run, "global", who) for who in wanted}
-    records.claim(out)
+    _began(run)
     if merge:
-        experiment.task.merged(out, models[client])
+        found, task = folder_of(run, client), serve(run)
+        adapter = task.load(found)
+        records.claim(out)
+        task.merged(out, adapter)
         return [out]
-    names = records.folder_names(experiment.names)
-    state, _ = last(run)
-    targets = {who: out / (f"clients/{names[who]}" if who else "global") for who in models}
-    for who, adapter in models.items():
-        save(experiment, targets[who], state, adapter, who or "global")
-    return list(targets.values())
+    known = folders(run)
+    there = [who for who in known if who or (run / "adapters" / "global").exists()]
+    sources = {who: folder_of(run, who) for who in ([client] if client else there)}
+    records.claim(out)
+    for who, source in sources.items():
+        with files.folder(out / known[who]) as draft:
+            shutil.copytree(source, draft, dirs_exist_ok=True)
+    return [out / known[who] for who in sources]

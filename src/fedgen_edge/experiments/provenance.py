@@ -64,12 +64,11 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
 
 def data_digest(experiment: Experiment) -> str:
     """SHA-256 of who holds which text for what: a resumed run must find the same."""
-    texts = experiment.corpus.texts
-    held = [
-        [own.name, *([texts[i] for i in part] for part in (own.train, own.validation, own.test))]
-        for own in experiment.holdings
-    ]
-    return hashlib.sha256(json.dumps(held).encode()).hexdigest()
+    found, texts = hashlib.sha256(), experiment.corpus.texts
+    for own in experiment.holdings:
+        parts = ([texts[i] for i in part] for part in (own.train, own.validation, own.test))
+        found.update(json.dumps([own.name, *parts]).encode())
+    return found.hexdigest()
 
 
 def origin(experiment: Experiment, state: ServerState, client: str) -> dict[str, Any]:

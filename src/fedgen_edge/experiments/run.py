@@ -16,7 +16,7 @@ from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import commit, last, latest
 from fedgen_edge.experiments.evaluate import sums, test, tested, validation
-from fedgen_edge.experiments.models import model_of, save
+from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
 from fedgen_edge.jobs import Tuned
 from fedgen_edge.rounds import mean_loss, rounds
@@ -256,10 +256,11 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     models = [("backbone", None), *shared, *_shown(experiment)]
     found = []
     for done, (model, client) in enumerate(models):
-        adapter = model_of(experiment, run, model, client)
+        task = experiment.task
+        adapter = task.backbone() if model == "backbone" else task.load(folder_of(run, client))
         for prompt in settings.prompts:
             seed = experiment.settings.federation.seed
-            text = experiment.task.generate(adapter, prompt, settings.sample_tokens, seed)
+            text = task.generate(adapter, prompt, settings.sample_tokens, seed)
             found.append({"model": model, "client": client, "prompt": prompt, "text": text})
         yield Event("samples", done + 1, len(models), {})
     records.write_lines(target, found)

@@ -25,6 +25,8 @@ from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 EVALUATE = 2048
 """Tokens in one forward pass of an evaluation."""
+SLICE = 512
+"""Texts that the tokenizer gets at once: what it returns takes a hundred times a text's room."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,9 @@ class Language:
                 f"backbone.path={str(self.loaded.folder)!r}: its tokenizer has no end mark "
                 "(eos_token): set one in tokenizer_config.json"
             )
-        found = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        return [[start, *ids, end] for ids in found]
+        parts = (list(texts[at : at + SLICE]) for at in range(0, len(texts), SLICE))
+        found = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
+        return [[start, *ids, end] for part in found for ids in part]
 
     @torch.no_grad()
     def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
