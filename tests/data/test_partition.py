@@ -18,7 +18,7 @@ from fedgen_edge.data.partition import (
     by_group,
     by_size,
     dirichlet,
-    labels_of,
+    labelled,
     partition,
     spread,
     topics,
@@ -236,19 +236,18 @@ def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
     texts, kinds = two_topics(60)
     corpus = Corpus(texts, [5] * 60, None, None, None, 0)
     settings = config.Partition(by="dirichlet", labels="topic", topics=2, alpha=0.01, minimum=29)
-    held = partition(corpus, config.Data(), settings, 2, 0)
+    held = partition(labelled(corpus, settings, 0), config.Data(), settings, 2, 0)
     main = [Counter(kinds[i] for i in all_of([own])).most_common(1)[0] for own in held]
     assert {kind for kind, _ in main} == {"sport", "food"}
     assert min(count for _, count in main) >= 29
 
 
-def test_labels_for_a_picture_are_the_datas_own_or_topics() -> None:
+def test_labels_are_the_datas_own_or_topics() -> None:
     texts, kinds = two_topics(60)
     corpus = Corpus(texts, [5] * 60, None, kinds, None, 0)
-    assert labels_of(corpus, config.Partition(), 0) == kinds
+    assert labelled(corpus, config.Partition(), 0).labels == kinds
     by_topic = config.Partition(labels="topic", topics=2)
-    assert labels_of(corpus, by_topic, 0) == topics(texts, 2, 0)
-    assert labels_of(corpus_of(3), config.Partition(), 0) is None
+    assert labelled(corpus, by_topic, 0).labels == topics(texts, 2, 0)
 
 
 @pytest.mark.parametrize("texts", [["a b"] * 3, ["goal match"] * 20, ["the of and"] * 20])

@@ -6,7 +6,7 @@ The ways return positions, one list a client, and know nothing of text.
 import warnings
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, cast
 
@@ -41,7 +41,7 @@ def partition(
     """What each client holds, sorted by its name.
 
     Args:
-        corpus: the examples.
+        corpus: the examples, `labelled`.
         data: shares of validation and test, where the source fixes no split.
         settings: the way to divide.
         clients: how many; none is every natural group, or one for each of `sizes`, or else 10.
@@ -80,7 +80,12 @@ def divide(
     rng = np.random.default_rng(seeds.seed(seed, "partition"))
     order = rng.permutation(len(corpus.texts)).tolist()
     if settings.by == "dirichlet":
-        labels = _labels(corpus, settings, seed)
+        labels = corpus.labels
+        if labels is None:
+            raise ConfigError(
+                "partition.labels='label', but the data have no labels: set "
+                "partition.labels='topic', or name the field with data.label_field"
+            )
         order = spread(order, list(zip(labels, corpus.splits or labels, strict=True)))
         shuffled = [labels[i] for i in order]
         parts = dirichlet(shuffled, len(sizes), settings.alpha, settings.minimum, rng)
@@ -111,21 +116,11 @@ def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
     return [float(n) if settings.by == "size" else 1.0 for n in range(1, count + 1)]
 
 
-def labels_of(corpus: Corpus, settings: config.Partition, seed: int) -> list[str] | None:
-    """A label or topic of each example, as the settings say; none where the data have no labels."""
-    if settings.labels == "topic":
-        return topics(corpus.texts, settings.topics, seed, corpus.splits)
-    return corpus.labels
-
-
-def _labels(corpus: Corpus, settings: config.Partition, seed: int) -> list[str]:
-    labels = labels_of(corpus, settings, seed)
-    if labels is None:
-        raise ConfigError(
-            "partition.labels='label', but the data have no labels: set partition.labels='topic', "
-            "or name the field with data.label_field"
-        )
-    return labels
+def labelled(corpus: Corpus, settings: config.Partition, seed: int) -> Corpus:
+    """The corpus, with topics for its labels where the settings ask for them."""
+    if settings.labels == "label":
+        return corpus
+    return replace(corpus, labels=topics(corpus.texts, settings.topics, seed, corpus.splits))
 
 
 def by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, list[int]]:

@@ -18,7 +18,7 @@ from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.data import sources
 from fedgen_edge.data.batches import Budget, Shard, Shards, head, pack, rows
-from fedgen_edge.data.partition import Holding, labels_of, partition
+from fedgen_edge.data.partition import Holding, labelled, partition
 from fedgen_edge.data.sources import Corpus
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
@@ -43,8 +43,6 @@ class Experiment:
     task: Language
     corpus: Corpus
     holdings: Sequence[Holding]
-    labels: Sequence[str] | None
-    """Of each example, for the picture of who holds what."""
     clients: Clients
 
     @property
@@ -133,8 +131,8 @@ def build(settings: Settings) -> Experiment:
         raise MissingExtraError("evaluation.tensorboard=true", "tensorboard")
     device = machine.device(settings.engine.device)
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
-    corpus = sources.read(settings.data)
     federation, seed = settings.federation, settings.federation.seed
+    corpus = labelled(sources.read(settings.data), settings.partition, seed)
     holdings = partition(corpus, settings.data, settings.partition, federation.clients, seed)
     _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
@@ -145,14 +143,7 @@ def build(settings: Settings) -> Experiment:
             "trains a whole model for each client: say serial, or auto"
         )
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
-    experiment = Experiment(
-        settings,
-        task,
-        corpus,
-        holdings,
-        labels_of(corpus, settings.partition, seed),
-        clients,
-    )
+    experiment = Experiment(settings, task, corpus, holdings, clients)
     return replace(experiment, settings=_resolved(experiment, cohort))
 
 

@@ -17,7 +17,7 @@ from fedgen_edge.uplink.transform import length
 
 def holdings(experiment: Experiment) -> list[dict[str, Any]]:
     """Who holds what: examples of each split, training tokens, training examples of each label."""
-    labels = experiment.labels or ()
+    labels = experiment.corpus.labels or ()
     able = len(experiment.holdings) - experiment.settings.federation.newcomers
     return [
         {
