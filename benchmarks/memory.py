@@ -1,15 +1,17 @@
 """Peak memory against the number of clients, every client's personal adapter kept.
 
-    python benchmarks/memory.py --backbone PATH --out benchmarks/results/memory.json
+    python benchmarks/memory.py --backbone PATH --out benchmarks/results/memory-NAME.json
 
 Each number comes from a process of its own that does a whole run: rounds with a cohort of 10 by
 FedPer, whose clients keep leaves, then personalisation of all. Every client has eight sentences.
+
+oneDNN keeps a compiled kernel for each of up to 1,024 shapes, and more clients have more shapes;
+ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 in the environment shows what is left without them.
 """
 
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 
 from fedgen_edge.config import from_table
-from fedgen_edge.experiments.machine import hardware
+from fedgen_edge.experiments.machine import hardware, peak_memory, steady_allocations
 from fedgen_edge.experiments.run import create, proceed
 
 COUNTS = (10, 100, 1000)
@@ -38,7 +40,7 @@ def whole_run(backbone: str, clients: int) -> int:
             "data": {"source": "jsonl", "path": str(data), "client_field": "who", "length": 32},
             "federation": {"rounds": 3, "cohort": 10},
             "method": {"name": "fedper"},
-            "training": {"steps": 2},
+            "training": {"steps": 2, "batch": 1},
             "personal": {"epochs": 1, "steps": 2},
             "evaluation": {"every": 3, "sample_tokens": 0},
         }
@@ -48,10 +50,7 @@ def whole_run(backbone: str, clients: int) -> int:
             pass
         kept = len(list((out / "adapters" / "clients").iterdir()))
     assert kept == clients
-    told = Path("/proc/self/status").read_text()
-    found = re.search(r"VmHWM:\s+(\d+)", told)
-    assert found
-    return 1024 * int(found[1])
+    return peak_memory()
 
 
 def main() -> None:
@@ -61,6 +60,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int)
     told = parser.parse_args()
     if told.clients:
+        steady_allocations()
         print(whole_run(told.backbone, told.clients))
         return
     peaks = {}
@@ -69,7 +69,8 @@ def main() -> None:
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         peaks[str(count)] = round(int(done.stdout.split()[-1]) / 1e6)
     result = {
-        "backbone": Path(told.backbone).name,
+        "backbone": Path(told.backbone).resolve().name,
+        "kernels_cached": int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")),
         "hardware": hardware(torch.device("cpu")),
         "peak_megabytes": peaks,
         "most_over_fewest": round(peaks[str(COUNTS[-1])] / peaks[str(COUNTS[0])], 3),

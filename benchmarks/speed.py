@@ -10,7 +10,6 @@ each case's peak memory comes from a process of its own. Batches hold random tok
 import argparse
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -137,8 +136,7 @@ def memory(path: str, name: str, device: torch.device) -> int:
     CASES[name](path, device)(3)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    told = Path("/proc/self/status").read_text()  # ru_maxrss would count the parent's, before exec
-    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", told)[1])  # pyright: ignore[reportOptionalSubscript]
+    return peak_memory()
 
 
 def alone(path: str, name: str, device: torch.device) -> int:

@@ -13,14 +13,20 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 PAPER = ROOT / "paper" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+
+
+def _benchmarks(kind: str) -> dict[str, Any]:
+    """The results of one benchmark, by what comes after its name."""
+    paths = sorted(BENCHMARKS.glob(f"{kind}-*.json"))
+    if not paths:
+        raise FileNotFoundError(kind)
+    return {p.stem.removeprefix(f"{kind}-"): json.loads(p.read_text()) for p in paths}
 
 
 def speed() -> str:
     """The benchmark's ratios, a column a backbone."""
-    found: dict[str, Any] = {
-        path.stem.removeprefix("speed-"): json.loads(path.read_text())
-        for path in sorted(BENCHMARKS.glob("speed-*.json"))
-    }
+    found = _benchmarks("speed")
     rows = {
         "hardware": lambda r: f"{r['hardware']}, {r['threads']} threads",
         "stacked over bare, same batch per client": lambda r: r[
@@ -43,17 +49,20 @@ def speed() -> str:
 
 
 def memory() -> str:
-    """Peak memory against clients."""
-    told = json.loads((BENCHMARKS / "memory.json").read_text())
-    peaks = told["peak_megabytes"]
-    return (
-        f"| clients | {' | '.join(peaks)} |\n{'|---' * (len(peaks) + 1)}|\n"
-        f"| peak MB ({told['backbone']}) | {' | '.join(map(str, peaks.values()))} |"
-    )
+    """Peak memory against clients, a row a file."""
+    found = list(_benchmarks("memory").values())
+    counts = list(found[0]["peak_megabytes"])
+    out = [f"| peak MB with so many clients | {' | '.join(counts)} | kernels cached |"]
+    out += ["|---" * (len(counts) + 2) + "|"]
+    for told in found:
+        peaks = " | ".join(str(told["peak_megabytes"][count]) for count in counts)
+        out.append(f"| {told['backbone']} | {peaks} | {told['kernels_cached']} |")
+    return "\n".join(out)
 
 
 PARTS = {
     "quality": lambda: (PAPER / "quickstart.md").read_text().strip(),
+    "tuning": lambda: (PAPER / "quickstart-tuning.md").read_text().strip(),
     "tuned": lambda: (PAPER / "local-only-tuned.md").read_text().strip(),
     "speed": speed,
     "memory": memory,
@@ -67,16 +76,20 @@ def _made(make: Callable[[], str]) -> str:
         return "Not measured yet."
 
 
+def filled(text: str) -> str:
+    """A page's text, with what the records say now between its marks."""
+    for name, make in PARTS.items():
+        before, mark, rest = text.partition(f"<!-- results:{name} -->")
+        _, end, after = rest.partition("<!-- end -->")
+        if mark and end:
+            text = f"{before}{mark}\n\n{_made(make)}\n\n{end}{after}"
+    return text
+
+
 def main() -> None:
     """Fill every page that has a mark."""
-    for page in (ROOT / "README.md", ROOT / "docs" / "results.md"):
-        text = page.read_text()
-        for name, make in PARTS.items():
-            before, mark, rest = text.partition(f"<!-- results:{name} -->")
-            _, end, after = rest.partition("<!-- end -->")
-            if mark and end:
-                text = f"{before}{mark}\n\n{_made(make)}\n\n{end}{after}"
-        page.write_text(text)
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Writes `paper/results/NAME.jsonl`, a line for every seed, model and client, and
 """
 
 import argparse
+import hashlib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedgen_edge.config import Settings, from_table
+from fedgen_edge.config import Settings, from_table, to_toml
 from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.records import lines, read_json, write_lines
@@ -35,18 +36,18 @@ def settings_of(claim: Row, root: Path) -> Settings:
 
 def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:
     """The test records of one seed's run, which is gone on with where it stopped."""
-    if (folder / "run.json").exists():
-        experiment = reopen(folder)
-    else:
-        experiment = create(
-            replace(settings, federation=replace(settings.federation, seed=seed)), folder
-        )
+    settings = replace(settings, federation=replace(settings.federation, seed=seed))
+    digest = hashlib.sha256(to_toml(settings).encode()).hexdigest()[:8]
+    folder = folder.with_name(f"{folder.name}-{digest}")  # other settings are another run
+    there = (folder / "run.json").exists()
+    experiment = reopen(folder) if there else create(settings, folder)
     for event in proceed(experiment, folder):
         print(f"seed {seed}: {event.stage} {event.done}/{event.total}", flush=True)
     told, sent = read_json(folder / "run.json"), uplink(read(folder))
     facts = {"seed": seed, "hardware": told["hardware"], "precision": told["precision"]}
-    facts |= {"seconds_of": told["seconds"], "bytes_up": sent.up, "bytes_full": sent.full}
-    kept = ("model", "client", "nats", "tokens", "words")
+    facts |= {"seconds_of": told["seconds"], "peak_bytes": told["peak_bytes"]}
+    facts |= {"bytes_up": sent.up, "bytes_full": sent.full}
+    kept = ("model", "client", "participated", "nats", "tokens", "words")
     return [{**facts, **{k: row[k] for k in kept}} for row in lines(folder / "evaluation.jsonl")]
 
 
@@ -56,12 +57,17 @@ def read_records(name: str) -> list[Row]:
 
 
 def means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
-    """Mean perplexity over clients, by model and seed."""
+    """Mean perplexity over the clients that some round drew, by model and seed."""
     found: dict[str, dict[int, list[float]]] = {}
-    for row in rows:
+    for row in (r for r in rows if r["participated"]):
         each = found.setdefault(row["model"], {}).setdefault(row["seed"], [])
         each.append(perplexity(row["nats"], row["tokens"]))
     return {m: {s: fmean(v) for s, v in seeds.items()} for m, seeds in found.items()}
+
+
+def _training_seconds(row: Row) -> float:
+    told = row["seconds_of"]
+    return told["federation"] + told["personal"] + sum(told["baselines"].values())
 
 
 def table(claim: Row, rows: Sequence[Row]) -> str:
@@ -88,6 +94,12 @@ def table(claim: Row, rows: Sequence[Row]) -> str:
         mean, low, high = paired_interval([other[s] - found["personal"][s] for s in seeds])
         named = f"personal of `{claim['against']}` less personal here"
         out.append(f"| {named} | {mean:.2f} | {low:.2f} to {high:.2f} |")
+    spent = [max(_training_seconds(r) for r in rows if r["seed"] == s) for s in seeds]
+    out += [
+        "",
+        f"Training takes {min(spent):.0f} to {max(spent):.0f} seconds a run, all methods together; "
+        f"peak memory is {size(max(row['peak_bytes'] for row in rows))}.",
+    ]
     if not first["bytes_up"]:
         return "\n".join(out) + "\n"
     saved = 100 * (1 - first["bytes_up"] / first["bytes_full"])

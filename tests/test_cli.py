@@ -15,7 +15,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedgen_edge import cli, config
@@ -60,7 +61,8 @@ def done(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, s
     """A finished run of two rounds, and what was printed."""
     out = tmp_path_factory.mktemp("runs") / "done"
     short = (
-        "--federation.rounds 2 --training.steps 1 --personal.epochs 1 --evaluation.sample-tokens 1"
+        "--federation.rounds 2 --training.steps 1 --personal.epochs 1 --evaluation.sample-tokens 1 "
+        "--backbone.precision bf16"
     )
     with contextlib.redirect_stdout(io.StringIO()) as said:
         cli.main(run(texts, "--out", str(out), *short.split()))
@@ -95,7 +97,7 @@ def refuses(
 def test_a_run_prints_its_progress_its_table_and_where_things_are(done: tuple[Path, str]) -> None:
     out, said = done
     assert "federation 1/2 loss" in said
-    for word in ("anna", "berta", "worst client", "MB up", "report.html", "adapters"):
+    for word in ("worst client", "MB up", "report.html", "clients/anna", "clients/berta"):
         assert word in said
     assert len((out / "rounds.jsonl").read_text().splitlines()) == 2
     assert (out / "report.html").stat().st_size > 1000
@@ -179,8 +181,22 @@ def test_a_merged_model_is_a_folder_that_transformers_loads(
 ) -> None:
     arguments = ["export", str(done[0]), "--out", "merged", "--client", "anna", "--merge"]
     assert says(arguments, capsys) == "merged\n"
-    names = {name for name, _ in AutoModelForCausalLM.from_pretrained("merged").named_parameters()}
-    assert not any("lora" in name for name in names)
+    # The run's arithmetic was bf16; what is merged is the backbone as it came, in float32.
+    merged = AutoModelForCausalLM.from_pretrained("merged", dtype=torch.float32)
+    assert not any("lora" in name for name, _ in merged.named_parameters())
+    path = json.loads((done[0] / "run.json").read_text())["backbone"]["path"]
+    backbone = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    tuned = PeftModel.from_pretrained(backbone, str(done[0] / "adapters" / "clients" / "anna"))
+    ids = torch.arange(20).unsqueeze(0)
+    torch.testing.assert_close(merged(ids).logits, tuned(ids).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_are_exported_into_the_run_where_no_folder_is_named(
+    done: tuple[Path, str], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(done[0], here / "run")
+    said = says(["export", "run", "--client", "anna"], capsys)
+    assert said == "run/export/clients/anna\n"
 
 
 def test_every_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,6 +251,23 @@ FLAGS = {
     ),
     "no GGUF file": ("--backbone.path none.gguf", ["backbone.path='none.gguf'", "no such GGUF"]),
     "no package": ("--backbone.path package:none", ["backbone.path='package:none'", "pip install"]),
+    "layers that are all personal": (
+        "--method.name fedper --method.personal-layers 99",
+        ["method.personal_layers=99", "must be below 2"],
+    ),
+    "a baseline's layers that are all personal": (
+        "--evaluation.baselines fedper --method.personal-layers 99",
+        ["method.personal_layers=99", "must be below 2"],
+    ),
+    "samples beyond the context": (
+        "--evaluation.sample-tokens 100000",
+        ["evaluation.sample_tokens=100000", "context", "take fewer"],
+    ),
+    "a limit that leaves clients out": (
+        "--data.limit 1",
+        ["data.limit=1", "'berta'", "raise it"],
+    ),
+    "no text": ("--data.text-field \udcff", ["'\\udcff'", "is not UTF-8"]),
     "no initial adapter": ("--adapter.initial /none", ["/none", "adapter_config.json"]),
     "full models stacked": (
         "--engine.name stacked --method.name fedavg-full",
@@ -363,7 +396,11 @@ COMMANDS = {
         "generate {run} --prompt x --client nobody",
         ["'nobody'", "anna, berta"],
     ),
-    "export to nowhere": ("export {run}", ["--out"]),
+    "generate nothing": ("generate {run} --prompt x --tokens 0", ["--tokens=0", "at least 1"]),
+    "generate beyond the context": (
+        "generate {run} --prompt x --tokens 99999",
+        ["99999 tokens after a prompt", "context"],
+    ),
     "export no run": ("export none --out copy", ["none holds no run"]),
     "export of nobody": ("export {run} --out copy --client nobody", ["'nobody'", "anna, berta"]),
     "export over a run": ("export {run} --out {run}", ["already holds a run", "another folder"]),
@@ -388,6 +425,7 @@ def test_a_mistaken_command_is_one_line(
         ("settings.toml", "[adapter", "is not TOML"),
         ("run.json", "{", "run.json"),
         ("run.json", "{}", "run.json"),
+        ("run.json", "[]", "run.json"),
         ("run.json", '{"backbone": {"sha256": "of another"}}', "backbone.sha256 was of another"),
     ],
 )

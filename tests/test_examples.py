@@ -28,7 +28,7 @@ def test_fedavg_from_scratch_is_what_rounds_makes() -> None:
     found = example["main"]()
     assert found.keys() == last.state.adapter.keys()
     for name, leaf in last.state.adapter.items():
-        torch.testing.assert_close(found[name], leaf, atol=1e-6, rtol=0)
+        torch.testing.assert_close(found[name], leaf, atol=1e-5, rtol=0)  # AdamW, float32
         assert not torch.equal(leaf, start.adapter[name])
 
 

@@ -31,6 +31,10 @@ COMMANDS = {
 }
 
 
+LISTED = 12
+"""Clients whose adapter's path is printed."""
+
+
 @dataclass(frozen=True)
 class Run:
     """Train a federation, personalise it, judge it and report.
@@ -85,8 +89,8 @@ class Export:
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
-    out: Path
-    """Folder to make."""
+    out: Path | None = None
+    """Folder to make; none is RUN/export."""
     client: str | None = None
     """Whose adapter; none is the global one, and all clients' where they are not merged."""
     merge: bool = False
@@ -102,6 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        _check_text(args)
         _dispatch(args)
     except FedGenError as error:
         print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
@@ -114,6 +119,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fedgen: stopped", file=sys.stderr)
         sys.exit(130)
+
+
+def _check_text(args: list[str]) -> None:
+    """Refuse bytes that are not text: they could be written into no file of a run."""
+    for at, arg in enumerate(args, 1):
+        if not arg.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in arg):
+            raise ConfigError(f"argument {at}, {arg!a}, is not UTF-8: write it in that encoding")
 
 
 def _dispatch(args: list[str]) -> None:
@@ -245,7 +257,12 @@ def _finish(experiment, out: Path) -> None:
     finished = read(out)
     console.print(table_for_terminal(finished))
     console.print(headline(finished))
-    console.print(f"report    {page}\nadapters  {out / 'adapters' / 'clients'}", soft_wrap=True)
+    console.print(f"report    {page}", soft_wrap=True, markup=False)
+    folder = out / "adapters" / "clients"
+    for own in finished.personal[:LISTED]:
+        console.print(f"adapter   {folder / own['folder']}", soft_wrap=True, markup=False)
+    if more := len(finished.personal[LISTED:]):
+        console.print(f"          and {more} more in {folder}", soft_wrap=True, markup=False)
 
 
 def report(told: Report) -> None:
@@ -267,6 +284,8 @@ def generate(told: Generate) -> None:
     """`fedgen generate RUN --client ID --prompt TEXT`."""
     from fedgen_edge.experiments.models import folder_of, serve
 
+    if told.tokens < 1:
+        raise ConfigError(f"--tokens={told.tokens} must be at least 1")
     task = serve(told.run)
     adapter = task.backbone() if told.backbone else task.load(folder_of(told.run, told.client))
     print(task.generate(adapter, told.prompt, told.tokens, told.seed))
@@ -276,7 +295,8 @@ def export(told: Export) -> None:
     """`fedgen export RUN --out FOLDER`."""
     from fedgen_edge.experiments.models import export as copy_out
 
-    for path in copy_out(told.run, told.out, told.client, merge=told.merge):
+    out = told.out or told.run / "export"
+    for path in copy_out(told.run, out, told.client, merge=told.merge):
         print(path)
 
 

@@ -109,6 +109,9 @@ class Data:
     """Share of each client's examples for validation (where the source has no such split)."""
     test: Share = 0.1
     """Share of each client's examples for the test (where the source has no such split)."""
+    split_seed: Whole = 0
+    """Seeds which of a client's examples are held out; apart from federation.seed, so that
+    several seeds of a natural client are tested on the same text."""
 
     def __post_init__(self) -> None:
         if self.validation + self.test >= 1:
@@ -214,7 +217,7 @@ class Personal:
     patience: Count = 1
     """Epochs without a better validation loss before a client stops."""
     pull: NotNegative = 0.0
-    """Pull towards the global adapter in each step, as FedProx's mu."""
+    """Pull, in each step, towards the adapter that tuning began from, as FedProx's mu."""
     fallback: bool = True
     """Keep the global adapter where tuning does not lower the client's validation loss."""
 
@@ -242,9 +245,10 @@ class Evaluation:
     every: Count = 1
     """Rounds between validations of the global adapter."""
     blocks: Whole = 16
-    """Most validation blocks of each client after a round; 0 is all."""
+    """Most validation blocks of each client, evenly spaced; 0 is all. They judge each round, and
+    the epochs of personalisation."""
     test_blocks: Whole = 0
-    """Most test blocks of each client at the end; 0 is all."""
+    """Most test blocks of each client at the end, evenly spaced; 0 is all."""
     baselines: Words = ()
     """Methods to train beside this one, on the same batches with the same budget."""
     prompts: Words = ("The ",)

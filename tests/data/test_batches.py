@@ -1,5 +1,3 @@
-import itertools
-
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,10 +7,10 @@ from fedgen_edge.data.batches import (
     Shard,
     Shards,
     deal,
-    head,
     interleave,
     pack,
     rows,
+    spaced,
     stack,
     steps,
 )
@@ -108,6 +106,6 @@ def test_a_stack_holds_the_clients_that_still_have_batches_and_fills_with_zeros(
 
 def test_head_of_zero_is_everything() -> None:
     examples = {"x": torch.arange(4)}
-    assert rows(head(examples, 0)) == 4
-    assert rows(head(examples, 3)) == 3
-    assert list(itertools.islice(head(examples, 3)["x"].tolist(), 3)) == [0, 1, 2]
+    assert rows(spaced(examples, 0)) == 4
+    assert rows(spaced(examples, 3)) == 3
+    assert spaced(examples, 2)["x"].tolist() == [0, 2]

@@ -231,6 +231,14 @@ def test_topics_are_fitted_on_training_text_only() -> None:
     assert found[:60] == topics(texts, 2, 0)
 
 
+def test_what_is_held_out_of_natural_clients_does_not_go_by_the_runs_seed() -> None:
+    corpus = corpus_of(90, groups=list("abc") * 30)
+    one, other = (partition(corpus, config.Data(), config.Partition(), None, s) for s in (0, 1))
+    assert one == other
+    again = partition(corpus, config.Data(split_seed=1), config.Partition(), None, 0)
+    assert [own.test for own in again] != [own.test for own in one]
+
+
 def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
     # Shares are all but 0 and 1; of such draws, only a topic for each gives each client 29.
     texts, kinds = two_topics(60)

@@ -182,6 +182,14 @@ def test_first_of_identical_texts_is_kept_and_a_limit_takes_evenly_from_the_rest
     assert read(settings("jsonl", path, limit=99)).texts == list("abcdefgh")
 
 
+def test_a_limit_that_leaves_clients_without_text_is_refused(tmp_path: Path) -> None:
+    rows = ({"text": t, "who": "ann" if t < "e" else "bob"} for t in "abcdefgh")
+    path = write(tmp_path / "d.jsonl", *rows)
+    assert read(settings("jsonl", path, limit=2, client_field="who")).texts == ["a", "e"]
+    with pytest.raises(ConfigError, match=r"data\.limit=1 leaves 1 of the clients, 'bob' first"):
+        read(settings("jsonl", path, limit=1, client_field="who"))
+
+
 def test_hub_reads_splits_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the extra fedgen-edge[hub]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

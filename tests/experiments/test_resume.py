@@ -177,6 +177,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
     assert not (folder / "checkpoints").exists()
 
 
+def test_a_personal_adapter_that_is_not_finite_is_never_written(
+    corpus: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    wild = {"lr": 1e30, "fallback": False}
+    create(settings(corpus, training={"optimiser": "sgd", "clip": 0.0}, personal=wild), folder)
+    with pytest.raises(TrainingError, match=r"personal\.lr=1e\+30"):
+        finish(folder)
+    assert not (folder / "adapters" / "clients").exists()
+
+
 def test_newcomers_never_train_and_are_personalised(unbroken: Path) -> None:
     lines = [json.loads(line) for line in (unbroken / "rounds.jsonl").read_text().splitlines()]
     assert all("client 4" not in line["cohort"] for line in lines)

@@ -92,9 +92,13 @@ def rows(examples: Batch) -> int:
     return len(next(iter(examples.values())))
 
 
-def head(examples: Batch, count: int) -> Batch:
-    """The first examples; 0 is all of them."""
-    return {k: v[:count] for k, v in examples.items()} if count else examples
+def spaced(examples: Batch, most: int) -> Batch:
+    """At most so many examples, evenly spaced; 0 is all of them."""
+    count = rows(examples)
+    if not most or most >= count:
+        return examples
+    chosen = torch.arange(most) * count // most
+    return {k: v[chosen] for k, v in examples.items()}
 
 
 def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) -> Batch:

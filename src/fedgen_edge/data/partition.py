@@ -42,7 +42,7 @@ def partition(
 
     Args:
         corpus: the examples, `labelled`.
-        data: shares of validation and test, where the source fixes no split.
+        data: shares of validation and test, where the source fixes no split, and their seed.
         settings: the way to divide.
         clients: how many; none is every natural group, or one for each of `sizes`, or else 10.
         seed: of the whole run.
@@ -61,7 +61,7 @@ def partition(
                 f"partition.minimum={settings.minimum}: lower that, or "
                 f"{largest if settings.by == 'group' and enough else 'have fewer clients'}"
             )
-    return [hold(name, owned[name], corpus.splits, data, seed) for name in sorted(owned)]
+    return [hold(name, owned[name], corpus.splits, data) for name in sorted(owned)]
 
 
 def divide(
@@ -227,13 +227,14 @@ def spread(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
 
 
 def hold(
-    name: str, examples: list[int], splits: Sequence[str] | None, data: config.Data, seed: int
+    name: str, examples: list[int], splits: Sequence[str] | None, data: config.Data
 ) -> Holding:
     """Split a client's examples as the source does; what it does not fix is cut from training.
 
-    A share above 0 is at least one example.
+    A share above 0 is at least one example. The cut does not go by the run's seed: else one seed
+    would train, and be tuned, on what another is tested on.
     """
-    rng = np.random.default_rng(seeds.seed(seed, "split", name))
+    rng = np.random.default_rng(seeds.seed(data.split_seed, "held out", name))
     held: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for index in examples:
         held["train" if splits is None else splits[index]].append(index)

@@ -87,7 +87,13 @@ def read(settings: config.Data) -> Corpus:
         said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
         raise _fault(settings, f": {said} that others lack: give them some, or leave them out")
     limit = min(settings.limit or len(kept), len(kept))
-    return _corpus([kept[i * len(kept) // limit] for i in range(limit)], len(filled) - len(kept))
+    few = [kept[i * len(kept) // limit] for i in range(limit)]
+    if lost := {row.group for row in kept} - {row.group for row in few}:
+        raise ConfigError(
+            f"data.limit={limit} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
+            "without text: raise it"
+        )
+    return _corpus(few, len(filled) - len(kept))
 
 
 def _corpus(rows: list[Row], duplicates: int) -> Corpus:

@@ -17,7 +17,7 @@ from fedgen_edge.algorithms.methods import method
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.data import sources
-from fedgen_edge.data.batches import Budget, Shard, Shards, head, pack, rows
+from fedgen_edge.data.batches import Budget, Shard, Shards, pack, rows, spaced
 from fedgen_edge.data.partition import Holding, labelled, partition
 from fedgen_edge.data.sources import Corpus
 from fedgen_edge.engines.serial import serial
@@ -125,8 +125,10 @@ def build(settings: Settings) -> Experiment:
         FedGenError: anything in the settings that cannot be carried out.
     """
     algorithm = method(settings.method)
-    for name in settings.evaluation.baselines:
+    beside_it = [
         method(replace(settings.method, name=name), "evaluation.baselines")
+        for name in settings.evaluation.baselines
+    ]
     if settings.evaluation.tensorboard and not find_spec("tensorboard"):
         raise MissingExtraError("evaluation.tensorboard=true", "tensorboard")
     device = machine.device(settings.engine.device)
@@ -137,6 +139,8 @@ def build(settings: Settings) -> Experiment:
     _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
     task = TASKS[settings.task](settings, full=algorithm.adapts == "full", device=device)
+    for each in (algorithm, *beside_it):
+        _check_method(each, task, settings)
     if settings.engine.name == "stacked" and not task.stackable:
         raise ConfigError(
             f"engine.name='stacked' cannot carry method.name={settings.method.name!r}, which "
@@ -145,6 +149,16 @@ def build(settings: Settings) -> Experiment:
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = Experiment(settings, task, corpus, holdings, clients)
     return replace(experiment, settings=_resolved(experiment, cohort))
+
+
+def _check_method(algorithm: Algorithm, task: Language, settings: Settings) -> None:
+    """Refuse now what a method would refuse in its first round."""
+    if algorithm.adapts == "full" and settings.adapter.initial:
+        raise ConfigError(
+            f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
+            "trains every weight: leave it out, or merge it into the backbone first"
+        )
+    algorithm.sends(list(task.adapter.shapes()))
 
 
 def _check_held_out(holdings: Sequence[Holding]) -> None:
@@ -182,7 +196,7 @@ def shards(
     def packed(indices: Sequence[int], most: int = 0) -> dict[str, Tensor]:
         documents = task.encode([corpus.texts[i] for i in indices])
         counted = [corpus.words[i] for i in indices]
-        return head(pack(documents, counted, settings.data.length), most)
+        return spaced(pack(documents, counted, settings.data.length), most)
 
     e = settings.evaluation
     return Shards(
@@ -230,4 +244,4 @@ def _stack(experiment: Experiment) -> int:
     clients, batch = experiment.clients, experiment.settings.training.batch
     examples = max((shard.train for shard in clients.shards), key=rows)
     adapter = clients.place(experiment.task.init(generator(0)))
-    return machine.stack_size(experiment.task, adapter, clients.place(head(examples, batch)))
+    return machine.stack_size(experiment.task, adapter, clients.place(spaced(examples, batch)))

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+import re
 from pathlib import Path
 
 import psutil
@@ -88,6 +89,13 @@ def steady_allocations() -> None:
         library.mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
     except (OSError, AttributeError):
         return
+
+
+def peak_memory() -> int:
+    """Most bytes that this process ever had in memory; 0 where the system does not say."""
+    told = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", told.read_text()) if told.exists() else None
+    return 1024 * int(found[1]) if found else 0
 
 
 def hardware(device: torch.device) -> str:

@@ -3,7 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
@@ -29,14 +29,19 @@ def reopen(run: Path) -> Experiment:
     return experiment
 
 
-def serve(run: Path) -> Language:
+def serve(run: Path, precision: Literal["float32"] | None = None) -> Language:
     """A run's task on the same backbone: all that its models need, wherever its data are.
+
+    Args:
+        run: the run's folder.
+        precision: of the backbone; none is the run's.
 
     Raises:
         CheckpointError: there is no run, or its backbone has changed since.
     """
     settings, told = _began(run)
-    fresh = replace(settings, adapter=replace(settings.adapter, initial=None))
+    backbone = replace(settings.backbone, precision=precision or settings.backbone.precision)
+    fresh = replace(settings, backbone=backbone, adapter=replace(settings.adapter, initial=None))
     full = method(settings.method).adapts == "full"
     task = TASKS[settings.task](fresh, full=full, device=machine.device("auto"))
     _unchanged(run, told, "backbone.sha256", task.loaded.sha256)
@@ -45,8 +50,10 @@ def serve(run: Path) -> Language:
 
 def _began(run: Path) -> tuple[Settings, Any]:
     """A run's settings, and what it rests on."""
-    if not (run / "settings.toml").exists() or not (run / "run.json").exists():
-        raise CheckpointError(f"{run} holds no run: it has no settings.toml and run.json")
+    if not (run / "settings.toml").exists():
+        raise CheckpointError(f"{run} holds no run: it has no settings.toml")
+    if not (run / "run.json").exists():
+        raise CheckpointError(f"{run} was stopped before its first round: delete it and run again")
     return load(run / "settings.toml"), records.read_json(run / "run.json")
 
 
@@ -109,7 +116,7 @@ def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Pat
     """
     _began(run)
     if merge:
-        found, task = folder_of(run, client), serve(run)
+        found, task = folder_of(run, client), serve(run, "float32")
         adapter = task.load(found)
         records.claim(out)
         task.merged(out, adapter)

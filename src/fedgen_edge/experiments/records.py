@@ -92,7 +92,8 @@ def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
 
 def folder_name(client: str) -> str:
     """A client's name as a folder's: letters, digits, `_`, `-`, and no leading dot."""
-    return re.sub(r"[^\w-]", "_", client)[:80] or "_"
+    named = re.sub(r"[^\w-]", "_", client).encode()[:80]  # a file system counts bytes, to 255
+    return named.decode(errors="ignore") or "_"
 
 
 def folder_names(clients: Sequence[str]) -> dict[str, str]:

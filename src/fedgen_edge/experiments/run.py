@@ -16,6 +16,7 @@ from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import commit, last, latest
 from fedgen_edge.experiments.evaluate import sums, test, tested, validation
+from fedgen_edge.experiments.machine import peak_memory
 from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
 from fedgen_edge.jobs import Tuned
@@ -50,10 +51,11 @@ def create(settings: Settings, out: Path) -> Experiment:
     if out.exists():
         records.claim(out)
     experiment = build(settings)
+    held, facts = holdings(experiment), provenance(experiment)
     records.claim(out)
-    (out / "settings.toml").write_text(to_toml(experiment.settings))
-    records.write_json(out / "clients.json", holdings(experiment))
-    records.write_json(out / "run.json", provenance(experiment))
+    files.write(out / "settings.toml", to_toml(experiment.settings).encode())
+    records.write_json(out / "clients.json", held)
+    records.write_json(out / "run.json", facts)
     return experiment
 
 
@@ -69,7 +71,9 @@ def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
         yield from _test(experiment, run)
         yield from _samples(experiment, run)
         told = records.read_json(run / "run.json")
-        records.write_json(run / "run.json", {**told, "seconds": _seconds(run), "finished": True})
+        peak = max(peak_memory(), told.get("peak_bytes", 0))
+        found = {"seconds": _seconds(run), "peak_bytes": peak, "finished": True}
+        records.write_json(run / "run.json", {**told, **found})
 
 
 def _seconds(run: Path) -> dict[str, Any]:
@@ -214,9 +218,18 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
 def _own(
     experiment: Experiment, run: Path, names: dict[str, str], state: ServerState, tuned: Tuned
 ) -> records.Line:
-    """Save a client's own adapter, and judge it."""
+    """Save a client's own adapter, and judge it.
+
+    Raises:
+        TrainingError: it is not finite.
+    """
     client = tuned.order.clients[0]
     shard = experiment.clients.shards[client]
+    if not math.isfinite(tuned.history[tuned.chosen]):
+        raise TrainingError(
+            f"personalisation of client {shard.name}: tuning left the finite numbers: lower "
+            f"personal.lr={experiment.settings.personal.lr}, or say personal.fallback=true"
+        )
     target = run / "adapters" / "clients" / names[shard.name]
     save(experiment, target, state, tuned.adapter, shard.name)
     found = sums(experiment, tuned.adapter, shard.test)

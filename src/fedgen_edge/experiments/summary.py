@@ -111,7 +111,7 @@ def read(folder: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
         settings=dict(dotted(_parsed(folder / "settings.toml", tomllib.loads))),
-        facts=_parsed(folder / "run.json", json.loads),
+        facts=_facts(folder / "run.json"),
         clients=_clients(folder / "clients.json"),
         rounds=_lines(folder / "rounds.jsonl"),
         baselines={path.parent.name: _lines(path) for path in baselines},
@@ -128,6 +128,13 @@ def _parsed(path: Path, parse: Any) -> Any:
         raise CheckpointError(f"{path} is missing: this is not a whole run's folder") from None
     except ValueError as error:  # what JSON, TOML and UTF-8 raise
         raise CheckpointError(f"{path} is cut short or altered: {error}") from None
+
+
+def _facts(path: Path) -> Row:
+    found = _parsed(path, json.loads)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} is cut short or altered: it holds no object")
+    return found
 
 
 def _clients(path: Path) -> list[Row]:
@@ -188,12 +195,14 @@ def by_client(rows: Mapping[str, Row]) -> dict[str, float]:
 
 
 def shared(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
-    """Evaluation rows of the clients that train (or of the newcomers) and every model has.
+    """Evaluation rows of the clients that took part (or that never did) and every model has.
 
-    A newcomer's local-only model is the backbone: in a mean it would count against training alone.
+    Who never took part has the backbone for its local-only model: in a mean it would count against
+    training alone.
     """
     models = by_model(run)
     new = {row["client"] for row in run.clients if row.get("newcomer", False)}
+    new |= {row["client"] for row in run.evaluation if not row.get("participated", True)}
     found = [c for c in next(iter(models.values()), {}) if (c in new) == newcomers]
     both = [c for c in found if all(c in rows for rows in models.values())]
     return {model: {c: rows[c] for c in both} for model, rows in models.items()} if both else {}

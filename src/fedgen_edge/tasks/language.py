@@ -1,6 +1,7 @@
 """Causal language modelling with any Hugging Face causal language model."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,11 @@ class Language:
     def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
         """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
         told = self.encode([prompt])[0][:-1]
+        if len(told) + tokens > _context(self.loaded):
+            raise ConfigError(
+                f"{tokens} tokens after a prompt of {len(told)} are above "
+                f"{_context(self.loaded)}, the context of this backbone: ask for fewer"
+            )
         adapter = {k: v.to(self.module.model.device) for k, v in adapter.items()}
         reader, said, new = _Reader(self.module.model), [], told
         for at in range(tokens):
@@ -205,13 +211,9 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     """
     loaded = backbones.load(settings.backbone, device)
     model = loaded.model
-    _check_length(settings, model.config)
+    _check_length(settings, loaded)
+    _check_packing(settings, model)
     if full:
-        if settings.adapter.initial:
-            raise ConfigError(
-                f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
-                "trains every weight: leave it out, or merge it into the backbone first"
-            )
         model.requires_grad_(False)
         return Language(Full(model), TokenLoss(model), loaded)
     kind = model.config.model_type
@@ -222,10 +224,48 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     return Language(lora, TokenLoss(model), loaded, initial)
 
 
-def _check_length(settings: Settings, config: Any) -> None:
-    most = getattr(config, "max_position_embeddings", None)
-    if most is not None and settings.data.length > most:
+def _context(loaded: Loaded) -> int:
+    """Most tokens that the backbone reads at once."""
+    return getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def _check_length(settings: Settings, loaded: Loaded) -> None:
+    most, e = _context(loaded), settings.evaluation
+    if settings.data.length > most:
         raise ConfigError(
             f"data.length={settings.data.length} is above {most}, the context of this backbone: "
             "take a shorter one"
+        )
+    longest = max((len(loaded.tokenizer(prompt)["input_ids"]) for prompt in e.prompts), default=0)
+    if e.sample_tokens and longest + 2 + e.sample_tokens > most:
+        raise ConfigError(
+            f"evaluation.sample_tokens={e.sample_tokens} after a prompt of {longest} tokens is "
+            f"above {most}, the context of this backbone: take fewer"
+        )
+
+
+@torch.no_grad()
+def _check_packing(settings: Settings, model: Any) -> None:
+    """Refuse a backbone in which a document sees the one before it in its block.
+
+    Two blocks that differ in their first document only: the second's loss must be the same to the
+    last bit, since what attention blocks is multiplied by exactly zero.
+    """
+    device = next(model.parameters()).device
+    segment = torch.tensor([[1, 1, 2, 2, 2, 0]], device=device)
+    position = torch.tensor([[0, 1, 0, 1, 2, 0]], device=device)
+    tokens = [torch.tensor([[0, first, 0, 2, 1, 0]], device=device) for first in (1, 3)]
+    same = {"labels": tokens[0], "mask": segment > 0, "segment": segment, "position": position}
+    try:
+        nats = [TokenLoss(model)({**same, "tokens": own})[segment == 2] for own in tokens]
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"backbone.path={settings.backbone.path!r}, a {model.config.model_type}, does not read "
+            f"several documents in a block ({reason}): take another"
+        ) from None
+    if not torch.equal(*nats):
+        raise ConfigError(
+            f"backbone.path={settings.backbone.path!r}, a {model.config.model_type}, lets a "
+            "document see the one before it in its block: take another"
         )

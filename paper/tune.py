@@ -1,0 +1,93 @@
+"""Compare settings of a recipe on validation text; no trial ever sees a test example.
+
+    python paper/tune.py paper/quickstart-tuning.toml
+
+Writes `paper/results/NAME.jsonl`, a line for every trial, seed and model, and `NAME.md` from it.
+"""
+
+import argparse
+import tomllib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedgen_edge.config import from_table
+from fedgen_edge.experiments.build import Experiment, beside, build
+from fedgen_edge.experiments.evaluate import validation
+from fedgen_edge.experiments.machine import steady_allocations
+from fedgen_edge.experiments.records import lines, write_lines
+from fedgen_edge.experiments.summary import perplexity
+from fedgen_edge.rounds import rounds
+from fedgen_edge.types import Order, ServerState
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def trained(experiment: Experiment) -> tuple[ServerState, float]:
+    """The last state, and the mean over clients of validation perplexity."""
+    state = experiment.start()
+    plan = experiment.settings.federation
+    for done in rounds(state, experiment.algorithm, experiment.engine, experiment.train, plan):
+        state = done.state
+    held = validation(experiment, state, experiment.clients.memory)["clients"]
+    return state, fmean(perplexity(loss, 1) for loss in held.values())
+
+
+def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
+    """The trial's models, with the mean over clients of validation perplexity."""
+    state, found = trained(experiment)
+    yield "global", found
+    orders = [Order((c,), state.round, state.adapter) for c in range(len(experiment.holdings))]
+    tuned = experiment.engine(orders, experiment.tune)
+    yield "personal", fmean(perplexity(own.history[own.chosen], 1) for own in tuned)
+    for name in experiment.settings.evaluation.baselines:
+        yield name, trained(beside(experiment, name))[1]
+
+
+def attempt(told: dict[str, Any], trial: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
+    """One trial's lines."""
+    table = tomllib.loads((RESULTS.parent.parent / told["recipe"]).read_text())
+    for part, values in trial.items():
+        table[part] = {**table.get(part, {}), **values}
+    settings = from_table(table)
+    settings = replace(settings, federation=replace(settings.federation, seed=seed))
+    for model, found in models(build(settings)):
+        print(trial, seed, model, round(found, 2), flush=True)
+        yield {"trial": trial, "seed": seed, "model": model, "perplexity": found}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean validation perplexity over seeds, a row a trial."""
+    names = list(dict.fromkeys(row["model"] for row in rows))
+    seeds = sorted({row["seed"] for row in rows})
+    out = [f"Mean validation perplexity over clients, seeds {', '.join(map(str, seeds))}.", ""]
+    out += [f"| trial | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
+    for trial in dict.fromkeys(str(row["trial"]) for row in rows):
+        own = [row for row in rows if str(row["trial"]) == trial]
+        cells = [fmean(r["perplexity"] for r in own if r["model"] == name) for name in names]
+        out.append(f"| `{trial}` | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    return "\n".join(out) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("trials", type=Path)
+    path = parser.parse_args().trials
+    steady_allocations()
+    told = tomllib.loads(path.read_text())
+    made = [
+        row
+        for trial in told["trials"]
+        for seed in told["seeds"]
+        for row in attempt(told, trial, seed)
+    ]
+    target = RESULTS / f"{path.stem}.jsonl"
+    write_lines(target, made)
+    target.with_suffix(".md").write_text(table(lines(target)))
+    print(table(made))
+
+
+if __name__ == "__main__":
+    main()
