@@ -98,7 +98,7 @@ def table(claim: Row, rows: Sequence[Row]) -> str:
     out += [
         "",
         f"Training takes {min(spent):.0f} to {max(spent):.0f} seconds a run, all methods together; "
-        f"peak memory is {size(max(row['peak_bytes'] for row in rows))}.",
+        f"the peak memory of the first run's process is {size(first['peak_bytes'])}.",
     ]
     if not first["bytes_up"]:
         return "\n".join(out) + "\n"

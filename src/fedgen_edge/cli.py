@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _check_text(args: list[str]) -> None:
     """Refuse bytes that are not text: they could be written into no file of a run."""
     for at, arg in enumerate(args, 1):
-        if not arg.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in arg):
+        if any("\ud800" <= letter <= "\udfff" for letter in arg):
             raise ConfigError(f"argument {at}, {arg!a}, is not UTF-8: write it in that encoding")
 
 

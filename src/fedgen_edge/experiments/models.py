@@ -9,7 +9,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
-from fedgen_edge.experiments import machine, records
+from fedgen_edge.experiments import machine, records, summary
 from fedgen_edge.experiments.build import TASKS, Experiment, build
 from fedgen_edge.experiments.provenance import data_digest, origin
 from fedgen_edge.tasks.language import Language
@@ -70,7 +70,7 @@ def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
 
 def folders(run: Path) -> dict[str | None, Path]:
     """Where each client's own model lies, by its name, and the global one's, by None."""
-    names = records.folder_names([row["client"] for row in records.read_json(run / "clients.json")])
+    names = records.folder_names([row["client"] for row in summary.read(run).clients])
     own: dict[str | None, Path] = {k: Path("clients", v) for k, v in names.items()}
     return {None: Path("global"), **own}
 
@@ -88,8 +88,9 @@ def folder_of(run: Path, client: str | None) -> Path:
     found = run / "adapters" / known[client]
     if found.exists():
         return found
-    if client is None and records.read_json(run / "run.json")["finished"]:
-        name = load(run / "settings.toml").method.name
+    told = summary.read(run)
+    if client is None and told.facts.get("finished"):
+        name = told.settings["method.name"]
         raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
     raise CheckpointError(f"{run} has no {found.name} model yet: go on with `fedgen resume {run}`")
 

@@ -16,7 +16,7 @@ from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import commit, last, latest
 from fedgen_edge.experiments.evaluate import sums, test, tested, validation
-from fedgen_edge.experiments.machine import peak_memory
+from fedgen_edge.experiments.machine import give_back, peak_memory
 from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
 from fedgen_edge.jobs import Tuned
@@ -63,17 +63,23 @@ def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Do what is left of a run, from its last commit to its test."""
     with records.locked(run):
         files.sweep(run)
-        yield from _federation(experiment, run, "federation")
-        for name in experiment.settings.evaluation.baselines:
-            stage = f"baselines/{name}"
-            yield from _federation(beside(experiment, name), run / stage, stage)
-        yield from _personal(experiment, run)
-        yield from _test(experiment, run)
-        yield from _samples(experiment, run)
+        for stage in _stages(experiment, run):
+            yield from stage
+            give_back()
         told = records.read_json(run / "run.json")
         peak = max(peak_memory(), told.get("peak_bytes", 0))
         found = {"seconds": _seconds(run), "peak_bytes": peak, "finished": True}
         records.write_json(run / "run.json", {**told, **found})
+
+
+def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
+    yield _federation(experiment, run, "federation")
+    for name in experiment.settings.evaluation.baselines:
+        stage = f"baselines/{name}"
+        yield _federation(beside(experiment, name), run / stage, stage)
+    yield _personal(experiment, run)
+    yield _test(experiment, run)
+    yield _samples(experiment, run)
 
 
 def _seconds(run: Path) -> dict[str, Any]:

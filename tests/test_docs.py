@@ -1,0 +1,50 @@
+import importlib.util
+import re
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from fedgen_edge.experiments.records import lines
+
+ROOT = Path(__file__).parent.parent
+
+
+def script(name: str) -> ModuleType:
+    """A script of `paper`, imported."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "paper" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pages_quote_what_the_records_say() -> None:
+    fill = script("fill")
+    for page in fill.PAGES:
+        assert fill.filled(page.read_text()) == page.read_text()
+
+
+@pytest.mark.parametrize("claim", ["quickstart", "local-only-tuned"])
+def test_a_claims_table_is_made_of_its_records(claim: str) -> None:
+    reproduce, results = script("reproduce"), ROOT / "paper" / "results"
+    told = tomllib.loads((ROOT / "paper" / f"{claim}.toml").read_text())
+    rows = lines(results / f"{claim}.jsonl")
+    assert reproduce.table(told, rows) == (results / f"{claim}.md").read_text()
+
+
+def test_the_table_of_trials_is_made_of_their_records() -> None:
+    target = ROOT / "paper" / "results" / "quickstart-tuning"
+    rows = lines(target.with_suffix(".jsonl"))
+    assert script("tune").table(rows) == target.with_suffix(".md").read_text()
+
+
+def test_the_librarys_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.S):
+        exec(block, names)
+    assert (tmp_path / "runs" / "mine" / "adapters" / "global").is_dir()
