@@ -50,13 +50,13 @@ def speed() -> str:
 
 def memory() -> str:
     """Peak memory against clients, a row a file."""
-    found = list(_benchmarks("memory").values())
-    counts = list(found[0]["peak_megabytes"])
+    found = _benchmarks("memory")
+    counts = list(next(iter(found.values()))["peak_megabytes"])
     out = [f"| peak MB with so many clients | {' | '.join(counts)} | kernels cached |"]
     out += ["|---" * (len(counts) + 2) + "|"]
-    for told in found:
+    for name, told in found.items():
         peaks = " | ".join(str(told["peak_megabytes"][count]) for count in counts)
-        out.append(f"| {told['backbone']} | {peaks} | {told['kernels_cached']} |")
+        out.append(f"| {name} | {peaks} | {told['kernels_cached']} |")
     return "\n".join(out)
 
 
