@@ -219,6 +219,7 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
             records.append(log, line)
             yield Event("personal", at + number + 1, total, line)
             began = time.perf_counter()
+        give_back()
 
 
 def _own(
