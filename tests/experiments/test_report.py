@@ -163,7 +163,7 @@ def test_the_headline_tells_newcomers_apart(tmp_path: Path) -> None:
     clients = json.loads((folder / "clients.json").read_text())
     clients[0]["newcomer"] = True
     (folder / "clients.json").write_text(json.dumps(clients))
-    assert "For newcomers (1), who never trained: 64.0 with" in headline(read(folder))
+    assert "For the 1 who never trained: 64.0 with" in headline(read(folder))
 
 
 def test_the_page_shows_gains_findings_and_settings(page: str) -> None:

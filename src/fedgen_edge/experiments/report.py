@@ -130,7 +130,7 @@ def headline(run: RunFiles) -> str:
     if told := _means(summary.perplexities(run)):
         text += f" Mean perplexity on held-out text: {told}."
     if new:
-        text += f" For newcomers ({new[0].clients}), who never trained: {_means(new)}."
+        text += f" For the {new[0].clients} who never trained: {_means(new)}."
     if not math.isnan(sent.saving):
         text += (
             f" Clients sent {size(sent.up)}, where the full model would have been "
