@@ -13,7 +13,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedgen_edge.config import from_table
+from reproduce import RESULTS, settings_of
+
 from fedgen_edge.experiments.build import Experiment, beside, build
 from fedgen_edge.experiments.evaluate import validation
 from fedgen_edge.experiments.machine import steady_allocations
@@ -21,8 +22,6 @@ from fedgen_edge.experiments.records import lines, write_lines
 from fedgen_edge.experiments.summary import perplexity
 from fedgen_edge.rounds import rounds
 from fedgen_edge.types import Order, ServerState
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def trained(experiment: Experiment) -> tuple[ServerState, float]:
@@ -48,10 +47,8 @@ def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
 
 def attempt(told: dict[str, Any], trial: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """One trial's lines."""
-    table = tomllib.loads((RESULTS.parent.parent / told["recipe"]).read_text())
-    for part, values in trial.items():
-        table[part] = {**table.get(part, {}), **values}
-    settings = from_table(table)
+    claim = {"recipe": told["recipe"], "overrides": trial}
+    settings = settings_of(claim, RESULTS.parent.parent)
     settings = replace(settings, federation=replace(settings.federation, seed=seed))
     for model, found in models(build(settings)):
         print(trial, seed, model, round(found, 2), flush=True)

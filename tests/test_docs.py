@@ -35,7 +35,8 @@ def test_a_claims_table_is_made_of_its_records(claim: str) -> None:
     assert reproduce.table(told, rows) == (results / f"{claim}.md").read_text()
 
 
-def test_the_table_of_trials_is_made_of_their_records() -> None:
+def test_the_table_of_trials_is_made_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "paper")
     target = ROOT / "paper" / "results" / "quickstart-tuning"
     rows = lines(target.with_suffix(".jsonl"))
     assert script("tune").table(rows) == target.with_suffix(".md").read_text()

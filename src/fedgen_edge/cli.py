@@ -108,14 +108,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         _check_text(args)
         _dispatch(args)
-    except FedGenError as error:
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (FedGenError, OSError) as error:
         print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except OSError as error:
-        if not isinstance(error, BrokenPipeError):
-            print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
-            sys.exit(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("fedgen: stopped", file=sys.stderr)
         sys.exit(130)

@@ -138,7 +138,7 @@ def build(settings: Settings) -> Experiment:
     holdings = partition(corpus, settings.data, settings.partition, federation.clients, seed)
     _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
-    task = TASKS[settings.task](settings, full=algorithm.adapts == "full", device=device)
+    task = task_of(settings, device)
     for each in (algorithm, *beside_it):
         _check_method(each, task, settings)
     if settings.engine.name == "stacked" and not task.stackable:
@@ -149,6 +149,12 @@ def build(settings: Settings) -> Experiment:
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = Experiment(settings, task, corpus, holdings, clients)
     return replace(experiment, settings=_resolved(experiment, cohort))
+
+
+def task_of(settings: Settings, device: torch.device) -> Language:
+    """The task of these settings, with the leaves that its method adapts."""
+    full = method(settings.method).adapts == "full"
+    return TASKS[settings.task](settings, full=full, device=device)
 
 
 def _check_method(algorithm: Algorithm, task: Language, settings: Settings) -> None:
@@ -182,8 +188,7 @@ def beside(experiment: Experiment, name: str) -> Experiment:
     algorithm = method(settings.method)
     task, clients = experiment.task, replace(experiment.clients, algorithm=algorithm, memory={})
     if (algorithm.adapts == "full") == task.stackable:
-        full = algorithm.adapts == "full"
-        task = TASKS[settings.task](settings, full=full, device=clients.device)
+        task = task_of(settings, clients.device)
         clients = replace(clients, task=task)
     return replace(experiment, settings=settings, task=task, clients=clients)
 

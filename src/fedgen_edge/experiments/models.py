@@ -1,16 +1,16 @@
 """A run's folder, opened again: its experiment, its models, and copies of them to take away."""
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fedgen_edge import files
-from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import machine, records, summary
-from fedgen_edge.experiments.build import TASKS, Experiment, build
+from fedgen_edge.experiments.build import Experiment, build, task_of
 from fedgen_edge.experiments.provenance import data_digest, origin
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.types import Leaves, ServerState
@@ -42,8 +42,7 @@ def serve(run: Path, precision: Literal["float32"] | None = None) -> Language:
     settings, told = _began(run)
     backbone = replace(settings.backbone, precision=precision or settings.backbone.precision)
     fresh = replace(settings, backbone=backbone, adapter=replace(settings.adapter, initial=None))
-    full = method(settings.method).adapts == "full"
-    task = TASKS[settings.task](fresh, full=full, device=machine.device("auto"))
+    task = task_of(fresh, machine.device("auto"))
     _unchanged(run, told, "backbone.sha256", task.loaded.sha256)
     return task
 
@@ -68,31 +67,37 @@ def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
         )
 
 
-def folders(run: Path) -> dict[str | None, Path]:
-    """Where each client's own model lies, by its name, and the global one's, by None."""
-    names = records.folder_names([row["client"] for row in summary.read(run).clients])
-    own: dict[str | None, Path] = {k: Path("clients", v) for k, v in names.items()}
-    return {None: Path("global"), **own}
+def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Path]:
+    """The folders of clients' own models by their names, and of the global one by None.
 
-
-def folder_of(run: Path, client: str | None) -> Path:
-    """The folder of one client's own model, or of the global one.
+    Args:
+        run: the run's folder.
+        wanted: whose; none is all clients', with the global one where there is one.
 
     Raises:
         CheckpointError: there is no such client, or its model is not there (yet).
     """
-    known = folders(run)
-    if client not in known:
-        named = ", ".join(name for name in known if name)
-        raise CheckpointError(f"client {client!r} is not in {run}: {named} are")
-    found = run / "adapters" / known[client]
-    if found.exists():
-        return found
-    told = summary.read(run)
-    if client is None and told.facts.get("finished"):
-        name = told.settings["method.name"]
-        raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
-    raise CheckpointError(f"{run} has no {found.name} model yet: go on with `fedgen resume {run}`")
+    told, root = summary.read(run), run / "adapters"
+    names = records.folder_names([row["client"] for row in told.clients])
+    own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
+    known = {None: root / "global", **own}
+    found = {who: known.get(who) for who in wanted or known if wanted or who or known[who].exists()}
+    for who, folder in found.items():
+        if folder is None:
+            raise CheckpointError(f"client {who!r} is not in {run}: {', '.join(names)} are")
+        if not folder.exists() and who is None and told.facts.get("finished"):
+            name = told.settings["method.name"]
+            raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
+        if not folder.exists():
+            raise CheckpointError(
+                f"{run} has no {folder.name} model yet: go on with `fedgen resume {run}`"
+            )
+    return {who: folder for who, folder in found.items() if folder}
+
+
+def folder_of(run: Path, client: str | None) -> Path:
+    """The folder of one client's own model, or of the global one."""
+    return folders(run, [client])[client]
 
 
 def save(
@@ -122,11 +127,10 @@ def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Pat
         records.claim(out)
         task.merged(out, adapter)
         return [out]
-    known = folders(run)
-    there = [who for who in known if who or (run / "adapters" / "global").exists()]
-    sources = {who: folder_of(run, who) for who in ([client] if client else there)}
+    sources = folders(run, [client] if client else ()).values()
     records.claim(out)
-    for who, source in sources.items():
-        with files.folder(out / known[who]) as draft:
+    targets = [out / source.relative_to(run / "adapters") for source in sources]
+    for target, source in zip(targets, sources, strict=True):
+        with files.folder(target) as draft:
             shutil.copytree(source, draft, dirs_exist_ok=True)
-    return [out / known[who] for who in sources]
+    return targets

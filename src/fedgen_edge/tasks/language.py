@@ -257,7 +257,8 @@ def _check_packing(settings: Settings, model: Any) -> None:
     tokens = [torch.tensor([[0, first, 0, 2, 1, 0]], device=device) for first in (1, 3)]
     same = {"labels": tokens[0], "mask": segment > 0, "segment": segment, "position": position}
     try:
-        nats = [TokenLoss(model)({**same, "tokens": own})[segment == 2] for own in tokens]
+        module = TokenLoss(model)
+        nats = [module({**same, "tokens": own})[segment == 2] for own in tokens]
     except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
