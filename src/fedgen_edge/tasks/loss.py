@@ -61,27 +61,27 @@ class TokenLoss(nn.Module):
         Documents packed in one row do not see each other: attention stays inside a segment, and
         positions begin anew.
         """
-        mask = batch["mask"].bool()
         inputs = {
             "input_ids": batch["tokens"],
             "position_ids": batch["position"],
             "attention_mask": attention(batch["segment"], self.dtype),
             "use_cache": False,
         }
-        labels = batch["labels"][mask].long()
-        nats = self._nats(inputs, mask, labels)
-        return torch.zeros(mask.shape, device=nats.device).masked_scatter(mask, nats)
+        # padding is judged too, and then left out: with its rows taken out first, every batch would
+        # bring a new shape, for which a processor compiles a kernel and a GPU waits to learn it
+        nats = self._nats(inputs, batch["labels"].flatten().long())
+        return torch.where(batch["mask"].bool(), nats.view_as(batch["mask"]), 0.0)
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the arithmetic."""
         return next(self.model.parameters()).dtype
 
-    def _nats(self, inputs: dict[str, Any], mask: Tensor, labels: Tensor) -> Tensor:
+    def _nats(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
         if not self.plain_head:
-            logits = self.model(**inputs).logits[mask]
+            logits = self.model(**inputs).logits.flatten(0, 1)
             return F.cross_entropy(logits.float(), labels, reduction="none")
-        hidden = _trunk(self.model)(**inputs).last_hidden_state[mask]
+        hidden = _trunk(self.model)(**inputs).last_hidden_state.flatten(0, 1)
         weight = self.model.get_output_embeddings().weight
         if weight.requires_grad:
             return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
