@@ -32,8 +32,8 @@ def main(backbone: str = "tiny", folder: str = "adapters") -> None:
         shard = parts.clients.shards[tuned.order.clients[0]]
         for name, adapter in {"global": state.adapter, "personal": tuned.adapter}.items():
             found = sums(parts, adapter, shard.test)
-            print(f"{shard.name}, {name}: {found['nats'] / found['tokens']:.3f} nats a token")
-        parts.task.save(Path(folder, shard.name), tuned.adapter, parts.settings, {})
+            print(f"{shard.name}, {name}: {found['total'] / found['count']:.3f} nats a token")
+        parts.task.model.save(Path(folder, shard.name), tuned.adapter, parts.settings, {})
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.records import lines, read_json, write_lines
 from fedgen_edge.experiments.run import create, proceed
-from fedgen_edge.experiments.summary import paired_interval, perplexity, read, size, uplink
+from fedgen_edge.experiments.summary import paired_interval, read, size, uplink
+from fedgen_edge.tasks.language import MEASURE
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -47,7 +48,7 @@ def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:
     facts = {"seed": seed, "hardware": told["hardware"], "precision": told["precision"]}
     facts |= {"seconds_of": told["seconds"], "peak_bytes": told["peak_bytes"]}
     facts |= {"bytes_up": sent.up, "bytes_full": sent.full}
-    kept = ("model", "client", "participated", "nats", "tokens", "words")
+    kept = ("model", "client", "participated", "total", "count", "words")
     return [{**facts, **{k: row[k] for k in kept}} for row in lines(folder / "evaluation.jsonl")]
 
 
@@ -61,7 +62,7 @@ def means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, list[float]]] = {}
     for row in (r for r in rows if r["participated"]):
         each = found.setdefault(row["model"], {}).setdefault(row["seed"], [])
-        each.append(perplexity(row["nats"], row["tokens"]))
+        each.append(MEASURE.shown(row["total"], row["count"]))
     return {m: {s: fmean(v) for s, v in seeds.items()} for m, seeds in found.items()}
 
 

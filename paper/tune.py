@@ -19,7 +19,6 @@ from fedgen_edge.experiments.build import Experiment, beside, build
 from fedgen_edge.experiments.evaluate import validation
 from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.records import lines, write_lines
-from fedgen_edge.experiments.summary import perplexity
 from fedgen_edge.rounds import rounds
 from fedgen_edge.types import Order, ServerState
 
@@ -31,7 +30,7 @@ def trained(experiment: Experiment) -> tuple[ServerState, float]:
     for done in rounds(state, experiment.algorithm, experiment.engine, experiment.train, plan):
         state = done.state
     held = validation(experiment, state, experiment.clients.memory)["clients"]
-    return state, fmean(perplexity(loss, 1) for loss in held.values())
+    return state, fmean(experiment.task.measure.shown(loss, 1) for loss in held.values())
 
 
 def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
@@ -40,7 +39,8 @@ def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
     yield "global", found
     orders = [Order((c,), state.round, state.adapter) for c in range(len(experiment.holdings))]
     tuned = experiment.engine(orders, experiment.tune)
-    yield "personal", fmean(perplexity(own.history[own.chosen], 1) for own in tuned)
+    best = [own.history[own.chosen] for own in tuned]
+    yield "personal", fmean(experiment.task.measure.shown(loss, 1) for loss in best)
     for name in experiment.settings.evaluation.baselines:
         yield name, trained(beside(experiment, name))[1]
 

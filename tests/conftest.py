@@ -8,6 +8,9 @@ import torch
 from torch import Generator, Tensor
 
 from fedgen_edge.data.batches import Shard
+from fedgen_edge.data.corpus import Corpus, Images, Texts
+from fedgen_edge.seeds import generator
+from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -33,6 +36,17 @@ def backbone(request: pytest.FixtureRequest) -> str:
     if not (SHARED / "stories260K").is_dir():
         pytest.skip("the data folder beside the repository is not here: no stories260K")
     return str(SHARED / "stories260K")
+
+
+def corpus_for(task: Learnt, count: int, client: int) -> Corpus:
+    """Different examples of one client, of what the task learns."""
+    if task.measure.material == "text":
+        texts = sentences(count, client)
+        return Corpus(Texts(texts, [1] * count), None, None, None, 0)
+    rng = generator("pictures", client)
+    pixels = torch.randint(256, (count, 1, 8, 8), generator=rng, dtype=torch.uint8)
+    names = tuple("0123456789")
+    return Corpus(Images(pixels, names), None, [names[i % 10] for i in range(count)], None, 0)
 
 
 @dataclass(frozen=True)

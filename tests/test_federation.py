@@ -113,7 +113,7 @@ def plain_peft(
 ) -> Leaves:
     """What users write: get_peft_model, transformers' loss, torch.optim, and a mean by hand."""
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(task.loaded.folder),
+        AutoModelForCausalLM.from_pretrained(task.model.folder),
         LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
     )
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}

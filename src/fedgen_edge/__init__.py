@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from fedgen_edge.algorithms.methods import METHODS
     from fedgen_edge.config import Settings, from_table, load
     from fedgen_edge.errors import FedGenError
-    from fedgen_edge.experiments.build import TASKS, Experiment, build
-    from fedgen_edge.tasks.task import Task
+    from fedgen_edge.experiments.build import Experiment, build
+    from fedgen_edge.tasks.task import TASKS, Task
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "METHODS": "algorithms.methods",
-    "TASKS": "experiments.build",
+    "TASKS": "tasks.task",
     "Algorithm": "algorithms.algorithm",
     "Experiment": "experiments.build",
     "FedGenError": "errors",

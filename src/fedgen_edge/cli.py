@@ -25,7 +25,7 @@ COMMANDS = {
     "run": "train a federation, personalise it, and report",
     "resume": "go on with a run that was stopped",
     "report": "write a page for one run, or compare several",
-    "generate": "continue a prompt with a run's model",
+    "generate": "continue a prompt, or draw pictures, with a run's model",
     "export": "copy out a run's adapters, or merge one into the backbone",
     "methods": "list the methods",
 }
@@ -67,18 +67,26 @@ class Report:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a prompt with the backbone, the global model or one client's own."""
+    """Have the backbone, the global model or one client's own go on with a text, or draw."""
 
     run: tyro.conf.Positional[Path]
     """The run's folder."""
-    prompt: str
+    prompt: str | None = None
     """Text to continue."""
+    kind: Annotated[str | None, tyro.conf.arg(name="class")] = None
+    """Class of pictures to draw; none is all."""
     client: str | None = None
     """Whose model; none is the global one."""
     backbone: bool = False
     """Use the backbone as it came."""
     tokens: int = 60
     """Tokens to add."""
+    n: int = 8
+    """Pictures of a class."""
+    steps: int = 25
+    """Denoising steps of a picture (diffusion)."""
+    out: Path | None = None
+    """Where the pictures go, as one PNG; none is RUN/generated.png."""
     seed: int = 0
     """Seeds the sampling."""
 
@@ -278,14 +286,34 @@ def report(told: Report) -> None:
 
 
 def generate(told: Generate) -> None:
-    """`fedgen generate RUN --client ID --prompt TEXT`."""
+    """`fedgen generate RUN --client ID --prompt TEXT`, or `--class NAME --out FILE`."""
+    from fedgen_edge import files
+    from fedgen_edge.config import Evaluation
     from fedgen_edge.experiments.models import folder_of, serve
+    from fedgen_edge.tasks.pictures import png
 
-    if told.tokens < 1:
-        raise ConfigError(f"--tokens={told.tokens} must be at least 1")
+    for name in ("tokens", "n", "steps"):
+        if getattr(told, name) < 1:
+            raise ConfigError(f"--{name}={getattr(told, name)} must be at least 1")
     task = serve(told.run)
-    adapter = task.backbone() if told.backbone else task.load(folder_of(told.run, told.client))
-    print(task.generate(adapter, told.prompt, told.tokens, told.seed))
+    if task.measure.material == "text" and told.prompt is None:
+        raise ConfigError("--prompt is missing: give the text to continue")
+    asked = tuple(text for text in (told.prompt, told.kind) if text is not None)
+    plan = Evaluation(
+        prompts=asked, sample_tokens=told.tokens, sample_pictures=told.n, sample_steps=told.steps
+    )
+    adapter = (
+        task.model.backbone()
+        if told.backbone
+        else task.model.load(folder_of(told.run, told.client))
+    )
+    for sample in task.samples(adapter, plan, told.seed):
+        if sample.picture is None:
+            print(sample.text)
+            continue
+        out = told.out or told.run / "generated.png"
+        files.write(out, png(sample.picture))
+        print(out)
 
 
 def export(told: Export) -> None:

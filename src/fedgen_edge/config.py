@@ -75,11 +75,14 @@ class Adapter:
 
 @dataclass(frozen=True, config=STRICT)
 class Data:
-    """Which text, and how it is cut."""
+    """Which text or pictures, and how they are cut."""
 
-    source: Literal["docstrings", "ptb", "brown", "folder", "jsonl", "hub"] = "docstrings"
-    """docstrings: of Python's standard library, a package a client; ptb, brown: the corpora;
-    folder: of text files; jsonl: one object a line; hub: a Hugging Face data set."""
+    source: Literal[
+        "docstrings", "ptb", "brown", "folder", "jsonl", "hub", "digits", "cifar10", "images"
+    ] = "docstrings"
+    """Text: docstrings of Python's standard library, a package a client; ptb, brown: the corpora;
+    folder: of text files; jsonl: one object a line; hub: a Hugging Face data set. Pictures: digits
+    (scikit-learn's), cifar10, images: a folder of a folder for each class."""
     path: str | None = None
     """Folder or file of the source, or a hub data set's name; docstrings need none."""
     packages: Words = (
@@ -105,6 +108,19 @@ class Data:
     """Keep at most so many examples, evenly spaced over the source; none is all."""
     length: Annotated[int, Number, Field(ge=8)] = 64
     """Tokens in a training block."""
+    size: Count | None = None
+    """Pixels of a side to which pictures are cut and scaled (images); none takes them as they
+    are."""
+    names: Words = ()
+    """Classes of pictures in the order of their numbers, which a backbone knows them by; none is
+    the source's order."""
+    classes: Words = ()
+    """Classes to keep; none is all."""
+    public: Share = 0.0
+    """Share of each class's training pictures that no client holds: what a backbone may be
+    trained on by `fedgen pretrain`."""
+    unseen: Words = ()
+    """Classes of which nothing is public."""
     validation: Share = 0.1
     """Share of each client's examples for validation (where the source has no such split)."""
     test: Share = 0.1
@@ -251,10 +267,15 @@ class Evaluation:
     """Most test blocks of each client at the end, evenly spaced; 0 is all."""
     baselines: Words = ()
     """Methods to train beside this one, on the same batches with the same budget."""
-    prompts: Words = ("The ",)
-    """Prompts continued by the backbone, the global and the personal models, for the report."""
+    prompts: Words = ()
+    """What the backbone, the global and the personal models are asked for, for the report: text to
+    continue (none is `The `), or classes of pictures (none is all)."""
     sample_tokens: Whole = 40
-    """Tokens in each of these samples; 0 makes none."""
+    """Tokens in each continuation; 0 makes none."""
+    sample_pictures: Whole = 8
+    """Pictures of each class in a grid; 0 makes none."""
+    sample_steps: Count = 25
+    """Denoising steps of a sampled picture (diffusion)."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra: tensorboard)."""
     keep: Count = 2
@@ -265,7 +286,7 @@ class Evaluation:
 class Settings:
     """One run, whole."""
 
-    task: Literal["language"] = "language"
+    task: Literal["language", "diffusion"] = "language"
     """What is learnt."""
     backbone: Backbone = Backbone()
     adapter: Adapter = Adapter()

@@ -1,8 +1,14 @@
 """Where all randomness begins: a generator for each named purpose, and no global seed."""
 
 import hashlib
+import math
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BITS = 24
+"""Of each hashed number: as many as float32 holds."""
 
 
 def seed(*key: int | str) -> int:
@@ -14,3 +20,39 @@ def seed(*key: int | str) -> int:
 def generator(*key: int | str) -> torch.Generator:
     """A fresh CPU generator for this key, such as `(seed, "order", round, client)`."""
     return torch.Generator().manual_seed(seed(*key))
+
+
+def uniform(
+    seed: Int[Tensor, "*seeds"], stream: int, shape: tuple[int, ...]
+) -> Float[Tensor, "..."]:
+    """Numbers from 0 to below 1 as a function of a seed: asked again, they come again.
+
+    A counter-based hash, not a generator: each depends on its seed, its stream and its place alone.
+
+    Args:
+        seed: any number of them.
+        stream: so that two uses of a seed share nothing.
+        shape: drawn for each seed.
+
+    Returns:
+        Multiples of 2^-24, float32 `[*seeds, *shape]`.
+    """
+    key = _mix(seed.long() + _mix(torch.tensor(stream + 1, device=seed.device)))
+    places = torch.arange(torch.Size(shape).numel(), device=seed.device)
+    drawn = (_mix(key.unsqueeze(-1) + places) >> 8) & ((1 << BITS) - 1)
+    return (drawn / (1 << BITS)).reshape(*seed.shape, *shape)
+
+
+def normal(
+    seed: Int[Tensor, "*seeds"], stream: int, shape: tuple[int, ...]
+) -> Float[Tensor, "..."]:
+    """The same, of mean 0 and variance 1: none lies beyond 5.4."""
+    middle = uniform(seed, stream, shape) + 0.5 / (1 << BITS)
+    return math.sqrt(2) * torch.erfinv(2 * middle.double() - 1).float()
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser (Steele et al. 2014); int64 wraps, and shifts are made logical."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)

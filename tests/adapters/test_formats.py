@@ -75,9 +75,12 @@ def adapted_logits(model: nn.Module, lora: Lora, own: Leaves) -> Tensor:
         return model(IDS).logits
 
 
+BACKBONE = {"base_model_name_or_path": "where it lies", "task_type": "CAUSAL_LM"}
+
+
 def write(folder: Path, own: Leaves, lora: Lora, settings: Adapter) -> None:
     told = {"seed": 7, "client": "anna"}
-    formats.write(folder, own, lora, settings, backbone="where it lies", provenance=told)
+    formats.write(folder, own, lora, settings, backbone=BACKBONE, provenance=told)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

@@ -138,7 +138,7 @@ def test_the_loss_of_a_full_model_and_its_gradient_are_the_models_own(task: Lang
     own = {k: v.requires_grad_() for k, v in moved(task.init(generator(0))).items()}
     ids = task.encode(["One day."])
     loss = task.loss(own, pack(ids, [3], 12), "").total
-    plain = AutoModelForCausalLM.from_pretrained(task.loaded.folder)
+    plain = AutoModelForCausalLM.from_pretrained(task.model.folder)
     plain.load_state_dict({k: v.detach() for k, v in own.items()}, strict=False)
     told = torch.tensor(ids)
     theirs = F.cross_entropy(plain(told).logits[0, :-1], told[0, 1:], reduction="sum")
@@ -153,9 +153,9 @@ def test_a_saved_full_model_is_a_folder_that_transformers_loads(
     task: Language, settings: Settings, tmp_path: Path
 ) -> None:
     own = moved(task.init(generator(0)))
-    task.save(tmp_path / "anna", own, settings, {"client": "anna"})
+    task.model.save(tmp_path / "anna", own, settings, {"client": "anna"})
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "anna").eval()
-    ours = task.adapter.call(Reader(task.module.model), own, IDS, None)
+    ours = task.model.adapter.call(Reader(task.module.model), own, IDS, None)
     assert torch.equal(theirs(IDS).logits, ours)
     assert not torch.equal(ours, task.module.model(IDS).logits)
     assert [path.name for path in tmp_path.iterdir()] == ["anna"]
@@ -165,8 +165,8 @@ def test_a_saved_full_model_is_read_bit_for_bit(
     task: Language, settings: Settings, tmp_path: Path
 ) -> None:
     own = moved(task.init(generator(0)))
-    task.save(tmp_path / "anna", own, settings, {})
-    found = task.load(tmp_path / "anna")
+    task.model.save(tmp_path / "anna", own, settings, {})
+    found = task.model.load(tmp_path / "anna")
     assert found.keys() == own.keys()
     assert all(torch.equal(found[k], v) for k, v in own.items())
 
@@ -174,9 +174,9 @@ def test_a_saved_full_model_is_read_bit_for_bit(
 def test_a_saved_full_model_says_where_it_came_from(
     task: Language, settings: Settings, tmp_path: Path
 ) -> None:
-    task.save(tmp_path / "anna", task.init(generator(0)), settings, {"client": "anna"})
+    task.model.save(tmp_path / "anna", task.init(generator(0)), settings, {"client": "anna"})
     assert "anna" in (tmp_path / "anna" / "provenance.json").read_text()
 
 
 def test_a_full_model_cannot_be_stacked(task: Language) -> None:
-    assert not task.stackable
+    assert not task.model.stackable

@@ -6,49 +6,53 @@ import pytest
 import torch
 from torch.optim import AdamW
 
-from conftest import sentences
+from conftest import corpus_for
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Federation, Method, from_table
-from fedgen_edge.data.batches import Budget, Shard, pack
+from fedgen_edge.data.batches import Budget, Shard
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
-from fedgen_edge.experiments.build import TASKS
 from fedgen_edge.jobs import Clients, Personalise, Train
 from fedgen_edge.leaves import row, stack
 from fedgen_edge.rounds import Engine, rounds
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.task import Task
+from fedgen_edge.tasks.task import TASKS, Learnt, Task
 from fedgen_edge.types import Batch, Commit, Leaves, Order
 
 ENGINES: dict[str, Engine] = {"serial": serial, "stacked": stacked(3), "stacked by two": stacked(2)}
+NEAR = dict.fromkeys(TASKS, 1e-4) | {"language": 1e-5}
+"""How far engines may lie apart."""
 SIZES = (9, 4, 1)
 CPU = torch.device("cpu")
 
 
-def make(name: str, *, full: bool = False, dropout: float = 0.2) -> Task:
-    table = {"backbone": {"path": "tiny", "precision": "float32"}, "adapter": {"dropout": dropout}}
+def make(name: str, *, full: bool = False, dropout: float = 0.2) -> Learnt:
+    table = {
+        "backbone": {"path": "tiny", "precision": "float32"},
+        "adapter": {"dropout": dropout},
+        "data": {"length": 32},
+    }
     return TASKS[name](from_table(table), full=full, device=CPU)
 
 
-def shards(task: Task) -> list[Shard]:
+def shards(task: Learnt) -> list[Shard]:
     made = []
     for client, size in enumerate(SIZES):
-        coded = task.encode(sentences(size, client))  # pyright: ignore[reportAttributeAccessIssue]
-        examples = pack(coded, [1] * size, 32)
+        examples = task.examples(corpus_for(task, size, client), range(size))
         made.append(Shard(f"c{client}", examples, examples, examples))
     return made
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def task(request: pytest.FixtureRequest) -> Task:
+def task(request: pytest.FixtureRequest) -> Learnt:
     return make(request.param)
 
 
 @pytest.fixture(scope="module")
-def batches(task: Task) -> list[Batch]:
+def batches(task: Learnt) -> list[Batch]:
     """A drawn batch of each of two clients, of one size."""
     return [
         task.draw({k: v[:3] for k, v in shard.train.items()}, generator("draw", i))
@@ -56,21 +60,24 @@ def batches(task: Task) -> list[Batch]:
     ]
 
 
-def some(task: Task, key: int) -> Leaves:
+def some(task: Learnt, key: int) -> Leaves:
     rng = generator("some", key)
     return {k: torch.randn(v.shape, generator=rng) * 0.1 for k, v in task.init(rng).items()}
 
 
 class TestTask:
-    def test_it_has_the_four_methods(self, task: Task) -> None:
+    def test_it_has_the_four_methods(self, task: Learnt) -> None:
         assert isinstance(task, Task)
 
-    def test_leaves_are_float32_and_each_belongs_to_a_phase(self, task: Task) -> None:
+    def test_it_has_what_a_run_needs(self, task: Learnt) -> None:
+        assert isinstance(task, Learnt)
+
+    def test_leaves_are_float32_and_each_belongs_to_a_phase(self, task: Learnt) -> None:
         adapter = task.init(generator(0))
         assert all(v.dtype == torch.float32 for v in adapter.values())
         assert all(any(k.startswith(p.prefix) for p in task.phases) for k in adapter)
 
-    def test_init_and_draw_depend_on_the_generator_alone(self, task: Task) -> None:
+    def test_init_and_draw_depend_on_the_generator_alone(self, task: Learnt) -> None:
         one, two = task.init(generator(5)), task.init(generator(5))
         assert all(torch.equal(one[k], two[k]) for k in one)
         held = shards(task)[0].train
@@ -78,7 +85,7 @@ class TestTask:
         assert all(torch.equal(one[k], two[k]) for k in one)
 
     def test_loss_is_deterministic_and_of_a_stack_is_each_clients(
-        self, task: Task, batches: list[Batch]
+        self, task: Learnt, batches: list[Batch]
     ) -> None:
         adapters = [some(task, 0), some(task, 1)]
         for phase in task.phases:
@@ -89,7 +96,9 @@ class TestTask:
             torch.testing.assert_close(both.total, torch.stack([a.total for a in alone]))
             assert torch.equal(both.count, torch.stack([a.count for a in alone]))
 
-    def test_gradients_of_a_stack_are_each_clients(self, task: Task, batches: list[Batch]) -> None:
+    def test_gradients_of_a_stack_are_each_clients(
+        self, task: Learnt, batches: list[Batch]
+    ) -> None:
         adapters = [some(task, 0), some(task, 1)]
 
         def slopes(adapter: Leaves, batch: Batch) -> Leaves:
@@ -103,7 +112,7 @@ class TestTask:
             for name, slope in alone.items():
                 torch.testing.assert_close(both[name][i], slope, atol=1e-4, rtol=1e-4)
 
-    def test_padding_adds_nothing(self, task: Task, batches: list[Batch]) -> None:
+    def test_padding_adds_nothing(self, task: Learnt, batches: list[Batch]) -> None:
         filled = {
             k: torch.cat([v, torch.zeros_like(v[:1])]) if v.ndim else v
             for k, v in batches[0].items()
@@ -113,7 +122,7 @@ class TestTask:
         torch.testing.assert_close(more.total, plain.total)
         assert float(more.count) == float(plain.count)
 
-    def test_evaluation_adds_up_and_sums_up(self, task: Task) -> None:
+    def test_evaluation_adds_up_and_sums_up(self, task: Learnt) -> None:
         held, adapter = shards(task)[0].test, some(task, 0)
         whole = task.evaluate(adapter, held)
         first = task.evaluate(adapter, {k: v[:1] for k, v in held.items()})
@@ -124,14 +133,15 @@ class TestTask:
 
 
 def run(
-    task: Task, name: str, engine: Engine, count: int = 2, cohort: int = 3
+    task: Learnt, name: str, engine: Engine, count: int = 2, cohort: int = 3
 ) -> tuple[Commit, dict[int, Leaves]]:
     algorithm = METHODS[name].make(Method(mu=0.1))
     memory: dict[int, Leaves] = {}
     job = Train(
         Clients(task, algorithm, shards(task), 0, memory=memory),
         Budget(2, epochs=2),
-        lambda _: Recipe(partial(AdamW, lr=1e-3), 1.0, corrects=algorithm.corrects),
+        # the larger eps keeps AdamW from magnifying the rounding of gradients near zero
+        lambda _: Recipe(partial(AdamW, lr=1e-3, eps=1e-5), 1.0, corrects=algorithm.corrects),
     )
     plan = Federation(clients=len(SIZES), cohort=cohort, rounds=count)
     start = algorithm.init(task.init(generator(0, "init")))
@@ -139,10 +149,11 @@ def run(
     return last, memory
 
 
+@pytest.mark.parametrize("learnt", TASKS)
 @pytest.mark.parametrize("name", METHODS)
 class TestAlgorithm:
-    def test_it_trains_and_counts_what_it_sends(self, name: str) -> None:
-        task = make("language", full=METHODS[name].make(Method()).adapts == "full")
+    def test_it_trains_and_counts_what_it_sends(self, name: str, learnt: str) -> None:
+        task = make(learnt, full=METHODS[name].make(Method()).adapts == "full")
         last, memory = run(task, name, serial)
         start = task.init(generator(0, "init"))
         models = [METHODS[name].make(Method()).receives(last.state.adapter, memory.get(0, {}))]
@@ -155,32 +166,37 @@ class TestAlgorithm:
             assert kept | set(update.delta) == set(start)
             assert not kept & set(update.delta)
 
-    def test_engines_agree(self, name: str) -> None:
+    def test_engines_agree(self, name: str, learnt: str) -> None:
         full = METHODS[name].make(Method()).adapts == "full"
         if full:
             pytest.skip("whole models are not stacked: every engine but serial refuses them")
-        task = make("language")
+        task = make(learnt)
         # three rounds of two: some clients come back with memory beside others who have none
         reference, kept = run(task, name, serial, 3, 2)
         for engine in ENGINES.values():
             found, memory = run(task, name, engine, 3, 2)
             for leaf, value in reference.state.adapter.items():
-                torch.testing.assert_close(found.state.adapter[leaf], value, atol=1e-5, rtol=0)
+                torch.testing.assert_close(
+                    found.state.adapter[leaf], value, atol=NEAR[learnt], rtol=0
+                )
             assert set(memory) == set(kept)
             for client, leaves in kept.items():
                 for leaf, value in leaves.items():
-                    torch.testing.assert_close(memory[client][leaf], value, atol=1e-5, rtol=0)
+                    torch.testing.assert_close(
+                        memory[client][leaf], value, atol=NEAR[learnt], rtol=0
+                    )
 
 
+@pytest.mark.parametrize("learnt", TASKS)
 @pytest.mark.parametrize("engine", ENGINES.values(), ids=ENGINES)
 class TestEngine:
-    def test_a_run_repeats_bit_by_bit(self, engine: Engine) -> None:
-        task = make("language")
+    def test_a_run_repeats_bit_by_bit(self, engine: Engine, learnt: str) -> None:
+        task = make(learnt)
         one, two = (run(task, "fedgen-edge", engine)[0].state.adapter for _ in range(2))
         assert all(torch.equal(one[k], two[k]) for k in one)
 
-    def test_every_order_is_done_once(self, engine: Engine) -> None:
-        task = make("language")
+    def test_every_order_is_done_once(self, engine: Engine, learnt: str) -> None:
+        task = make(learnt)
         job = Train(
             Clients(task, Algorithm(), shards(task), 0),
             Budget(2),
@@ -191,10 +207,10 @@ class TestEngine:
         found = list(engine(orders, job))
         assert sorted(u.order.clients for u in found) == [(0,), (1,), (2,)]
         for update in found:
-            assert update.weight == len(shards(task)[update.order.clients[0]].train["words"])
+            assert update.weight == len(shards(task)[update.order.clients[0]].train["mask"])
 
-    def test_personal_adapters_equal_the_serial_ones(self, engine: Engine) -> None:
-        task = make("language", dropout=0.0)
+    def test_personal_adapters_equal_the_serial_ones(self, engine: Engine, learnt: str) -> None:
+        task = make(learnt, dropout=0.0)
         clients = Clients(task, Algorithm(), shards(task), 0)
         job = Personalise(
             clients, Budget(2, epochs=3), Recipe(partial(AdamW, lr=1e-3), 1.0), Patience()
@@ -206,12 +222,12 @@ class TestEngine:
             other = expected[tuned.order.clients]
             assert tuned.chosen == other.chosen
             for leaf, value in other.adapter.items():
-                torch.testing.assert_close(tuned.adapter[leaf], value, atol=1e-5, rtol=0)
+                torch.testing.assert_close(tuned.adapter[leaf], value, atol=NEAR[learnt], rtol=0)
 
 
 def test_whole_models_share_tied_weights_once() -> None:
     task = make("language", full=True)
-    assert isinstance(task.adapter, Full)  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(task.model.adapter, Full)  # pyright: ignore[reportAttributeAccessIssue]
     names = set(task.init(generator(0)))
     assert "model.embed_tokens.weight" in names
     assert "lm_head.weight" not in names

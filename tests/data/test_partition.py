@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scipy.stats import ks_2samp
 
 from fedgen_edge import config
+from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.data.partition import (
     Holding,
     by_group,
@@ -23,7 +24,6 @@ from fedgen_edge.data.partition import (
     spread,
     topics,
 )
-from fedgen_edge.data.sources import Corpus
 from fedgen_edge.errors import ConfigError, DataError
 
 COLUMNS = ("groups", "labels", "splits")
@@ -33,7 +33,7 @@ FOOD = ["butter", "oven", "flour", "sugar", "recipe", "onion", "garlic", "sauce"
 
 def corpus_of(count: int, **columns: Sequence[str]) -> Corpus:
     given = [list(columns[name]) if name in columns else None for name in COLUMNS]
-    return Corpus([f"text {i}" for i in range(count)], [3] * count, *given, duplicates=0)
+    return Corpus(Texts([f"text {i}" for i in range(count)], [3] * count), *given, duplicates=0)
 
 
 def two_topics(count: int) -> tuple[list[str], list[str]]:
@@ -242,7 +242,7 @@ def test_what_is_held_out_of_natural_clients_does_not_go_by_the_runs_seed() -> N
 def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
     # Shares are all but 0 and 1; of such draws, only a topic for each gives each client 29.
     texts, kinds = two_topics(60)
-    corpus = Corpus(texts, [5] * 60, None, None, None, 0)
+    corpus = Corpus(Texts(texts, [5] * 60), None, None, None, 0)
     settings = config.Partition(by="dirichlet", labels="topic", topics=2, alpha=0.01, minimum=29)
     held = partition(labelled(corpus, settings, 0), config.Data(), settings, 2, 0)
     main = [Counter(kinds[i] for i in all_of([own])).most_common(1)[0] for own in held]
@@ -252,7 +252,7 @@ def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
 
 def test_labels_are_the_datas_own_or_topics() -> None:
     texts, kinds = two_topics(60)
-    corpus = Corpus(texts, [5] * 60, None, kinds, None, 0)
+    corpus = Corpus(Texts(texts, [5] * 60), None, kinds, None, 0)
     assert labelled(corpus, config.Partition(), 0).labels == kinds
     by_topic = config.Partition(labels="topic", topics=2)
     assert labelled(corpus, by_topic, 0).labels == topics(texts, 2, 0)

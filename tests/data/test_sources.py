@@ -10,6 +10,7 @@ from typing import get_args, get_type_hints
 import pytest
 
 from fedgen_edge import config
+from fedgen_edge.data import images
 from fedgen_edge.data.sources import SOURCES, Corpus, read, readable
 from fedgen_edge.errors import ConfigError, DataError, FedGenError, MissingExtraError
 
@@ -29,7 +30,9 @@ def write(path: Path, *records: object) -> Path:
 
 def words_of(corpus: Corpus, split: str) -> int:
     assert corpus.splits is not None
-    return sum(n for n, own in zip(corpus.words, corpus.splits, strict=True) if own == split)
+    return sum(
+        n for n, own in zip(corpus.examples.words, corpus.splits, strict=True) if own == split
+    )
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_source_of_the_settings_is_there() -> None:
-    assert tuple(SOURCES) == get_args(get_type_hints(config.Data)["source"])
+    assert (*SOURCES, *images.SOURCES) == get_args(get_type_hints(config.Data)["source"])
 
 
 # ---- docstrings
@@ -58,9 +61,13 @@ def test_every_source_of_the_settings_is_there() -> None:
 @pytest.mark.usefixtures("library")
 def test_docstrings_are_read_and_cleaned_but_never_imported() -> None:
     corpus = read(settings("docstrings", packages=("pack", "single")))
-    assert corpus.texts == [FIRST, f"{SECOND}\n\nmargin\n  deeper", "the only text of a module"]
+    assert corpus.examples.texts == [
+        FIRST,
+        f"{SECOND}\n\nmargin\n  deeper",
+        "the only text of a module",
+    ]
     assert corpus.groups == ["pack", "pack", "single"]
-    assert corpus.words == [5 + 1, 7 + 1, 6 + 1]
+    assert corpus.examples.words == [5 + 1, 7 + 1, 6 + 1]
     assert (corpus.labels, corpus.splits, corpus.duplicates) == (None, None, 0)
 
 
@@ -70,7 +77,7 @@ def test_docstrings_of_this_python_are_the_same_again_and_enough_in_each_package
     assert corpus.groups is not None
     assert list(dict.fromkeys(corpus.groups)) == list(config.Data().packages)
     assert min(map(corpus.groups.count, config.Data().packages)) >= 50
-    assert len(set(corpus.texts)) == len(corpus.texts)
+    assert len(set(corpus.examples.texts)) == len(corpus.examples.texts)
 
 
 @pytest.mark.usefixtures("library")
@@ -114,9 +121,9 @@ def test_ptb_lines_are_joined_and_of_equal_examples_the_test_keeps_its_own(tmp_p
     (tmp_path / "valid.txt").write_text(" k l \n")
     (tmp_path / "test.txt").write_text(" a b \n c d \n")
     corpus = read(settings("ptb", tmp_path, lines=2))
-    assert corpus.texts == ["a b\nc d", "k l", "e f\ng h", "i j"]
+    assert corpus.examples.texts == ["a b\nc d", "k l", "e f\ng h", "i j"]
     assert corpus.splits == ["test", "validation", "train", "train"]
-    assert corpus.words == [6, 3, 6, 3]
+    assert corpus.examples.words == [6, 3, 6, 3]
     assert corpus.duplicates == 1
 
 
@@ -137,7 +144,7 @@ def test_brown_is_read_from_a_zip_or_a_folder(tmp_path: Path, packed: str) -> No
             (tmp_path / "out" / name).write_text(text)
     places = {"folder": tmp_path / "out", "folder of the zip": tmp_path}
     corpus = read(settings("brown", places.get(packed, tmp_path / "brown.zip"), lines=2))
-    assert corpus.texts == ["A b c", "d", "e."]
+    assert corpus.examples.texts == ["A b c", "d", "e."]
     assert corpus.groups == corpus.labels == ["news", "news", "fiction"]
 
 
@@ -145,7 +152,7 @@ def test_brown_is_read_from_a_zip_or_a_folder(tmp_path: Path, packed: str) -> No
 def test_brown_has_its_fifteen_genres() -> None:
     corpus = read(settings("brown", SHARED / "brown", limit=3000))
     assert len(set(corpus.groups or [])) == 15
-    assert len(corpus.texts) == 3000
+    assert len(corpus.examples.texts) == 3000
 
 
 # ---- the user's own
@@ -158,7 +165,7 @@ def test_folder_gives_a_client_for_each_file_and_each_sub_folder(tmp_path: Path)
     (tmp_path / "bob" / "deep" / "y.txt").write_text("fourth")
     (tmp_path / "bob" / "notes.md").write_text("not read")
     corpus = read(settings("folder", tmp_path))
-    assert corpus.texts == ["first\nline", "second", "fourth", "third"]
+    assert corpus.examples.texts == ["first\nline", "second", "fourth", "third"]
     assert corpus.groups == ["ann", "ann", "bob", "bob"]
 
 
@@ -167,9 +174,9 @@ def test_jsonl_gives_text_client_and_label_and_skips_blank_texts(tmp_path: Path)
     path = write(tmp_path / "d.jsonl", *rows, {"t": "c", "user": "eve", "kind": "y"})
     named = {"text_field": "t", "client_field": "user", "label_field": "kind"}
     corpus = read(settings("jsonl", path, **named))
-    assert corpus.texts == ["a b", "c"]
+    assert corpus.examples.texts == ["a b", "c"]
     assert (corpus.groups, corpus.labels) == (["7", "eve"], ["x", "y"])
-    assert corpus.words == [2 + 1, 1 + 1]
+    assert corpus.examples.words == [2 + 1, 1 + 1]
 
 
 def test_first_of_identical_texts_is_kept_and_a_limit_takes_evenly_from_the_rest(
@@ -178,14 +185,14 @@ def test_first_of_identical_texts_is_kept_and_a_limit_takes_evenly_from_the_rest
     # 8 texts are different; 4 of 8 are the ones at 0, 8/4, 2 * 8/4, 3 * 8/4.
     path = write(tmp_path / "d.jsonl", *({"text": t} for t in "abacdefghb"))
     corpus = read(settings("jsonl", path, limit=4))
-    assert (corpus.texts, corpus.duplicates) == (["a", "c", "e", "g"], 2)
-    assert read(settings("jsonl", path, limit=99)).texts == list("abcdefgh")
+    assert (corpus.examples.texts, corpus.duplicates) == (["a", "c", "e", "g"], 2)
+    assert read(settings("jsonl", path, limit=99)).examples.texts == list("abcdefgh")
 
 
 def test_a_limit_that_leaves_clients_without_text_is_refused(tmp_path: Path) -> None:
     rows = ({"text": t, "who": "ann" if t < "e" else "bob"} for t in "abcdefgh")
     path = write(tmp_path / "d.jsonl", *rows)
-    assert read(settings("jsonl", path, limit=2, client_field="who")).texts == ["a", "e"]
+    assert read(settings("jsonl", path, limit=2, client_field="who")).examples.texts == ["a", "e"]
     with pytest.raises(ConfigError, match=r"data\.limit=1 leaves 1 of the clients, 'bob' first"):
         read(settings("jsonl", path, limit=1, client_field="who"))
 
@@ -198,7 +205,7 @@ def test_hub_reads_splits_of_a_data_set(tmp_path: Path, monkeypatch: pytest.Monk
     write(folder / "train.jsonl", {"text": "a b", "who": "ann"}, {"text": "c", "who": "bob"})
     write(folder / "test.jsonl", {"text": "c", "who": "bob"}, {"text": "d e f", "who": "ann"})
     corpus = read(settings("hub", folder, client_field="who"))
-    assert corpus.texts == ["c", "d e f", "a b"]
+    assert corpus.examples.texts == ["c", "d e f", "a b"]
     assert corpus.splits == ["test", "test", "train"]
     assert corpus.groups == ["bob", "ann", "ann"]
     with pytest.raises(DataError, match=r"split 'test', row 1 has no data.text_field='t'"):

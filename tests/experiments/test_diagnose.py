@@ -8,6 +8,7 @@ import pytest
 
 from fedgen_edge.experiments.diagnose import SIGNATURES, agreement, diagnose
 from fedgen_edge.experiments.summary import Row, RunFiles
+from fedgen_edge.tasks.language import MEASURE
 
 CLIENTS = ("a", "b", "c", "d")
 
@@ -18,8 +19,8 @@ def on_test(**perplexities: float) -> list[Row]:
         {
             "model": m.replace("_", "-"),
             "client": c,
-            "nats": 100 * math.log(p),
-            "tokens": 100,
+            "total": 100 * math.log(p),
+            "count": 100,
             "words": 70,
         }
         for m, p in perplexities.items()
@@ -35,7 +36,7 @@ def trained(losses: Sequence[float], validation: Sequence[float], tokens: int = 
             "round": number,
             "cohort": list(CLIENTS),
             "loss": loss,
-            "validation": {"nats": tokens * nats, "tokens": tokens, "words": tokens, "clients": {}},
+            "validation": {"total": tokens * nats, "count": tokens, "words": tokens, "clients": {}},
             "bytes_up": 400,
             "bytes_down": 400,
             "clients": [{"client": c, **update} for c in CLIENTS],
@@ -50,7 +51,8 @@ HEALTHY = RunFiles(
     folder=Path("run"),
     settings={"training.lr": 0.001, "federation.rounds": 5},
     facts={"finished": True},
-    clients=[{"client": c, "train": 90, "tokens": 6000, "newcomer": False} for c in CLIENTS],
+    measure=MEASURE,
+    clients=[{"client": c, "train": 90, "items": 6000, "newcomer": False} for c in CLIENTS],
     rounds=trained(FALLING, FALLING),
     baselines={},
     personal=[{"client": c, "validation": [3.0, 2.8], "chosen": 1} for c in CLIENTS],
@@ -125,7 +127,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "little data": (
         "Some clients have too little data",
-        {"clients": without_data(tokens=900)},
+        {"clients": without_data(items=900)},
         "a (900 tokens)",
     ),
     "pulled apart": (  # |mean|^2 = 0.01 = 4/16 + 12/16 cos: cos = -0.32
@@ -135,11 +137,11 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "lopsided": (  # 42,000 of 42,000 + 3 x 6,000
         "One client outweighs all others",
-        {"clients": without_data(tokens=42000)},
+        {"clients": without_data(items=42000)},
         "a has 70 % of 60000 tokens",
     ),
     "noisy": (  # 3 / sqrt(900) = 0.1, e^0.1 = 1.105
-        "Validation reads little text",
+        "Validation reads little",
         {"rounds": trained(FALLING, FALLING, tokens=900)},
         "900 tokens a round, so its perplexity is known to about 11 %",
     ),
@@ -199,7 +201,7 @@ def test_advice_names_a_setting_with_its_value() -> None:
 
 
 def test_an_empty_run_is_only_unfinished() -> None:
-    empty = RunFiles(Path("run"), {}, {}, [], [], {}, [], [], [])
+    empty = RunFiles(Path("run"), {}, {}, MEASURE, [], [], {}, [], [], [])
     assert [finding.title for finding in diagnose(empty)] == ["The run has not finished"]
 
 

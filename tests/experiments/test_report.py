@@ -12,6 +12,7 @@ from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots
 from fedgen_edge.experiments.report import grouped, headline, samples, table_for_terminal, write
 from fedgen_edge.experiments.summary import read
+from fedgen_edge.tasks.language import MEASURE
 
 HOSTILE = "<script>alert('$x^2$')</script>"
 CLIENTS = ("a & b", HOSTILE, "日本\ud800\x00")
@@ -25,18 +26,24 @@ def make_run(folder: Path, seed: int = 0, lr: float = 0.001, bits: float = 0.0) 
     settings = (
         f'[federation]\nseed = {seed}\n[method]\nname = "fedgen-edge"\n[training]\nlr = {lr}\n'
     )
-    facts = {"finished": True, "full_bytes": 10**6, "adapter_bytes": 2000, "hardware": HOSTILE}
+    facts = {
+        "measure": MEASURE,
+        "finished": True,
+        "full_bytes": 10**6,
+        "adapter_bytes": 2000,
+        "hardware": HOSTILE,
+    }
     tests = {m: 100 * (n + (bits if m == "global" else 0)) * math.log(2) for m, n in BITS.items()}
     contents = {
         "clients.json": [
-            {"client": c, "train": 9, "tokens": 4000, "labels": {"x": 5, HOSTILE: 4}}
+            {"client": c, "train": 9, "items": 4000, "labels": {"x": 5, HOSTILE: 4}}
             for c in CLIENTS
         ],
         "rounds.jsonl": [a_round(r, 2000) for r in (1, 2, 3)],
         "baselines/local-only/rounds.jsonl": [a_round(r, 0) for r in (1, 2, 3)],
         "personal.jsonl": [{"client": c, "validation": [3.0, 2.5], "chosen": 1} for c in CLIENTS],
         "evaluation.jsonl": [
-            {"model": m, "client": c, "nats": n, "tokens": 100, "words": 50}
+            {"model": m, "client": c, "total": n, "count": 100, "words": 50}
             for m, n in tests.items()
             for c in CLIENTS
         ],
@@ -61,7 +68,7 @@ def a_round(number: int, each: int) -> dict[str, Any]:
         "round": number,
         "cohort": list(CLIENTS),
         "loss": nats,
-        "validation": {"nats": 3000 * nats, "tokens": 3000, "words": 2000, "clients": {}},
+        "validation": {"total": 3000 * nats, "count": 3000, "words": 2000, "clients": {}},
         "bytes_up": 3 * each,
         "bytes_down": 3 * each,
         "clients": [{"client": c, **told} for c in CLIENTS],
@@ -200,12 +207,33 @@ def test_a_sample_without_a_client_stands_in_for_every_client(run: Path, tmp_pat
     make_run(tmp_path / "run")
     (tmp_path / "run" / "samples.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (sample,) = samples(read(tmp_path / "run"))
-    assert sample["texts"] == [("backbone", "before"), ("personal", "after")]
+    assert sample["texts"] == [("backbone", {"text": "before"}), ("personal", {"text": "after"})]
+
+
+def test_a_picture_is_in_the_page_itself_and_a_missing_one_is_named(tmp_path: Path) -> None:
+    row = {"model": "global", "client": None, "prompt": "cat", "picture": "samples/0-0.png"}
+    folder = make_run(tmp_path / "run")
+    (folder / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(CheckpointError, match=r"samples/0-0\.png is missing"):
+        write([folder], tmp_path / "page.html")
+    (folder / "samples").mkdir()
+    (folder / row["picture"]).write_bytes(b"\x89PNG")
+    text = write([folder], tmp_path / "page.html").read_text()
+    assert '<img src="data:image/png;base64,iVBORw==" alt="global: cat">' in text
+
+
+def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
+    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
+    facts = json.loads((two / "run.json").read_text())
+    told = {**facts, "measure": MEASURE._replace(name="denoising error")}
+    (two / "run.json").write_text(json.dumps(told))
+    with pytest.raises(CheckpointError, match=r"one by perplexity and .*two by denoising error"):
+        write([one, two], tmp_path / "page.html")
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("")
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"measure": MEASURE}))
     text = write([tmp_path], tmp_path / "report.html").read_text("utf-8")
     assert "The run has not finished" in text
     assert "svg" not in Page(text).tags
@@ -215,7 +243,7 @@ def test_runs_without_results_can_be_compared(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "settings.toml").write_text("")
-        (tmp_path / name / "run.json").write_text("{}")
+        (tmp_path / name / "run.json").write_text(json.dumps({"measure": MEASURE}))
     assert write([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html").exists()
 
 
@@ -256,11 +284,11 @@ def test_the_terminals_table_fits_80_columns(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     clients = [f"[red]a-rather-long-client-name-{i}" for i in range(15)]
     rows = [
-        {"model": m, "client": c, "nats": 100 * bits * math.log(2), "tokens": 100, "words": 50}
+        {"model": m, "client": c, "total": 100 * bits * math.log(2), "count": 100, "words": 50}
         for m, bits in {**BITS, "fedavg-full": 4}.items()
         for c in clients
     ]
-    told = [{"client": c, "train": 9, "tokens": 900, "newcomer": c == clients[0]} for c in clients]
+    told = [{"client": c, "train": 9, "items": 900, "newcomer": c == clients[0]} for c in clients]
     (folder / "clients.json").write_text(json.dumps(told))
     (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     console = Console(width=80, record=True, color_system=None, file=(tmp_path / "out").open("w"))
@@ -283,5 +311,5 @@ def test_a_clients_name_cannot_command_the_terminal(tmp_path: Path) -> None:
 
 def test_an_unfinished_run_has_an_empty_table(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("")
-    (tmp_path / "run.json").write_text("{}")
+    (tmp_path / "run.json").write_text(json.dumps({"measure": MEASURE}))
     assert table_for_terminal(read(tmp_path)).row_count == 0

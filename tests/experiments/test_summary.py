@@ -7,16 +7,16 @@ import pytest
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments.summary import (
     T975,
+    judged,
     number,
     paired_interval,
     per_client,
-    perplexities,
-    perplexity,
     read,
     size,
     uplink,
     validation,
 )
+from fedgen_edge.tasks.language import MEASURE
 
 LN2 = math.log(2)
 BITS = {"backbone": (2, 4, 1), "local-only": (1, 3, 1), "global": (1, 3, 9), "personal": (1, 2, 9)}
@@ -24,7 +24,7 @@ BITS = {"backbone": (2, 4, 1), "local-only": (1, 3, 1), "global": (1, 3, 9), "pe
 
 def on_test(model: str, client: str, bits: int) -> dict[str, object]:
     """Ten tokens in five words, each token `bits` bits: a perplexity of 2^bits."""
-    return {"model": model, "client": client, "nats": 10 * bits * LN2, "tokens": 10, "words": 5}
+    return {"model": model, "client": client, "total": 10 * bits * LN2, "count": 10, "words": 5}
 
 
 def a_round(number: int, bits: float) -> dict[str, object]:
@@ -32,7 +32,7 @@ def a_round(number: int, bits: float) -> dict[str, object]:
         "round": number,
         "cohort": ["a", "b"],
         "loss": bits * LN2,
-        "validation": {"nats": 100 * bits * LN2, "tokens": 100, "words": 50, "clients": {}},
+        "validation": {"total": 100 * bits * LN2, "count": 100, "words": 50, "clients": {}},
         "bytes_up": 200,
         "bytes_down": 220,
         "clients": [{"client": "a"}, {"client": "b"}],
@@ -47,9 +47,10 @@ def lines(rows: list[dict[str, object]]) -> str:
 def folder(tmp_path: Path) -> Path:
     """Clients a and b, and a newcomer c, for whom local-only is the backbone."""
     rows = [on_test(m, c, n) for m, each in BITS.items() for c, n in zip("abc", each, strict=True)]
-    clients = [{"client": c, "train": 7, "tokens": 70, "newcomer": c == "c"} for c in "abc"]
+    clients = [{"client": c, "train": 7, "items": 70, "newcomer": c == "c"} for c in "abc"]
     (tmp_path / "settings.toml").write_text('task = "language"\n[federation]\nseed = 3\n')
-    (tmp_path / "run.json").write_text('{"full_bytes": 10000, "finished": true}')
+    facts = {"full_bytes": 10000, "finished": True, "measure": MEASURE}
+    (tmp_path / "run.json").write_text(json.dumps(facts))
     (tmp_path / "clients.json").write_text(json.dumps(clients))
     (tmp_path / "rounds.jsonl").write_text(lines([a_round(1, 3), a_round(2, 2)]))
     (tmp_path / "evaluation.jsonl").write_text(lines(rows))
@@ -62,7 +63,7 @@ def test_settings_are_read_by_dotted_name(folder: Path) -> None:
 
 def test_pooled_perplexity_is_exp_of_a_sum_over_a_sum(folder: Path) -> None:
     # Personal: a 2^1, b 2^2. Mean 3, worst 4; pooled 2^1.5; 3 * 10 bits over 10 words are 2^3.
-    row = next(row for row in perplexities(read(folder)) if row.model == "personal")
+    row = next(row for row in judged(read(folder)) if row.model == "personal")
     assert row.mean == pytest.approx(3)
     assert row.pooled == pytest.approx(2**1.5)
     assert (row.worst_client, row.worst) == ("b", pytest.approx(4))
@@ -72,7 +73,7 @@ def test_pooled_perplexity_is_exp_of_a_sum_over_a_sum(folder: Path) -> None:
 
 def test_gains_are_percent_of_the_references_mean(folder: Path) -> None:
     # Backbone (4 + 16) / 2 = 10, local-only (2 + 8) / 2 = 5, personal 3: 70 % and 40 % lower.
-    rows = {row.model: row for row in perplexities(read(folder))}
+    rows = {row.model: row for row in judged(read(folder))}
     assert rows["personal"].over_backbone == pytest.approx(70)
     assert rows["personal"].over_local == pytest.approx(40)
     assert rows["backbone"].over_local == pytest.approx(-100)
@@ -81,8 +82,8 @@ def test_gains_are_percent_of_the_references_mean(folder: Path) -> None:
 
 def test_newcomers_have_means_of_their_own(folder: Path) -> None:
     run = read(folder)
-    assert {row.model: row.clients for row in perplexities(run)} == dict.fromkeys(BITS, 2)
-    new = perplexities(run, newcomers=True)
+    assert {row.model: row.clients for row in judged(run)} == dict.fromkeys(BITS, 2)
+    new = judged(run, newcomers=True)
     assert [(row.clients, row.mean) for row in new] == [
         (1, pytest.approx(2 ** bits[2])) for bits in BITS.values()
     ]
@@ -91,7 +92,7 @@ def test_newcomers_have_means_of_their_own(folder: Path) -> None:
 def test_models_are_compared_on_the_clients_that_all_were_tested_on(folder: Path) -> None:
     rows = [on_test("global", "a", 1), on_test("global", "b", 5), on_test("backbone", "a", 2)]
     (folder / "evaluation.jsonl").write_text(lines(rows))
-    found = [(row.model, row.mean) for row in perplexities(read(folder))]
+    found = [(row.model, row.mean) for row in judged(read(folder))]
     assert found == [("backbone", pytest.approx(4)), ("global", pytest.approx(2))]
 
 
@@ -99,19 +100,19 @@ def test_worst_decile_is_the_mean_of_the_worst_tenth_rounded_up(folder: Path) ->
     # Of 11 clients with 1 to 11 bits, the worst two have 2^11 and 2^10: 1536 on average.
     rows = [on_test("global", f"c{bits}", bits) for bits in range(1, 12)]
     (folder / "evaluation.jsonl").write_text(lines(rows))
-    assert perplexities(read(folder))[0].worst_decile == pytest.approx(1536)
+    assert judged(read(folder))[0].worst_decile == pytest.approx(1536)
 
 
 def test_a_client_with_a_broken_model_is_the_worst(folder: Path) -> None:
-    broken = {**on_test("global", "b", 1), "nats": math.nan}
+    broken = {**on_test("global", "b", 1), "total": math.nan}
     (folder / "evaluation.jsonl").write_text(lines([on_test("global", "a", 5), broken]))
-    assert perplexities(read(folder))[0].worst_client == "b"
+    assert judged(read(folder))[0].worst_client == "b"
 
 
 def test_each_client_has_a_perplexity_for_each_model_it_was_tested_with(folder: Path) -> None:
     newcomer = per_client(read(folder))[2]
     assert newcomer.newcomer
-    assert newcomer.perplexity == pytest.approx(
+    assert newcomer.tested == pytest.approx(
         {"backbone": 2, "local-only": 2, "global": 512, "personal": 512}
     )
 
@@ -143,7 +144,7 @@ def test_a_run_that_has_only_begun_is_read(folder: Path) -> None:
         (folder / name).unlink()
     run = read(folder)
     assert (run.clients, run.rounds, run.baselines, run.evaluation) == ([], [], {}, [])
-    assert perplexities(run) == []
+    assert judged(run) == []
     assert uplink(run).up == 0
 
 
@@ -193,9 +194,9 @@ def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
 
 
 def test_perplexity_beyond_a_float_is_infinite_and_of_nothing_is_nan() -> None:
-    assert perplexity(1000.0, 1) == math.inf
-    assert math.isnan(perplexity(0.0, 0))
-    assert math.isnan(perplexity(math.nan, 1))
+    assert MEASURE.shown(1000.0, 1) == math.inf
+    assert math.isnan(MEASURE.shown(0.0, 0))
+    assert math.isnan(MEASURE.shown(math.nan, 1))
 
 
 def test_paired_interval_is_students() -> None:

@@ -80,9 +80,9 @@ def test_packed_documents_cost_what_each_costs_alone(task: Language) -> None:
     whole = packed(task, texts, 1024)
     assert len(whole["words"]) == 1
     together = task.evaluate({}, whole)
-    each = sum(nats_alone(task.loaded.folder, task, text) for text in texts)
-    assert float(together["nats"]) == pytest.approx(each, rel=1e-5)
-    assert int(together["tokens"]) == sum(len(ids) - 1 for ids in task.encode(texts))
+    each = sum(nats_alone(task.model.folder, task, text) for text in texts)
+    assert float(together["total"]) == pytest.approx(each, rel=1e-5)
+    assert int(together["count"]) == sum(len(ids) - 1 for ids in task.encode(texts))
 
 
 def test_documents_of_a_block_do_not_meet_in_gpt2_either(gpt2: Path) -> None:
@@ -90,7 +90,7 @@ def test_documents_of_a_block_do_not_meet_in_gpt2_either(gpt2: Path) -> None:
     texts = sentences(3, 1)
     together = task.evaluate({}, packed(task, texts, 512))
     each = sum(nats_alone(gpt2, task, text) for text in texts)
-    assert float(together["nats"]) == pytest.approx(each, rel=1e-5)
+    assert float(together["total"]) == pytest.approx(each, rel=1e-5)
 
 
 def test_word_perplexity_is_exp_of_nats_over_words_with_the_end_mark(task: Language) -> None:
@@ -99,9 +99,9 @@ def test_word_perplexity_is_exp_of_nats_over_words_with_the_end_mark(task: Langu
     sums = task.evaluate({}, held)
     # three words and an end, two words and an end: 7
     assert int(sums["words"]) == 7
-    assert float(found["word_perplexity"]) == pytest.approx(math.exp(float(sums["nats"]) / 7))
+    assert float(found["word_perplexity"]) == pytest.approx(math.exp(float(sums["total"]) / 7))
     assert float(found["perplexity"]) == pytest.approx(
-        math.exp(float(sums["nats"] / sums["tokens"]))
+        math.exp(float(sums["total"] / sums["count"]))
     )
 
 
@@ -137,7 +137,7 @@ def test_a_stack_evaluates_as_its_clients_do(task: Language) -> None:
     )
     for c in (0, 1):
         alone = task.evaluate(adapters[c], held[c])
-        assert float(together["nats"][c]) == pytest.approx(float(alone["nats"]), rel=1e-5)
+        assert float(together["total"][c]) == pytest.approx(float(alone["total"]), rel=1e-5)
 
 
 def test_next_token_is_cross_entropy_and_has_its_gradient() -> None:
@@ -172,10 +172,10 @@ def test_greedy_reading_with_memory_equals_reading_anew(task: Language) -> None:
     reader = language._Reader(task.module.model)
     adapter = trained(task)
     with torch.no_grad():
-        task.adapter.call(reader, adapter, ids[:, :-2], None)
-        task.adapter.call(reader, adapter, ids[:, -2:-1], None)
-        stepped = task.adapter.call(reader, adapter, ids[:, -1:], None)
-        fresh = task.adapter.call(language._Reader(task.module.model), adapter, ids, None)
+        task.model.adapter.call(reader, adapter, ids[:, :-2], None)
+        task.model.adapter.call(reader, adapter, ids[:, -2:-1], None)
+        stepped = task.model.adapter.call(reader, adapter, ids[:, -1:], None)
+        fresh = task.model.adapter.call(language._Reader(task.module.model), adapter, ids, None)
     torch.testing.assert_close(stepped, fresh, atol=1e-5, rtol=1e-5)
 
 

@@ -1,14 +1,13 @@
 """Dropout as data: a mask is a function of a seed, so that any pass over it draws it again.
 
-A counter-based hash, not a stream: the mask of an element depends on its client's seed, its
-layer and its place alone, never on how clients were stacked or whether a pass is a recomputation.
+The mask of an element depends on its client's seed, its layer and its place alone, never on how
+clients were stacked or whether a pass is a recomputation.
 """
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-BITS = 24
+from fedgen_edge.seeds import BITS, uniform
 
 
 def mask(
@@ -25,16 +24,5 @@ def mask(
     Returns:
         `[*clients, *shape]`.
     """
-    count = torch.Size(shape).numel()
-    key = _mix(seed + _mix(torch.tensor(layer + 1, device=seed.device)))
-    places = torch.arange(count, device=seed.device)
-    drawn = (_mix(key.unsqueeze(-1) + places) >> 8) & ((1 << BITS) - 1)
-    kept = drawn >= int(share * (1 << BITS))
-    return (kept / (1 - share)).reshape(*seed.shape, *shape)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser (Steele et al. 2014); int64 wraps, and shifts are made logical."""
-    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -0x40A7B892E31B1A47
-    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -0x6B2FB644ECCEEE15
-    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+    kept = uniform(seed, layer, shape) >= int(share * (1 << BITS)) / (1 << BITS)
+    return kept / (1 - share)

@@ -31,7 +31,7 @@ def write(
     lora: Lora,
     settings: Adapter,
     *,
-    backbone: str,
+    backbone: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
     """Write one adapter as a PEFT folder, with `provenance.json` beside it, in one step.
@@ -41,13 +41,12 @@ def write(
         leaves: one adapter, without an axis of clients.
         lora: the layers that it belongs to.
         settings: rank, alpha and dropout, as PEFT's configuration keeps them.
-        backbone: path or hub id that PEFT loads the backbone from.
+        backbone: what PEFT's configuration says of it: `base_model_name_or_path`, `task_type`.
         provenance: where it came from: backbone's hash, seed, settings, round, client.
     """
     alpha = settings.alpha
     config = LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=backbone,
+        **backbone,
         r=settings.rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=settings.dropout,

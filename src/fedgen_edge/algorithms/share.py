@@ -26,21 +26,22 @@ def nothing(names: Sequence[str]) -> set[str]:
 def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
     """Share all leaves but those of the last layers.
 
-    A leaf's layer is the first number in its name (`model.layers.7.`); leaves without one, such as
+    A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`), and layers
+    come in the order of their leaves, a UNet's way up at the end; leaves without a number, such as
     an embedding's, are shared.
 
     Source: Arivazhagan et al. 2019, FedPer (arXiv:1912.00818), its base layers.
     """
 
     def sends(names: Sequence[str]) -> set[str]:
-        numbers = {n: int(m[1]) for n in names if (m := re.search(r"\.(\d+)\.", n))}
-        last = sorted(set(numbers.values()))[-layers:]
-        if len(last) < layers or len(last) == len(set(numbers.values())):
+        layer = {n: m[0] for n in names if (m := re.match(r".*?\.\d+(?=\.)", n))}
+        there = sorted(dict.fromkeys(layer.values()), key=lambda own: own.startswith("up_blocks"))
+        if layers >= len(there):
             raise ConfigError(
-                f"method.personal_layers={layers} must be below {len(set(numbers.values()))}, the "
-                "layers that are adapted: else nothing would be shared"
+                f"method.personal_layers={layers} must be below {len(there)}, the layers that are "
+                "adapted: else nothing would be shared"
             )
-        return {n for n in names if numbers.get(n) not in last}
+        return {n for n in names if layer.get(n) not in there[-layers:]}
 
     return sends
 

@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from fedgen_edge import config, seeds
-from fedgen_edge.data.sources import Corpus
+from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError, DataError
 
 TRIES = 100  # draws of a Dirichlet partition before it is given up
@@ -71,14 +71,14 @@ def divide(
     if settings.by == "group":
         return by_group(corpus.groups, clients)
     sizes = _sizes(settings, clients)
-    if len(corpus.texts) < len(sizes) * settings.minimum:
+    if len(corpus.examples) < len(sizes) * settings.minimum:
         raise ConfigError(
             f"partition.minimum={settings.minimum} for federation.clients={len(sizes)} needs "
-            f"{len(sizes) * settings.minimum} examples, and there are {len(corpus.texts)}: "
+            f"{len(sizes) * settings.minimum} examples, and there are {len(corpus.examples)}: "
             "lower one of them, or bring more data"
         )
     rng = np.random.default_rng(seeds.seed(seed, "partition"))
-    order = rng.permutation(len(corpus.texts)).tolist()
+    order = rng.permutation(len(corpus.examples)).tolist()
     if settings.by == "dirichlet":
         labels = corpus.labels
         if labels is None:
@@ -120,7 +120,12 @@ def labelled(corpus: Corpus, settings: config.Partition, seed: int) -> Corpus:
     """The corpus, with topics for its labels where the settings ask for them."""
     if settings.labels == "label":
         return corpus
-    return replace(corpus, labels=topics(corpus.texts, settings.topics, seed, corpus.splits))
+    if not isinstance(corpus.examples, Texts):
+        raise ConfigError(
+            "partition.labels='topic' is found in text, and these are images: say 'label'"
+        )
+    found = topics(corpus.examples.texts, settings.topics, seed, corpus.splits)
+    return replace(corpus, labels=found)
 
 
 def by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, list[int]]:

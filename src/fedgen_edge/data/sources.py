@@ -12,16 +12,18 @@ import sysconfig
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from fedgen_edge import config
+from fedgen_edge.data import images
+from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
 
 LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
 SHORTEST_DOCSTRING = 5  # words
+PATHLESS = {"docstrings", "digits"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 CLIENT_NAME = re.compile(r"(?![. ]+$)[^/\\\0-\x1f]{1,64}")
 UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error)
@@ -29,24 +31,6 @@ UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error)
 # Tests come first: of equal texts the first is kept, so what a test scores stays whole.
 PTB_SPLITS = {"test": "test", "valid": "validation", "train": "train"}
 HUB_SPLITS = {"test": "test", "validation": "validation", "valid": "validation", "train": "train"}
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """All the examples; every list is as long as `texts`."""
-
-    texts: list[str]
-    """One example each, no two equal."""
-    words: list[int]
-    """Whitespace words and end marks of each: one mark an example, and in PTB one a line."""
-    groups: list[str] | None
-    """Natural client of each."""
-    labels: list[str] | None
-    """Label of each."""
-    splits: list[str] | None
-    """`train`, `validation` or `test`, where the source fixes them."""
-    duplicates: int
-    """Identical texts left out."""
 
 
 class Row(NamedTuple):
@@ -59,7 +43,7 @@ class Row(NamedTuple):
     marks: int = 1  # ends that a word-level model has to predict
 
 
-def read(settings: config.Data) -> Corpus:
+def read(settings: config.Data, *, public: bool = False) -> Corpus:
     """The corpus that the settings name.
 
     Blank texts are skipped, and of identical ones the first is kept. A limit takes examples evenly
@@ -70,11 +54,13 @@ def read(settings: config.Data) -> Corpus:
         ConfigError: no such package, or no path.
         MissingExtraError: a hub data set, without the library `datasets`.
     """
-    if settings.path is None and settings.source != "docstrings":
+    if settings.path is None and settings.source not in PATHLESS:
         raise ConfigError(
             f"data.path is missing: data.source={settings.source!r} reads from a path, "
             "give one with --data.path"
         )
+    if settings.source in images.SOURCES:
+        return images.read(settings, public=public)
     rows = list(SOURCES[settings.source](settings))
     filled = [row for row in rows if row.text.strip()]
     first: dict[str, Row] = {}
@@ -100,7 +86,7 @@ def _corpus(rows: list[Row], duplicates: int) -> Corpus:
     texts, *columns, marks = (list(column) for column in zip(*rows, strict=True))
     groups, labels, splits = (None if None in column else column for column in columns)
     words = [len(text.split()) + mark for text, mark in zip(texts, marks, strict=True)]
-    return Corpus(texts, words, groups, labels, splits, duplicates)
+    return Corpus(Texts(texts, words), groups, labels, splits, duplicates)
 
 
 def docstrings(settings: config.Data) -> Iterator[Row]:

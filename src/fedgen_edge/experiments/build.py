@@ -17,9 +17,9 @@ from fedgen_edge.algorithms.methods import method
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.data import sources
-from fedgen_edge.data.batches import Budget, Shard, Shards, pack, rows, spaced
+from fedgen_edge.data.batches import Budget, Shard, Shards, rows, spaced
+from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.data.partition import Holding, labelled, partition
-from fedgen_edge.data.sources import Corpus
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import ConfigError, MissingExtraError
@@ -27,11 +27,8 @@ from fedgen_edge.experiments import machine
 from fedgen_edge.jobs import Clients, Personalise, Train
 from fedgen_edge.rounds import Engine, cohort_size, sample
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.language import Language
-from fedgen_edge.tasks.language import build as language
-from fedgen_edge.types import Leaves, ServerState
-
-TASKS = {"language": language}
+from fedgen_edge.tasks.task import TASKS, Learnt
+from fedgen_edge.types import Batch, Leaves, ServerState
 
 
 @dataclass(frozen=True)
@@ -40,7 +37,7 @@ class Experiment:
 
     settings: Settings
     """Resolved: nothing in them is left to the machine."""
-    task: Language
+    task: Learnt
     corpus: Corpus
     holdings: Sequence[Holding]
     clients: Clients
@@ -53,7 +50,7 @@ class Experiment:
     @property
     def has_global(self) -> bool:
         """Whether clients share anything, so that there is a global model to speak of."""
-        return bool(self.algorithm.sends(list(self.task.adapter.shapes())))
+        return bool(self.algorithm.sends(list(self.task.model.adapter.shapes())))
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +67,7 @@ class Experiment:
     def engine(self) -> Engine:
         """The engine of the settings; a method whose leaves cannot be stacked runs serially."""
         settings = self.settings.engine
-        if settings.name == "serial" or not self.task.stackable:
+        if settings.name == "serial" or not self.task.model.stackable:
             return serial
         return stacked(settings.stack or 1)
 
@@ -135,13 +132,14 @@ def build(settings: Settings) -> Experiment:
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     federation, seed = settings.federation, settings.federation.seed
     corpus = labelled(sources.read(settings.data), settings.partition, seed)
+    settings = _named(settings, corpus)
     holdings = partition(corpus, settings.data, settings.partition, federation.clients, seed)
     _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
     task = task_of(settings, device)
     for each in (algorithm, *beside_it):
         _check_method(each, task, settings)
-    if settings.engine.name == "stacked" and not task.stackable:
+    if settings.engine.name == "stacked" and not task.model.stackable:
         raise ConfigError(
             f"engine.name='stacked' cannot carry method.name={settings.method.name!r}, which "
             "trains a whole model for each client: say serial, or auto"
@@ -151,20 +149,33 @@ def build(settings: Settings) -> Experiment:
     return replace(experiment, settings=_resolved(experiment, cohort))
 
 
-def task_of(settings: Settings, device: torch.device) -> Language:
+def _named(settings: Settings, corpus: Corpus) -> Settings:
+    """The settings with the names of the pictures' classes, by which samples are asked for."""
+    if not isinstance(corpus.examples, Images):
+        return settings
+    names = corpus.examples.classes
+    for asked in settings.evaluation.prompts:
+        if asked not in names:
+            raise ConfigError(
+                f"evaluation.prompts={asked!r} is no class of pictures: {', '.join(names)} are"
+            )
+    return replace(settings, data=replace(settings.data, names=names))
+
+
+def task_of(settings: Settings, device: torch.device) -> Learnt:
     """The task of these settings, with the leaves that its method adapts."""
     full = method(settings.method).adapts == "full"
     return TASKS[settings.task](settings, full=full, device=device)
 
 
-def _check_method(algorithm: Algorithm, task: Language, settings: Settings) -> None:
+def _check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None:
     """Refuse now what a method would refuse in its first round."""
     if algorithm.adapts == "full" and settings.adapter.initial:
         raise ConfigError(
             f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
             "trains every weight: leave it out, or merge it into the backbone first"
         )
-    algorithm.sends(list(task.adapter.shapes()))
+    algorithm.sends(list(task.model.adapter.shapes()))
 
 
 def _check_held_out(holdings: Sequence[Holding]) -> None:
@@ -187,21 +198,17 @@ def beside(experiment: Experiment, name: str) -> Experiment:
     settings = replace(experiment.settings, method=replace(experiment.settings.method, name=name))
     algorithm = method(settings.method)
     task, clients = experiment.task, replace(experiment.clients, algorithm=algorithm, memory={})
-    if (algorithm.adapts == "full") == task.stackable:
+    if (algorithm.adapts == "full") == task.model.stackable:
         task = task_of(settings, clients.device)
         clients = replace(clients, task=task)
     return replace(experiment, settings=settings, task=task, clients=clients)
 
 
-def shards(
-    task: Language, corpus: Corpus, holdings: Sequence[Holding], settings: Settings
-) -> Shards:
+def shards(task: Learnt, corpus: Corpus, holdings: Sequence[Holding], settings: Settings) -> Shards:
     """Every client's examples, encoded and packed, one client after the other."""
 
-    def packed(indices: Sequence[int], most: int = 0) -> dict[str, Tensor]:
-        documents = task.encode([corpus.texts[i] for i in indices])
-        counted = [corpus.words[i] for i in indices]
-        return spaced(pack(documents, counted, settings.data.length), most)
+    def packed(indices: Sequence[int], most: int = 0) -> Batch:
+        return spaced(task.examples(corpus, indices), most)
 
     e = settings.evaluation
     return Shards(
@@ -215,8 +222,8 @@ def shards(
 def _resolved(experiment: Experiment, cohort: int) -> Settings:
     """The settings with all that the machine decided written into them."""
     settings, clients = experiment.settings, experiment.clients
-    precision = "bf16" if experiment.task.module.dtype == torch.bfloat16 else "float32"
-    can_stack = settings.engine.name != "serial" and experiment.task.stackable
+    precision = "bf16" if experiment.task.model.dtype == torch.bfloat16 else "float32"
+    can_stack = settings.engine.name != "serial" and experiment.task.model.stackable
     return replace(
         settings,
         backbone=replace(
@@ -249,4 +256,5 @@ def _stack(experiment: Experiment) -> int:
     clients, batch = experiment.clients, experiment.settings.training.batch
     examples = max((shard.train for shard in clients.shards), key=rows)
     adapter = clients.place(experiment.task.init(generator(0)))
-    return machine.stack_size(experiment.task, adapter, clients.place(spaced(examples, batch)))
+    drawn = experiment.task.draw(spaced(examples, batch), generator(0))
+    return machine.stack_size(experiment.task, adapter, clients.place(drawn))

@@ -21,20 +21,19 @@ from fedgen_edge.experiments.summary import (
     RunFiles,
     by_client,
     by_model,
+    judged,
     number,
-    perplexities,
     validation,
 )
 
-REAL = 1.0  # percent of perplexity: both models read the same text, so it is hardly an accident
-FLAT = 0.01  # nats a token, 1 % of perplexity: a run that learns passes it in a round or two
-RELAPSE = 0.05  # nats a token above the best round, 5 % of perplexity: more than rounds jitter
+REAL = 1.0  # percent: both models were tested on the same data, so it is hardly an accident
+FLAT = 0.01  # of the number's logarithm, 1 %: a run that learns passes it in a round or two
+RELAPSE = 0.05  # above the best round, in the same terms, 5 %: more than rounds jitter
 SWING = 0.5  # rises to falls: a curve on its way down gives back far less than half of what it won
 AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
-FEW_TOKENS = 1000  # about four batches of 4 x 64: too few to learn from, enough to overfit
 FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
-LOPSIDED = 0.5  # share of the training tokens: above it, one client outvotes all the others
-FEW_JUDGED = 2000  # a token's loss varies by about 3 nats: 3 / sqrt(2000) is 7 % of perplexity
+LOPSIDED = 0.5  # share of the training data: above it, one client outvotes all the others
+DOUBT = 0.067  # standard error, as a share of the number: above it, rounds cannot be told apart
 
 Severity = Literal["problem", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note", "good")
@@ -67,23 +66,23 @@ def _nothing(run: RunFiles) -> Finding:
 def not_finite(run: RunFiles) -> str | None:
     """A loss is NaN or infinite."""
     losses = [(f"round {row['round']}", row["loss"]) for row in run.rounds]
-    judged = [(f"the validation of round {n}", nats) for n, nats in validation(run.rounds)]
-    tested = [(f"the test of {r['model']} for {r['client']}", r["nats"]) for r in run.evaluation]
-    bad = [where for where, nats in (*losses, *judged, *tested) if not math.isfinite(nats)]
+    judged = [(f"the validation of round {n}", loss) for n, loss in validation(run.rounds)]
+    final = [(f"the test of {r['model']} for {r['client']}", r["total"]) for r in run.evaluation]
+    bad = [where for where, loss in (*losses, *judged, *final) if not math.isfinite(loss)]
     return f"First in {bad[0]}; {len(bad)} numbers in all." if bad else None
 
 
 def diverges(run: RunFiles) -> str | None:
     """Validation ends above where it began."""
     first, _, last = _landmarks(run)
-    return _from_to(first, last) if last[1] - first[1] > RELAPSE else None
+    return _from_to(run, first, last) if last[1] - first[1] > RELAPSE else None
 
 
 def relapses(run: RunFiles) -> str | None:
     """Validation ends above its best round."""
     first, best, last = _landmarks(run)
     past = last[1] - best[1] > RELAPSE >= last[1] - first[1]
-    return _from_to(best, last) if past else None
+    return _from_to(run, best, last) if past else None
 
 
 def swings(run: RunFiles) -> str | None:
@@ -95,7 +94,7 @@ def swings(run: RunFiles) -> str | None:
         return None
     cohort = median(len(row["cohort"]) for row in run.rounds)
     return (
-        f"Perplexity rose in {len(ups)} of {len(moves)} steps, by up to "
+        f"{_named(run)} rose in {len(ups)} of {len(moves)} steps, by up to "
         f"{100 * math.expm1(max(ups)):.1f} %; a cohort is {cohort:g} of {len(run.clients)} clients."
     )
 
@@ -103,15 +102,19 @@ def swings(run: RunFiles) -> str | None:
 def stuck(run: RunFiles) -> str | None:
     """The loss hardly moves, and the test does not say otherwise."""
     losses = [row["loss"] for row in run.rounds]
-    helps = any(row.model == GLOBAL and row.over_backbone > 0 for row in perplexities(run))
-    if len(losses) < 3 or helps or not losses[0] - min(losses) < FLAT:
+    levels = [run.measure.level(loss) for loss in losses]
+    helps = any(row.model == GLOBAL and row.over_backbone > 0 for row in judged(run))
+    if len(losses) < 3 or helps or not levels[0] - min(levels) < FLAT:
         return None
-    return f"Training loss is {losses[0]:.3f} nats a token at first, {min(losses):.3f} at its best."
+    unit = run.measure.unit
+    return f"Training loss is {losses[0]:.3f} {unit} at first, {min(losses):.3f} at its best."
 
 
 def losers(run: RunFiles, model: str, reference: str) -> str | None:
     """One model is worse than another, for some clients."""
-    ours, theirs = (by_client(by_model(run).get(name, {})) for name in (model, reference))
+    ours, theirs = (
+        by_client(run.measure, by_model(run).get(name, {})) for name in (model, reference)
+    )
     lost = {
         c: ours[c] / theirs[c] for c in ours if ours[c] > (1 + REAL / 100) * theirs.get(c, math.inf)
     }
@@ -119,7 +122,8 @@ def losers(run: RunFiles, model: str, reference: str) -> str | None:
         f"{client} ({number(ours[client])} against {number(theirs[client])})"
         for client in sorted(lost, key=lambda c: lost[c], reverse=True)
     ]
-    return f"Test perplexity of {len(told)} of {len(ours)}: {_some(told)}." if told else None
+    said = f"Test {run.measure.name} of {len(told)} of {len(ours)}"
+    return f"{said}: {_some(told)}." if told else None
 
 
 def fallbacks(run: RunFiles) -> str | None:
@@ -143,25 +147,25 @@ def alone_beats_global(run: RunFiles) -> str | None:
     if not (together < -REAL and own > 0):
         return None
     return (
-        f"Mean test perplexity with the global adapter is {-together:.1f} % above local-only's; "
-        f"with personal ones, {own:.1f} % below it."
+        f"Mean test {run.measure.name} with the global adapter is {-together:.1f} % above "
+        f"local-only's; with personal ones, {own:.1f} % below it."
     )
 
 
 def _below_local(run: RunFiles, model: str) -> float:
     """Percent by which a model's mean lies below local-only's; nan without one."""
-    return next((row.over_local for row in perplexities(run) if row.model == model), math.nan)
+    return next((row.over_local for row in judged(run) if row.model == model), math.nan)
 
 
 def too_little_data(run: RunFiles) -> str | None:
     """Some clients can hardly train."""
     steps = {c["client"]: c["steps"] for row in run.rounds for c in row["clients"]}
     poor = [
-        f"{row['client']} ({row['tokens']} tokens)"
+        f"{row['client']} ({row['items']} {run.measure.items})"
         for row in _learners(run)
-        if row["tokens"] < FEW_TOKENS or steps.get(row["client"], FEW_STEPS) < FEW_STEPS
+        if row["items"] < run.measure.few or steps.get(row["client"], FEW_STEPS) < FEW_STEPS
     ]
-    least = f"{FEW_TOKENS} training tokens or {FEW_STEPS} steps a round"
+    least = f"{run.measure.few} training {run.measure.items} or {FEW_STEPS} steps a round"
     return f"{len(poor)} have fewer than {least}: {_some(poor)}." if poor else None
 
 
@@ -194,21 +198,24 @@ def agreement(row: Row) -> Number | None:
 
 def lopsided(run: RunFiles) -> str | None:
     """One client has most of the data."""
-    rows = sorted(_learners(run), key=lambda row: row["tokens"])
-    total = sum(row["tokens"] for row in rows)
-    if len(rows) < 3 or rows[-1]["tokens"] <= LOPSIDED * total:
+    rows = sorted(_learners(run), key=lambda row: row["items"])
+    total, items = sum(row["items"] for row in rows), run.measure.items
+    if len(rows) < 3 or rows[-1]["items"] <= LOPSIDED * total:
         return None
-    return f"{rows[-1]['client']} has {100 * rows[-1]['tokens'] / total:.0f} % of {total} tokens."
+    return f"{rows[-1]['client']} has {100 * rows[-1]['items'] / total:.0f} % of {total} {items}."
 
 
 def noisy_judge(run: RunFiles) -> str | None:
-    """Validation is too short to tell rounds apart."""
-    judged = [row["validation"]["tokens"] for row in run.rounds if row.get("validation")]
-    read = min(judged, default=FEW_JUDGED)
-    if read >= FEW_JUDGED:
+    """Validation is too small to tell rounds apart."""
+    judged = [row["validation"]["count"] for row in run.rounds if row.get("validation")]
+    read, measure = min(judged, default=math.inf), run.measure
+    if measure.spread / math.sqrt(max(1, read)) <= DOUBT:
         return None
-    error = 100 * math.expm1(3 / math.sqrt(max(1, read)))
-    return f"It reads {read:.0f} tokens a round, so its perplexity is known to about {error:.0f} %."
+    error = 100 * math.expm1(measure.spread / math.sqrt(max(1, read)))
+    return (
+        f"It reads {read:.0f} {measure.items} a round, so its {measure.name} is known to about "
+        f"{error:.0f} %."
+    )
 
 
 def never_drawn(run: RunFiles) -> str | None:
@@ -240,7 +247,7 @@ SIGNATURES: tuple[Signature, ...] = (
      "(adapter.target_modules=all-linear)."),
     ("warning", "The global adapter is worse than the backbone for some clients",
      partial(losers, model=GLOBAL, reference=BACKBONE),
-     "Their text is unlike the others': give them personal adapters ([personal.epochs]), or "
+     "Their data are unlike the others': give them personal adapters ([personal.epochs]), or "
      "federate them apart."),
     ("warning", "Personal tuning makes some clients worse",
      partial(losers, model=PERSONAL, reference=GLOBAL),
@@ -261,7 +268,7 @@ SIGNATURES: tuple[Signature, ...] = (
      "adapter (method.name=fedprox)."),
     ("note", "One client outweighs all others", lopsided,
      "It steers the mean: read the worst client's numbers, and cap a round with training.steps."),
-    ("note", "Validation reads little text", noisy_judge,
+    ("note", "Validation reads little", noisy_judge,
      "Do not trust small steps; raise [evaluation.blocks] (0 is all) or [data.validation]."),
     ("note", "Some clients were never drawn", never_drawn,
      "Raise [federation.rounds] or the cohort (federation.cohort)."),
@@ -277,18 +284,24 @@ def _with_values(advice: str, run: RunFiles) -> str:
 
 
 def _curve(run: RunFiles) -> list[tuple[int, Number]]:
-    return [point for point in validation(run.rounds) if math.isfinite(point[1])]
+    points = [(at, run.measure.level(loss)) for at, loss in validation(run.rounds)]
+    return [point for point in points if math.isfinite(point[1])]
 
 
 def _landmarks(run: RunFiles) -> tuple[tuple[int, Number], ...]:
-    """The first, the best and the last validation: round and nats a token."""
+    """The first, the best and the last validation: round, and the number's logarithm."""
     curve = _curve(run) or [(0, 0.0)]
     return curve[0], min(curve, key=lambda point: point[1]), curve[-1]
 
 
-def _from_to(start: tuple[int, Number], end: tuple[int, Number]) -> str:
-    told = [f"{number(math.exp(min(nats, 700)))} in round {r}" for r, nats in (start, end)]
-    return f"Validation perplexity is {told[0]} and {told[1]}."
+def _from_to(run: RunFiles, start: tuple[int, Number], end: tuple[int, Number]) -> str:
+    told = [f"{number(math.exp(min(level, 700)))} in round {r}" for r, level in (start, end)]
+    return f"Validation {run.measure.name} is {told[0]} and {told[1]}."
+
+
+def _named(run: RunFiles) -> str:
+    name = run.measure.name
+    return name[0].upper() + name[1:]
 
 
 def _learners(run: RunFiles) -> Sequence[Row]:

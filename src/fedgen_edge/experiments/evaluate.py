@@ -1,4 +1,4 @@
-"""Held-out text, model by model and client by client, as sums that add up."""
+"""Held-out data, model by model and client by client, as sums that add up."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -11,7 +11,7 @@ Sums = dict[str, float]
 
 
 def sums(experiment: Experiment, adapter: Leaves, examples: Batch) -> Sums:
-    """Nats, tokens and words of one client's examples under one adapter."""
+    """A task's statistics of one client's examples under one adapter."""
     clients = experiment.clients
     found = experiment.task.evaluate(clients.place(adapter), clients.place(examples))
     return {k: float(v) for k, v in found.items()}
@@ -20,20 +20,21 @@ def sums(experiment: Experiment, adapter: Leaves, examples: Batch) -> Sums:
 def validation(
     experiment: Experiment, state: ServerState, memory: Mapping[int, Leaves]
 ) -> dict[str, Any]:
-    """Every training client's validation text under its own model, after a round."""
+    """Every training client's validation data under its own model, after a round."""
     able = len(experiment.holdings) - experiment.settings.federation.newcomers
     each = {
         shard.name: sums(experiment, experiment.own(state, memory.get(c, {})), shard.validation)
         for c, shard in enumerate(experiment.clients.shards[:able])
     }
-    total = {k: sum(s[k] for s in each.values()) for k in ("nats", "tokens", "words")}
-    return {**total, "clients": {name: s["nats"] / s["tokens"] for name, s in each.items()}}
+    names = dict.fromkeys(k for own in each.values() for k in own)
+    total = {k: sum(own[k] for own in each.values()) for k in names}
+    return {**total, "clients": {name: s["total"] / s["count"] for name, s in each.items()}}
 
 
 def test(
     experiment: Experiment, name: str, state: ServerState, memory: Mapping[int, Leaves]
 ) -> Iterator[dict[str, Any]]:
-    """Every client's test text under what a method left it."""
+    """Every client's test data under what a method left it."""
     for c, shard in enumerate(experiment.clients.shards):
         began = time.perf_counter()
         found = sums(experiment, experiment.own(state, memory.get(c, {})), shard.test)

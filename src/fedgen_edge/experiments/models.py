@@ -12,7 +12,7 @@ from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import machine, records, summary
 from fedgen_edge.experiments.build import Experiment, build, task_of
 from fedgen_edge.experiments.provenance import data_digest, origin
-from fedgen_edge.tasks.language import Language
+from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, ServerState
 
 
@@ -24,12 +24,12 @@ def reopen(run: Path) -> Experiment:
     """
     settings, told = _began(run)
     experiment = build(settings)
-    _unchanged(run, told, "backbone.sha256", experiment.task.loaded.sha256)
+    _unchanged(run, told, "backbone.sha256", experiment.task.model.sha256)
     _unchanged(run, told, "data_sha256", data_digest(experiment))
     return experiment
 
 
-def serve(run: Path, precision: Literal["float32"] | None = None) -> Language:
+def serve(run: Path, precision: Literal["float32"] | None = None) -> Learnt:
     """A run's task on the same backbone: all that its models need, wherever its data are.
 
     Args:
@@ -43,7 +43,7 @@ def serve(run: Path, precision: Literal["float32"] | None = None) -> Language:
     backbone = replace(settings.backbone, precision=precision or settings.backbone.precision)
     fresh = replace(settings, backbone=backbone, adapter=replace(settings.adapter, initial=None))
     task = task_of(fresh, machine.device("auto"))
-    _unchanged(run, told, "backbone.sha256", task.loaded.sha256)
+    _unchanged(run, told, "backbone.sha256", task.model.sha256)
     return task
 
 
@@ -105,7 +105,7 @@ def save(
 ) -> None:
     """Write one adapter, with where it came from beside it."""
     beside_it = origin(experiment, state, client)
-    experiment.task.save(target, adapter, experiment.settings, beside_it)
+    experiment.task.model.save(target, adapter, experiment.settings, beside_it)
 
 
 def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Path]:
@@ -123,9 +123,9 @@ def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Pat
     _began(run)
     if merge:
         found, task = folder_of(run, client), serve(run, "float32")
-        adapter = task.load(found)
+        adapter = task.model.load(found)
         records.claim(out)
-        task.merged(out, adapter)
+        task.model.merged(out, adapter)
         return [out]
     sources = folders(run, [client] if client else ()).values()
     records.claim(out)

@@ -28,7 +28,6 @@ from fedgen_edge.experiments.summary import (
     RunFiles,
     by_model,
     per_client,
-    perplexity,
     printable,
     size,
     validation,
@@ -88,21 +87,22 @@ def overlay(groups: Mapping[str, Sequence[RunFiles]]) -> dict[str, str]:
     with mpl.rc_context(STYLE):
         figure, axes = _figure()
         for colour, (label, runs) in zip(cycle(SERIES), groups.items(), strict=False):
-            curves = [dict(_quality(run.rounds)) for run in runs]
+            curves = [dict(_quality(run, run.rounds)) for run in runs]
             shared = sorted(set.intersection(*map(set, curves)))
             values = [[curve[r] for curve in curves] for r in shared]
             _line(axes, [(r, fmean(v)) for r, v in zip(shared, values, strict=True)], label, colour)
             _band(axes, shared, values, colour)
-        drawn = _finished(figure, axes, "round", "validation perplexity", columns=1)
+        name = next(iter(groups.values()))[0].measure.name
+        drawn = _finished(figure, axes, "round", f"validation {name}", columns=1)
         return {"comparison": _svg(drawn, "comparison")} if drawn else {}
 
 
 def validation_curves(run: RunFiles) -> Figure | None:
-    """Validation perplexity after each round, baselines beside it."""
+    """Validation after each round, baselines beside it."""
     figure, axes = _figure()
     for label, colour, rounds in _methods(run):
-        _line(axes, _quality(rounds), label, colour)
-    return _finished(figure, axes, "round", "validation perplexity")
+        _line(axes, _quality(run, rounds), label, colour)
+    return _finished(figure, axes, "round", f"validation {run.measure.name}")
 
 
 def training_curves(run: RunFiles) -> Figure | None:
@@ -113,55 +113,55 @@ def training_curves(run: RunFiles) -> Figure | None:
     whole = [row for row in run.rounds if row["clients"]]
     losses = [[c["loss"] for c in row["clients"]] for row in whole]
     _band(axes, [row["round"] for row in whole], losses, COLOURS[GLOBAL])
-    return _finished(figure, axes, "round", "training loss, nats a token")
+    return _finished(figure, axes, "round", f"training loss, {run.measure.unit}")
 
 
 def quality_for_bytes(run: RunFiles) -> Figure | None:
-    """Validation perplexity against all that clients have sent by then."""
+    """Validation against all that clients have sent by then."""
     figure, axes = _figure()
     for label, colour, rounds in _methods(run):
         numbers, each = [row["round"] for row in rounds], [row["bytes_up"] for row in rounds]
         sent = dict(zip(numbers, accumulate(each), strict=True))
-        points = [(sent[r], value) for r, value in _quality(rounds)]
+        points = [(sent[r], value) for r, value in _quality(run, rounds)]
         if points and not points[-1][0]:
             axes.axhline(points[-1][1], color=colour, ls="--", label=f"{label} (sends nothing)")
         else:
             _line(axes, points, label, colour)
-    drawn = _finished(figure, axes, "sent by all clients so far", "validation perplexity")
+    held = f"validation {run.measure.name}"
+    drawn = _finished(figure, axes, "sent by all clients so far", held)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     return drawn
 
 
 def client_gains(run: RunFiles) -> Figure | None:
-    """Test perplexity of each model on each client's text, the worst client on top."""
-    rows = [row for row in per_client(run) if any(map(math.isfinite, row.perplexity.values()))]
-    rows = _spread(sorted(rows, key=lambda row: min(row.perplexity.values())))
+    """Each model on each client's test data, the worst client on top."""
+    rows = [row for row in per_client(run) if any(map(math.isfinite, row.tested.values()))]
+    rows = _spread(sorted(rows, key=lambda row: min(row.tested.values())))
     figure, axes = _figure(len(rows))
     for y, row in enumerate(rows):
-        ends = min(row.perplexity.values()), max(row.perplexity.values())
+        ends = min(row.tested.values()), max(row.tested.values())
         axes.plot(ends, (y, y), color=INK, alpha=0.25, linewidth=1)
     for model, colour in _colours(by_model(run)).items():
-        found = [
-            (y, row.perplexity[model]) for y, row in enumerate(rows) if model in row.perplexity
-        ]
+        found = [(y, row.tested[model]) for y, row in enumerate(rows) if model in row.tested]
         heights, values = [y for y, _ in found], [value for _, value in found]
         mark = MARKS.get(model, "v")
         axes.plot(values, heights, mark, color=colour, markersize=6.5, label=model)
     _label(axes, [_name(row.client, row.newcomer) for row in rows])
-    return _finished(figure, axes, "test perplexity", "", columns=4)
+    return _finished(figure, axes, f"test {run.measure.name}", "", columns=4)
 
 
 def who_holds_what(run: RunFiles) -> Figure | None:
-    """Training examples of each client by label, or its tokens where labels say nothing."""
+    """Training examples of each client by label, or its items where labels say nothing."""
     rows = _spread(sorted(run.clients, key=lambda row: row["train"]))
-    held = _held(rows)
+    items = f"training {run.measure.items}"
+    held = _held(rows, items)
     figure, axes = _figure(len(rows))
     left: list[Number] = [0.0] * len(rows)
     for colour, (kind, widths) in zip((*SERIES, COLOURS[BACKBONE]), held.items(), strict=False):
         axes.barh(range(len(rows)), widths, 0.7, left, color=colour, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     _label(axes, [_name(row["client"], row.get("newcomer", False)) for row in rows])
-    return _finished(figure, axes, "training examples" if len(held) > 1 else "training tokens", "")
+    return _finished(figure, axes, "training examples" if len(held) > 1 else items, "")
 
 
 PICTURES: dict[str, Draw] = {
@@ -173,10 +173,10 @@ PICTURES: dict[str, Draw] = {
 }
 
 
-def _held(rows: Sequence[Row]) -> dict[str, list[Number]]:
+def _held(rows: Sequence[Row], items: str) -> dict[str, list[Number]]:
     labels = [row.get("labels") or {} for row in rows]
     if all(len(each) < 2 for each in labels):
-        return {"training tokens": [row["tokens"] for row in rows]}
+        return {items: [row["items"] for row in rows]}
     total = sum(map(Counter, labels), Counter())
     top = [label for label, _ in total.most_common(len(SERIES))]
     rest: list[Number] = [
@@ -200,8 +200,8 @@ def _colours(models: Iterable[str]) -> dict[str, str]:
     return {model: COLOURS.get(model) or next(others) for model in models}
 
 
-def _quality(rounds: Sequence[Row]) -> list[Point]:
-    return [(r, perplexity(nats, 1)) for r, nats in validation(rounds)]
+def _quality(run: RunFiles, rounds: Sequence[Row]) -> list[Point]:
+    return [(r, run.measure.shown(loss, 1)) for r, loss in validation(rounds)]
 
 
 def _figure(rows: int | None = None) -> tuple[Figure, Axes]:

@@ -1,4 +1,4 @@
-"""A run, followed on the terminal: a bar, the time left, loss, perplexity and bytes."""
+"""A run, followed on the terminal: a bar, the time left, loss, held-out quality and bytes."""
 
 from collections.abc import Iterable
 
@@ -7,7 +7,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.run import Event
-from fedgen_edge.experiments.summary import perplexity, printable
+from fedgen_edge.experiments.summary import number, printable
+from fedgen_edge.measure import Measure
 
 
 def follow(events: Iterable[Event], experiment: Experiment) -> None:
@@ -29,31 +30,32 @@ def follow(events: Iterable[Event], experiment: Experiment) -> None:
             "federation", total=experiment.settings.federation.rounds, said=""
         )
         tasks["federation"] = first
+        measure = experiment.task.measure
         for event in events:
             if "refused" in event.line:
                 console.print(f"refused {event.line['refused']}; going on from the last good one")
                 continue
             if event.stage not in tasks:
                 tasks[event.stage] = progress.add_task(event.stage, total=event.total, said="")
-            progress.update(
-                tasks[event.stage], completed=event.done, total=event.total, said=told(event)
-            )
+            said = told(event, measure)
+            progress.update(tasks[event.stage], completed=event.done, total=event.total, said=said)
             if not console.is_terminal:
-                console.print(f"{event.stage} {event.done}/{event.total} {told(event)}")
+                console.print(f"{event.stage} {event.done}/{event.total} {said}")
 
 
-def told(event: Event) -> str:
+def told(event: Event, measure: Measure) -> str:
     """One event in a few words."""
     line = event.line
     if event.stage == "personal":
-        start, best = (perplexity(line["validation"][at], 1) for at in (0, line["chosen"]))
-        return f"{printable(line['client'])} {start:.1f} -> {best:.1f}"
+        judged = (line["validation"][at] for at in (0, line["chosen"]))
+        start, best = (number(measure.shown(loss, 1)) for loss in judged)
+        return f"{printable(line['client'])} {start} -> {best}"
     if "loss" not in line:
         return ""
     said = f"loss {line['loss']:.3f}"
     if line["validation"]:
         held = line["validation"]
-        said += f", perplexity {perplexity(held['nats'], held['tokens']):.1f}"
+        said += f", {measure.name} {number(measure.shown(held['total'], held['count']))}"
     return f"{said}, {line['bytes_up'] / 1e6:.1f} MB up"
 
 

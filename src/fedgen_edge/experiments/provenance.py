@@ -16,7 +16,7 @@ from fedgen_edge.uplink.transform import length
 
 
 def holdings(experiment: Experiment) -> list[dict[str, Any]]:
-    """Who holds what: examples of each split, training tokens, training examples of each label."""
+    """Who holds what: examples of each split, training items, training examples of each label."""
     labels = experiment.corpus.labels or ()
     able = len(experiment.holdings) - experiment.settings.federation.newcomers
     return [
@@ -25,7 +25,7 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
             "train": len(own.train),
             "validation": len(own.validation),
             "test": len(own.test),
-            "tokens": int(shard.train["mask"].sum()),
+            "items": int(shard.train["mask"].sum()),
             "newcomer": c >= able,
             "labels": dict(Counter(labels[i] for i in own.train)) if labels else {},
         }
@@ -38,35 +38,35 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
 def provenance(experiment: Experiment) -> dict[str, Any]:
     """Versions, hardware, backbone, and the sizes of what can be sent."""
     task, settings = experiment.task, experiment.settings
-    adapter = task.adapter.shapes()
+    adapter = task.model.adapter.shapes()
     return {
         "version": version("fedgen-edge"),
         "torch": torch.__version__,
         "hardware": hardware(experiment.clients.device),
         "backbone": {
-            "path": str(task.loaded.folder),
-            "sha256": task.loaded.sha256,
-            "parameters": sum(math.prod(s) for s in task.shapes().values()),
+            "path": str(task.model.folder),
+            "sha256": task.model.sha256,
+            "parameters": sum(math.prod(s) for s in task.model.shapes().values()),
         },
         "adapter_parameters": sum(math.prod(s) for s in adapter.values()),
         "adapter_bytes": length(adapter),
-        "full_bytes": length(task.shapes()),
+        "full_bytes": length(task.model.shapes()),
         "data_sha256": data_digest(experiment),
         "duplicates": experiment.corpus.duplicates,
         "precision": settings.backbone.precision,
         "device": settings.engine.device,
         "threads": settings.engine.threads,
         "stack": settings.engine.stack,
-        "perplexity_is": "token",
+        "measure": list(task.measure),
         "finished": False,
     }
 
 
 def data_digest(experiment: Experiment) -> str:
-    """SHA-256 of who holds which text for what: a resumed run must find the same."""
-    found, texts = hashlib.sha256(), experiment.corpus.texts
+    """SHA-256 of who holds which examples for what: a resumed run must find the same."""
+    found, examples = hashlib.sha256(), experiment.corpus.examples
     for own in experiment.holdings:
-        parts = ([texts[i] for i in part] for part in (own.train, own.validation, own.test))
+        parts = (examples.digest(part) for part in (own.train, own.validation, own.test))
         found.update(json.dumps([own.name, *parts]).encode())
     return found.hexdigest()
 
@@ -75,8 +75,8 @@ def origin(experiment: Experiment, state: ServerState, client: str) -> dict[str,
     """What stands beside an adapter."""
     task, settings = experiment.task, experiment.settings
     return {
-        "backbone": str(task.loaded.folder),
-        "backbone_sha256": task.loaded.sha256,
+        "backbone": str(task.model.folder),
+        "backbone_sha256": task.model.sha256,
         "method": settings.method.name,
         "round": state.round,
         "seed": settings.federation.seed,

@@ -125,5 +125,5 @@ class Board:
         self.writer.add_scalar("bytes/up", line["bytes_up"], at)
         if line["validation"]:
             held = line["validation"]
-            self.writer.add_scalar("validation/loss", held["nats"] / held["tokens"], at)
+            self.writer.add_scalar("validation/loss", held["total"] / held["count"], at)
         self.writer.flush()

@@ -1,5 +1,6 @@
 """One page for a run, or several side by side: tables, pictures, samples; no script, no request."""
 
+import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedgen_edge import files
+from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots, summary
 from fedgen_edge.experiments.diagnose import diagnose
 from fedgen_edge.experiments.summary import (
@@ -42,9 +44,9 @@ CALLED = {
 PAIRS = ((GLOBAL, BACKBONE), (GLOBAL, LOCAL), (PERSONAL, BACKBONE), (PERSONAL, LOCAL))
 """Differences that a comparison reports: a model, less a reference."""
 CAPTIONS = {
-    "validation": ("Learning", "Validation perplexity after each round."),
-    "clients": ("Every client", "Test perplexity on each client's own text; left is better."),
-    "bytes": ("Quality for bytes", "Validation perplexity against what clients have sent."),
+    "validation": ("Learning", "Validation {name} after each round."),
+    "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
+    "bytes": ("Quality for bytes", "Validation {name} against what clients have sent."),
     "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
     "data": ("Who holds what", "Training data of each client."),
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
@@ -72,9 +74,12 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     """Write the page of one run (and its RUN/plots/*.svg), or of several, compared.
 
     Raises:
-        CheckpointError: a run's folder is missing, incomplete or altered.
+        CheckpointError: a run's folder is missing, incomplete or altered, or their tasks differ.
     """
     found = [summary.read(folder) for folder in runs]
+    if len(names := {run.measure.name: run.folder for run in found}) > 1:
+        told = " and ".join(f"{folder} by {name}" for name, folder in names.items())
+        raise CheckpointError(f"runs of different tasks cannot be compared: {told}")
     page = compared(found) if len(found) > 1 else single(found[0])
     if len(found) == 1:
         for name, svg in page["pictures"].items():
@@ -109,7 +114,9 @@ def single(run: RunFiles) -> dict[str, Any]:
         "kind": "run",
         "title": run.folder.resolve().name,
         "headline": headline(run),
-        "models": summary.perplexities(run),
+        "measure": run.measure,
+        "models": (models := summary.judged(run)),
+        "by_word": any(not math.isnan(row.word) for row in models),
         "clients": summary.per_client(run),
         "uplink": summary.uplink(run),
         "adapter_bytes": run.facts.get("adapter_bytes", 0),
@@ -124,11 +131,11 @@ def single(run: RunFiles) -> dict[str, Any]:
 
 def headline(run: RunFiles) -> str:
     """The run in a few short sentences."""
-    sent, new = summary.uplink(run), summary.perplexities(run, newcomers=True)
+    sent, new = summary.uplink(run), summary.judged(run, newcomers=True)
     method = run.settings.get("method.name", "training")
     text = f"{len(run.clients)} clients, {len(run.rounds)} rounds of {method}."
-    if told := _means(summary.perplexities(run)):
-        text += f" Mean perplexity on held-out text: {told}."
+    if told := _means(summary.judged(run)):
+        text += f" Mean {run.measure.name} on held-out {run.measure.material}: {told}."
     if new:
         text += f" For the {new[0].clients} who never trained: {_means(new)}."
     if not math.isnan(sent.saving):
@@ -144,8 +151,8 @@ def _means(rows: Sequence[ModelRow]) -> str:
 
 
 def samples(run: RunFiles) -> list[dict[str, Any]]:
-    """Continuations side by side: for each client and prompt, one text a model."""
-    texts = {(r["model"], r["client"], r["prompt"]): r["text"] for r in run.samples}
+    """Samples side by side: for each client and prompt, one text or picture a model."""
+    texts = {(r["model"], r["client"], r["prompt"]): _shown(run, r) for r in run.samples}
     models = list(dict.fromkeys(model for model, _, _ in texts))
     asked = list(dict.fromkeys((client, prompt) for _, client, prompt in texts))
     of_clients = [(client, prompt) for client, prompt in asked if client]
@@ -154,7 +161,7 @@ def samples(run: RunFiles) -> list[dict[str, Any]]:
             "client": client,
             "prompt": prompt,
             "texts": [
-                (m, texts.get((m, client, prompt), texts.get((m, None, prompt), "")))
+                (m, texts.get((m, client, prompt), texts.get((m, None, prompt), {})))
                 for m in models
             ],
         }
@@ -162,13 +169,24 @@ def samples(run: RunFiles) -> list[dict[str, Any]]:
     ]
 
 
+def _shown(run: RunFiles, row: Mapping[str, Any]) -> dict[str, str]:
+    """A sample as the page has it: its text, or its picture as a `data:` address."""
+    if "picture" not in row:
+        return {"text": row.get("text", "")}
+    try:
+        content = (run.folder / row["picture"]).read_bytes()
+    except OSError:
+        raise CheckpointError(f"{run.folder / row['picture']} is missing: run again") from None
+    return {"picture": f"data:image/png;base64,{base64.b64encode(content).decode()}"}
+
+
 def provenance(run: RunFiles) -> list[tuple[str, str]]:
     """Where the run's numbers come from: versions, machine, scale, seed, seconds."""
     facts = dict(summary.dotted(run.facts))
     known = [(label, facts[key]) for label, key in PROVENANCE.items() if key in facts]
     spent = [(f"Seconds, {k[8:]}", v) for k, v in facts.items() if k.startswith("seconds.")]
-    tokens = sum(row["tokens"] for row in run.clients)
-    scale = [("Training tokens", tokens), ("Seed", run.settings.get(SEED, "?"))]
+    items = sum(row["items"] for row in run.clients)
+    scale = [(f"Training {run.measure.items}", items), ("Seed", run.settings.get(SEED, "?"))]
     return [
         (label, f"{round(value, 1):,}" if isinstance(value, int | float) else str(value))
         for label, value in (*known, *scale, *spent)
@@ -176,15 +194,16 @@ def provenance(run: RunFiles) -> list[tuple[str, str]]:
 
 
 def table_for_terminal(run: RunFiles) -> Table:
-    """Test perplexity in at most 80 columns: clients, mean and worst by model."""
-    rows, models = summary.per_client(run), summary.perplexities(run)
-    table = Table(title="Test perplexity (lower is better)", box=SIMPLE_HEAD, pad_edge=False)
+    """The test in at most 80 columns: clients, mean and worst by model."""
+    rows, models = summary.per_client(run), summary.judged(run)
+    title = f"Test {run.measure.name} (lower is better)"
+    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("client", no_wrap=True, max_width=20)
     for row in models:
         table.add_column(Text(row.model), justify="right", no_wrap=True)
     for row in rows:
         name = Text(summary.printable(row.client) + " (new)" * row.newcomer)
-        table.add_row(name, *_best([row.perplexity.get(m.model, math.nan) for m in models]))
+        table.add_row(name, *_best([row.tested.get(m.model, math.nan) for m in models]))
     if models:
         count = models[0].clients
         table.add_section()
@@ -239,6 +258,7 @@ def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "kind": "comparison",
         "title": f"{len(runs)} runs compared",
         "headline": f"Settings compared: {len(groups)}. {_lowest(rows, models)}",
+        "measure": runs[0].measure,
         "differ": differ,
         "apart": apart,
         "models": models,
@@ -257,11 +277,11 @@ def _lowest(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
         if cell
     ]
     mean, model, label = min(means, default=(math.nan, "", ""))
-    return f"Lowest mean test perplexity: {number(mean)} ({model}, {label})." if means else ""
+    return f"Lowest mean: {number(mean)} ({model}, {label})." if means else ""
 
 
 def _group_row(group: Group, first: Group, models: Sequence[str]) -> dict[str, Any]:
-    means = [{row.model: row.mean for row in summary.perplexities(run)} for run in group.runs]
+    means = [{row.model: row.mean for row in summary.judged(run)} for run in group.runs]
     sent = [summary.uplink(run) for run in group.runs]
     return {
         "label": group.label,
@@ -277,7 +297,7 @@ def _group_row(group: Group, first: Group, models: Sequence[str]) -> dict[str, A
 
 def _gap(run: RunFiles, other: RunFiles, model: str, reference: str) -> float:
     ours, theirs = summary.shared(run), summary.shared(other)
-    return summary.difference(ours.get(model, {}), theirs.get(reference, {}))
+    return summary.difference(run.measure, ours.get(model, {}), theirs.get(reference, {}))
 
 
 def _against(group: Group, first: Group, model: str) -> list[float]:

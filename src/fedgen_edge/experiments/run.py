@@ -21,6 +21,7 @@ from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
 from fedgen_edge.jobs import Tuned
 from fedgen_edge.rounds import mean_loss, rounds
+from fedgen_edge.tasks.pictures import png
 from fedgen_edge.types import Commit, Leaves, Order, ServerState
 
 CHUNK = 64
@@ -255,7 +256,7 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     if target.exists():
         return
     state, memory = last(run)
-    untouched = ServerState(0, experiment.task.backbone())
+    untouched = ServerState(0, experiment.task.model.backbone())
     found = list(test(experiment, "backbone", untouched, {}))
     if experiment.has_global:
         found += list(test(experiment, "global", state, memory))
@@ -267,21 +268,26 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
 
 
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
-    """Continue the prompts before and after."""
-    settings = experiment.settings.evaluation
+    """What each model makes of the prompts, before and after."""
+    settings, task = experiment.settings, experiment.task
     target = run / "samples.jsonl"
-    if target.exists() or not settings.sample_tokens:
+    if target.exists():
         return
     shared = [("global", None)] if experiment.has_global else []
     models = [("backbone", None), *shared, *_shown(experiment)]
     found = []
     for done, (model, client) in enumerate(models):
-        task = experiment.task
-        adapter = task.backbone() if model == "backbone" else task.load(folder_of(run, client))
-        for prompt in settings.prompts:
-            seed = experiment.settings.federation.seed
-            text = task.generate(adapter, prompt, settings.sample_tokens, seed)
-            found.append({"model": model, "client": client, "prompt": prompt, "text": text})
+        own = task.model
+        adapter = own.backbone() if model == "backbone" else own.load(folder_of(run, client))
+        asked = task.samples(adapter, settings.evaluation, settings.federation.seed)
+        for number, sample in enumerate(asked):
+            row = {"model": model, "client": client, "prompt": sample.prompt}
+            if sample.picture is None:
+                row["text"] = sample.text
+            else:
+                row["picture"] = f"samples/{done}-{number}.png"
+                files.write(run / row["picture"], png(sample.picture))
+            found.append(row)
         yield Event("samples", done + 1, len(models), {})
     records.write_lines(target, found)
 

@@ -10,19 +10,19 @@ from statistics import fmean, stdev
 from typing import Any
 
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.measure import Measure, Number
 
 Row = dict[str, Any]
 """One line of a run's file."""
-Number = int | float
 
 BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
 
 NEEDS = {
-    "clients.json": ("client", "train", "tokens"),
+    "clients.json": ("client", "train", "items"),
     "rounds.jsonl": ("round", "cohort", "loss", "bytes_up", "bytes_down", "clients"),
     "personal.jsonl": ("client", "validation", "chosen"),
-    "evaluation.jsonl": ("model", "client", "nats", "tokens", "words"),
-    "samples.jsonl": ("model", "client", "prompt", "text"),
+    "evaluation.jsonl": ("model", "client", "total", "count"),
+    "samples.jsonl": ("model", "client", "prompt"),
 }
 """What every line of a file must have."""
 
@@ -41,6 +41,8 @@ class RunFiles:
     """By dotted name."""
     facts: Row
     """run.json: what was resolved, and measured once."""
+    measure: Measure
+    """What its models are judged by."""
     clients: list[Row]
     rounds: list[Row]
     baselines: dict[str, list[Row]]
@@ -52,20 +54,20 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """Test perplexity of one model; nan where there is nothing to say."""
+    """One model on the test data, by the run's measure; nan where there is nothing to say."""
 
     model: str
     clients: int
     mean: float
-    """Mean of the clients' perplexities."""
+    """Of the clients' numbers."""
     pooled: float
-    """exp of all nats over all tokens."""
+    """All clients' items as one."""
     worst: float
     worst_client: str
     worst_decile: float
     """Mean over the tenth of the clients that fare worst (at least one)."""
     word: float
-    """exp of all nats over all words: compares across tokenizers."""
+    """The same over words, where there are any: compares across tokenizers."""
     over_backbone: float
     """Percent by which the mean lies below the backbone's."""
     over_local: float
@@ -74,13 +76,13 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client: what it has, and the test perplexity of each model on its text."""
+    """One client: what it has, and each model's number on its test data."""
 
     client: str
     train: int
-    tokens: int
+    items: int
     newcomer: bool
-    perplexity: dict[str, float]
+    tested: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def read(folder: Path) -> RunFiles:
     return RunFiles(
         folder=folder,
         settings=dict(dotted(_parsed(folder / "settings.toml", tomllib.loads))),
-        facts=_facts(folder / "run.json"),
+        facts=(facts := _facts(folder / "run.json")),
+        measure=Measure(*facts["measure"]),
         clients=_clients(folder / "clients.json"),
         rounds=_lines(folder / "rounds.jsonl"),
         baselines={path.parent.name: _lines(path) for path in baselines},
@@ -134,6 +137,8 @@ def _facts(path: Path) -> Row:
     found = _parsed(path, json.loads)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is cut short or altered: it holds no object")
+    if len(found.get("measure", ())) != len(Measure._fields):
+        raise CheckpointError(f"{path} names no measure: another version of fedgen-edge wrote it")
     return found
 
 
@@ -173,13 +178,6 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def perplexity(nats: Number, count: Number) -> float:
-    """exp(nats / count); nan of nothing, infinite beyond what a float holds."""
-    if count <= 0:
-        return math.nan
-    return math.inf if nats / count > 700 else math.exp(nats / count)
-
-
 def by_model(run: RunFiles) -> dict[str, dict[str, Row]]:
     """Evaluation rows by model and client: the backbone first, the run's own models last."""
     found: dict[str, dict[str, Row]] = {}
@@ -189,9 +187,9 @@ def by_model(run: RunFiles) -> dict[str, dict[str, Row]]:
     return {model: found[model] for model in sorted(found, key=lambda m: rank.get(m, 1))}
 
 
-def by_client(rows: Mapping[str, Row]) -> dict[str, float]:
-    """Perplexity of each client."""
-    return {client: perplexity(row["nats"], row["tokens"]) for client, row in rows.items()}
+def by_client(measure: Measure, rows: Mapping[str, Row]) -> dict[str, float]:
+    """Each client's number."""
+    return {client: measure.shown(row["total"], row["count"]) for client, row in rows.items()}
 
 
 def shared(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
@@ -208,54 +206,54 @@ def shared(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
     return {model: {c: rows[c] for c in both} for model, rows in models.items()} if both else {}
 
 
-def perplexities(run: RunFiles, newcomers: bool = False) -> list[ModelRow]:
-    """Test perplexity, a row a model, over the same clients: those of `shared`."""
+def judged(run: RunFiles, newcomers: bool = False) -> list[ModelRow]:
+    """The test, a row a model, over the same clients: those of `shared`."""
     fair = shared(run, newcomers)
-    return [_model_row(model, fair) for model in fair]
+    return [_model_row(run.measure, model, fair) for model in fair]
 
 
-def _model_row(model: str, fair: Mapping[str, Mapping[str, Row]]) -> ModelRow:
+def _model_row(measure: Measure, model: str, fair: Mapping[str, Mapping[str, Row]]) -> ModelRow:
     rows = fair[model]
-    each = by_client(rows)
+    each = by_client(measure, rows)
     worst = sorted(each, key=lambda c: math.inf if math.isnan(each[c]) else each[c], reverse=True)
-    nats = sum(row["nats"] for row in rows.values())
+    total = sum(row["total"] for row in rows.values())
     return ModelRow(
         model=model,
         clients=len(each),
         mean=fmean(each.values()),
-        pooled=perplexity(nats, sum(row["tokens"] for row in rows.values())),
+        pooled=measure.shown(total, sum(row["count"] for row in rows.values())),
         worst=each[worst[0]],
         worst_client=worst[0],
         worst_decile=fmean(each[client] for client in worst[: math.ceil(len(worst) / 10)]),
-        word=perplexity(nats, sum(row["words"] for row in rows.values())),
-        over_backbone=gain(rows, fair.get(BACKBONE, {})),
-        over_local=gain(rows, fair.get(LOCAL, {})),
+        word=measure.shown(total, sum(row.get("words", 0) for row in rows.values())),
+        over_backbone=gain(measure, rows, fair.get(BACKBONE, {})),
+        over_local=gain(measure, rows, fair.get(LOCAL, {})),
     )
 
 
-def difference(rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
-    """Mean perplexity less the reference's, over the clients that both have; nan if none."""
-    ours, theirs = by_client(rows), by_client(reference)
+def difference(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
+    """Mean number less the reference's, over the clients that both have; nan if none."""
+    ours, theirs = by_client(measure, rows), by_client(measure, reference)
     common = [client for client in ours if client in theirs]
     return fmean(ours[c] - theirs[c] for c in common) if common else math.nan
 
 
-def gain(rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
-    """Percent by which mean perplexity falls below the reference's; nan without one."""
-    theirs = [value for client, value in by_client(reference).items() if client in rows]
+def gain(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
+    """Percent by which the mean number falls below the reference's; nan without one."""
+    theirs = [v for client, v in by_client(measure, reference).items() if client in rows]
     if rows is reference or not theirs:
         return math.nan
-    return -100 * difference(rows, reference) / fmean(theirs)
+    return -100 * difference(measure, rows, reference) / fmean(theirs)
 
 
 def per_client(run: RunFiles) -> list[ClientRow]:
     """A row a client, in the run's order."""
-    models = {model: by_client(rows) for model, rows in by_model(run).items()}
+    models = {model: by_client(run.measure, rows) for model, rows in by_model(run).items()}
     return [
-        ClientRow(name, row["train"], row["tokens"], row.get("newcomer", False), tested)
+        ClientRow(name, row["train"], row["items"], row.get("newcomer", False), found)
         for row in run.clients
         for name in [row["client"]]
-        for tested in [{m: each[name] for m, each in models.items() if name in each}]
+        for found in [{m: each[name] for m, each in models.items() if name in each}]
     ]
 
 
@@ -269,9 +267,9 @@ def uplink(run: RunFiles) -> Uplink:
 
 
 def validation(rounds: Sequence[Row]) -> list[tuple[int, Number]]:
-    """Round and validation nats per token, where a round was validated."""
+    """Round and mean validation loss, where a round was validated."""
     judged = [(row["round"], row.get("validation")) for row in rounds]
-    return [(number, v["nats"] / v["tokens"]) for number, v in judged if v and v["tokens"]]
+    return [(number, v["total"] / v["count"]) for number, v in judged if v and v["count"]]
 
 
 def paired_interval(differences: Sequence[Number]) -> tuple[float, float, float]:

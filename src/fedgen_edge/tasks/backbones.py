@@ -5,7 +5,9 @@ Only a hub id reaches the network, and only because its user typed it.
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +122,11 @@ def _from_gguf(file: Path) -> Path:
     """Convert once; the cache is named by the file's hash."""
     if not file.is_file():
         raise ConfigError(f"backbone.path={str(file)!r}: no such GGUF file: {WAYS}")
-    cache = _cache() / f"{file.stem}-{files.digest(file)[:16]}"
-    if cache.is_dir():
-        return cache
+    return cached(f"{file.stem}-{files.digest(file)[:16]}", partial(_convert, file))
+
+
+def _convert(file: Path, folder: Path) -> None:
+    """A GGUF file's model and tokenizer, unpacked, as a Hugging Face folder."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         quantised = AutoModelForCausalLM.from_pretrained(
@@ -133,10 +137,8 @@ def _from_gguf(file: Path) -> Path:
     config = AutoConfig.for_model(**_plain(quantised.config.to_dict()))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(quantised.state_dict())
-    with files.folder(cache) as draft:
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
-    return cache
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:
@@ -145,9 +147,19 @@ def _plain(config: dict[str, Any]) -> dict[str, Any]:
 
 def _tiny() -> Path:
     """A small random Llama over bytes, equal on every machine: for trying out, not for quality."""
-    cache = _cache() / "tiny-1"
-    if cache.is_dir():
-        return cache
+    return cached("tiny-1", _write_tiny)
+
+
+def cached(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of the user's cache, filled the first time that it is asked for."""
+    found = _cache() / name
+    if not found.is_dir():
+        with files.folder(found) as draft:
+            make(draft)
+    return found
+
+
+def _write_tiny(folder: Path) -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *alphabet])}
     coder = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -168,12 +180,9 @@ def _tiny() -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed("tiny"))
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    with files.folder(cache) as draft:
-        model.save_pretrained(draft)
-        PreTrainedTokenizerFast(
-            tokenizer_object=coder, bos_token="<s>", eos_token="</s>"
-        ).save_pretrained(draft)
-    return cache
+    model.save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=coder, bos_token="<s>", eos_token="</s>")
+    tokenizer.save_pretrained(folder)
 
 
 def _cache() -> Path:

@@ -1,29 +1,41 @@
 """Causal language modelling with any Hugging Face causal language model."""
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from safetensors.torch import load_file
 from torch import Generator, Tensor
 
-from fedgen_edge import files
 from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.full import Full
-from fedgen_edge.adapters.lora import Lora, inject, merge
-from fedgen_edge.config import Settings
+from fedgen_edge.adapters.lora import inject
+from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.data.batches import pack
+from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.loss import TokenLoss
+from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
+MEASURE = Measure(
+    name="perplexity",
+    items="tokens",
+    unit="nats a token",
+    material="text",
+    few=1000,  # about four batches of 4 x 64
+    spread=3.0,
+    exponential=True,
+)
 EVALUATE = 2048
 """Tokens in one forward pass of an evaluation."""
 SLICE = 512
@@ -38,11 +50,11 @@ class Language:
     `[*clients, batch]`: so that total nats over words compares any tokenizer with the literature.
     """
 
-    adapter: Lora | Full
+    model: Adapted
     module: TokenLoss
     loaded: Loaded
-    initial: Leaves | None = None
-    """An adapter to begin from."""
+    length: int
+    """Tokens in a block."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
@@ -50,13 +62,13 @@ class Language:
         return (Phase(),)
 
     @property
-    def stackable(self) -> bool:
-        """Whether clients' adapters can share one pass."""
-        return isinstance(self.adapter, Lora)
+    def measure(self) -> Measure:
+        """Perplexity."""
+        return MEASURE
 
     def init(self, rng: Generator) -> Leaves:
         """The initial adapter if there is one, else a fresh one."""
-        return dict(self.initial) if self.initial else self.adapter.init(rng)
+        return self.model.init(rng)
 
     def draw(self, examples: Batch, rng: Generator) -> Batch:
         """The examples, and the seed of their dropout."""
@@ -67,7 +79,7 @@ class Language:
         del phase
         clients = batch["mask"].shape[:-2]
         rows = {k: v.flatten(0, -2) for k, v in _blocks(batch).items()}
-        nats = self.adapter.call(self.module, adapter, rows, batch.get("seed"))
+        nats = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
         return PerClient(
             total=nats.reshape(*clients, -1).sum(-1),
             count=batch["mask"].flatten(-2).sum(-1).float(),
@@ -75,25 +87,32 @@ class Language:
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
-        """Nats, tokens and words; sums in float64."""
+        """Nats (`total`), tokens (`count`) and words; sums in float64."""
         clients, (rows, length) = examples["mask"].shape[:-2], examples["mask"].shape[-2:]
         each = max(1, EVALUATE // (length * clients.numel()))
-        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("nats", "tokens", "words")}
+        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count", "words")}
         for at in range(0, rows, each):
             part = {
                 k: v.narrow(len(clients), at, min(each, rows - at)) for k, v in examples.items()
             }
             loss = self.loss(adapter, part, "")
-            sums["nats"] += loss.total.double().cpu()
-            sums["tokens"] += loss.count.double().cpu()
+            sums["total"] += loss.total.double().cpu()
+            sums["count"] += loss.count.double().cpu()
             sums["words"] += part["words"].double().sum(-1).cpu()
         return sums
 
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
         """Nats a token, and perplexity a token and a word."""
-        loss = statistics["nats"] / statistics["tokens"]
-        by_word = (statistics["nats"] / statistics["words"]).exp()
+        loss = statistics["total"] / statistics["count"]
+        by_word = (statistics["total"] / statistics["words"]).exp()
         return {"loss": loss, "perplexity": loss.exp(), "word_perplexity": by_word}
+
+    def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
+        """Some texts, encoded and packed into blocks."""
+        held = corpus.examples
+        assert isinstance(held, Texts)
+        documents = self.encode([held.texts[i] for i in indices])
+        return pack(documents, [held.words[i] for i in indices], self.length)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token numbers of each document, from its start mark to its end mark."""
@@ -109,6 +128,12 @@ class Language:
         found = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
         return [[start, *ids, end] for part in found for ids in part]
 
+    def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
+        """How each prompt goes on."""
+        for prompt in _prompts(settings):
+            said = self.generate(adapter, prompt, settings.sample_tokens, key)
+            yield Sample(prompt, said)
+
     @torch.no_grad()
     def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
         """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
@@ -122,58 +147,13 @@ class Language:
         reader, said, new = _Reader(self.module.model), [], told
         for at in range(tokens):
             ids = torch.tensor([new], device=self.module.model.device)
-            logits = self.adapter.call(reader, adapter, ids, None).float().cpu()
+            logits = self.model.adapter.call(reader, adapter, ids, None).float().cpu()
             token = _sample(logits, generator(seed, "sample", at))
             if token == self.loaded.tokenizer.eos_token_id:
                 break
             said.append(token)
             new = [token]
         return self.loaded.tokenizer.decode([*told[1:], *said])
-
-    def save(
-        self, folder: Path, leaves: Leaves, settings: Settings, provenance: Mapping[str, Any]
-    ) -> None:
-        """Write an adapter as a PEFT folder; a full model as a Hugging Face folder."""
-        if isinstance(self.adapter, Lora):
-            source = str(self.loaded.folder)
-            formats.write(
-                folder,
-                leaves,
-                self.adapter,
-                settings.adapter,
-                backbone=source,
-                provenance=provenance,
-            )
-        else:
-            self._save_model(folder, leaves, provenance)
-
-    def load(self, folder: Path) -> Leaves:
-        """What `save` wrote."""
-        if isinstance(self.adapter, Lora):
-            return formats.read(folder, self.adapter)
-        return load_file(folder / "model.safetensors")
-
-    def backbone(self) -> Leaves:
-        """The leaves under which the backbone is as it came."""
-        return {} if isinstance(self.adapter, Lora) else self.adapter.init(Generator())
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight of the backbone, tied ones once."""
-        named = self.module.model.named_parameters()
-        return {name.replace(".base.", "."): tuple(p.shape) for name, p in named}
-
-    def merged(self, folder: Path, leaves: Leaves) -> None:
-        """Write the backbone with an adapter merged into it; this task is spent afterwards."""
-        if isinstance(self.adapter, Lora):
-            merge(self.module.float().model, self.adapter, leaves)
-            leaves = self.module.model.state_dict()
-        self._save_model(folder, leaves, {"backbone_sha256": self.loaded.sha256, "merged": True})
-
-    def _save_model(self, folder: Path, state: Leaves, provenance: Mapping[str, Any]) -> None:
-        with files.folder(folder) as draft:
-            (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
-            self.module.model.save_pretrained(draft, state_dict=dict(state))
-            self.loaded.tokenizer.save_pretrained(draft)
 
 
 class _Reader(torch.nn.Module):
@@ -213,15 +193,33 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     model = loaded.model
     _check_length(settings, loaded)
     _check_packing(settings, model)
+    adapted = partial(
+        Adapted,
+        model,
+        folder=loaded.folder,
+        sha256=loaded.sha256,
+        write=partial(_write, loaded),
+        weights="model.safetensors",
+        peft={"task_type": "CAUSAL_LM"},
+    )
     if full:
         model.requires_grad_(False)
-        return Language(Full(model), TokenLoss(model), loaded)
+        return Language(adapted(Full(model)), TokenLoss(model), loaded, settings.data.length)
     kind = model.config.model_type
     default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"])
     lora = inject(model, settings.adapter, list(default))
     first = settings.adapter.initial
     initial = formats.read(first, lora) if first else None
-    return Language(lora, TokenLoss(model), loaded, initial)
+    return Language(adapted(lora, initial=initial), TokenLoss(model), loaded, settings.data.length)
+
+
+def _write(loaded: Loaded, folder: Path, weights: Leaves) -> None:
+    loaded.model.save_pretrained(folder, state_dict=dict(weights))
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _prompts(settings: Evaluation) -> Sequence[str]:
+    return (settings.prompts or ("The ",)) if settings.sample_tokens else ()
 
 
 def _context(loaded: Loaded) -> int:
@@ -236,7 +234,7 @@ def _check_length(settings: Settings, loaded: Loaded) -> None:
             f"data.length={settings.data.length} is above {most}, the context of this backbone: "
             "take a shorter one"
         )
-    longest = max((len(loaded.tokenizer(prompt)["input_ids"]) for prompt in e.prompts), default=0)
+    longest = max((len(loaded.tokenizer(prompt)["input_ids"]) for prompt in _prompts(e)), default=0)
     if e.sample_tokens and longest + 2 + e.sample_tokens > most:
         raise ConfigError(
             f"evaluation.sample_tokens={e.sample_tokens} after a prompt of {longest} tokens is "

@@ -1,9 +1,18 @@
-"""The contract of a task: a frozen backbone, and how to train and judge an adapter for it."""
+"""The contract of a task: a frozen backbone, and how to train and judge an adapter; TASKS."""
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib import import_module
+from typing import NamedTuple, Protocol, runtime_checkable
 
+import torch
 from torch import Generator, Tensor
 
+from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.data.corpus import Corpus
+from fedgen_edge.errors import MissingExtraError
+from fedgen_edge.measure import Measure
+from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 
@@ -38,3 +47,57 @@ class Task(Protocol):
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
         """Metrics of those sums, `[*clients]` each; `loss` is the one that training lowers."""
         ...
+
+
+class Sample(NamedTuple):
+    """What a model made when it was asked to."""
+
+    prompt: str
+    text: str = ""
+    """Of a language model: the prompt and how it goes on."""
+    picture: Tensor | None = None
+    """uint8 `[channels, height, width]`."""
+
+
+@runtime_checkable
+class Learnt(Task, Protocol):
+    """What a run needs of a task beside its training."""
+
+    @property
+    def model(self) -> Adapted:
+        """The backbone and its adapter."""
+        ...
+
+    @property
+    def measure(self) -> Measure:
+        """What its models are judged by."""
+        ...
+
+    def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
+        """Some of the corpus as batches hold them: `[rows, ...]` each, and `mask`.
+
+        Raises:
+            ConfigError: they are not for this task, or not for its backbone.
+        """
+        ...
+
+    def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
+        """What the model makes of each prompt, or of its own choice where there are none."""
+        ...
+
+
+def _learnt(name: str, settings: Settings, *, full: bool, device: torch.device) -> Learnt:
+    try:
+        module = import_module(f"fedgen_edge.tasks.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != "diffusers":
+            raise
+        raise MissingExtraError(f"task={name!r}", "images") from None
+    return module.build(settings, full=full, device=device)
+
+
+TASKS: dict[str, Callable[..., Learnt]] = {
+    name: partial(_learnt, name) for name in ("language", "diffusion")
+}
+"""How each task is built: from settings, `full` (train every weight instead of an adapter) and a
+device. Its libraries are imported then, and not before."""

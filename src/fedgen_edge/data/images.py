@@ -1,0 +1,282 @@
+"""Pictures from where they lie: one size, one number of channels, each with its class.
+
+Nothing is unpickled but arrays, lists and numbers: a file that asks for more is refused unread.
+"""
+
+import io
+import itertools
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from fedgen_edge import config
+from fedgen_edge.data.corpus import Corpus, Images
+from fedgen_edge.errors import ConfigError, DataError
+from fedgen_edge.seeds import generator
+
+CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+SIDES = (4, 1024)
+"""Least and most pixels of a side."""
+MODES = ("L", "RGB")
+"""What Pillow calls 8-bit pictures, grey and in colour."""
+ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
+HARMLESS = {
+    ("numpy.core.multiarray", "_reconstruct"),
+    ("numpy._core.multiarray", "_reconstruct"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    ("_codecs", "encode"),
+}
+"""All that a pickle of arrays calls."""
+
+
+class Part(NamedTuple):
+    """Pictures of one split, or of all where the source has none."""
+
+    pixels: Tensor
+    """uint8 `[images, channels, height, width]`."""
+    numbers: Tensor
+    """Class of each."""
+    split: str | None = None
+
+
+class Found(NamedTuple):
+    """What a source holds."""
+
+    parts: list[Part]
+    classes: tuple[str, ...]
+
+
+def read(settings: config.Data, *, public: bool) -> Corpus:
+    """The pictures that the settings name; of identical ones the first is kept.
+
+    Args:
+        settings: of the data.
+        public: the part that a backbone may be trained on, instead of what clients hold.
+
+    Raises:
+        DataError: the pictures are missing, damaged, or not of one kind; names the file.
+        ConfigError: a class that is not there.
+    """
+    found = SOURCES[settings.source](settings)
+    names = settings.names or found.classes
+    for key in ("classes", "unseen"):
+        for name in getattr(settings, key):
+            if name not in names:
+                raise ConfigError(f"data.{key} names {name!r}: there are {', '.join(names)}")
+    # the test first: of equal pictures the first is kept, so what a test judges stays whole
+    parts = sorted(found.parts, key=lambda part: (part.split or "").replace("test", ""))
+    pixels = torch.cat([part.pixels for part in parts])
+    labels = [found.classes[n] for part in parts for n in part.numbers.tolist()]
+    splits = [part.split for part in parts for _ in range(len(part.pixels))]
+    first = {row.tobytes(): at for at, row in reversed(list(enumerate(pixels.numpy())))}
+    kept = sorted(at for at in first.values() if labels[at] in (settings.classes or names))
+    chosen = _shared_out(settings, kept, labels, splits, public=public)
+    if not chosen:
+        part = "public" if public else "private"
+        raise DataError(f"data.source={settings.source!r} holds no {part} pictures: add some")
+    limit = min(settings.limit or len(chosen), len(chosen))
+    few = [chosen[i * len(chosen) // limit] for i in range(limit)]
+    return Corpus(
+        Images(pixels[few], names),
+        None,
+        [labels[at] for at in few],
+        None if None in splits else [str(splits[at]) for at in few],
+        len(pixels) - len(first),
+    )
+
+
+def _shared_out(
+    settings: config.Data,
+    kept: list[int],
+    labels: list[str],
+    splits: list[str | None],
+    *,
+    public: bool,
+) -> list[int]:
+    """Those that are public, or all the others: drawn class by class, never from the test."""
+    open_to_all: set[int] = set()
+    for name in sorted(set(labels) - set(settings.unseen)):
+        own = [at for at in kept if labels[at] == name and splits[at] in {None, "train"}]
+        order = torch.randperm(len(own), generator=generator(settings.split_seed, "public", name))
+        open_to_all |= {own[i] for i in order[: round(settings.public * len(own))].tolist()}
+    return [at for at in kept if (at in open_to_all) == public]
+
+
+def digits(settings: config.Data) -> Found:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey pixels."""
+    from sklearn.datasets import load_digits
+
+    del settings
+    told: Any = load_digits()
+    pixels = torch.from_numpy(np.round(told.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
+    return Found([Part(pixels, torch.from_numpy(told.target))], tuple("0123456789"))
+
+
+def cifar10(settings: config.Data) -> Found:
+    """CIFAR-10: packed as lossless WebP, or the authors' pickles or binaries (Krizhevsky 2009)."""
+    root = _existing(settings)
+    for layout in (_packed, _pickles, _binaries):
+        parts = list(layout(settings, root))
+        if parts:
+            return Found(parts, CIFAR10)
+    raise _fault(
+        settings,
+        " holds no CIFAR-10: give a folder with train.npz and test.npz, with data_batch_1 to 5 and "
+        "test_batch, or with the same as .bin",
+    )
+
+
+def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
+    for path in sorted(root.glob("*t*.npz")):
+        split = "test" if "test" in path.stem else "train"
+        try:
+            held = np.load(path, allow_pickle=False)
+            blob, ends, numbers = held["webp"].tobytes(), held["offsets"], held["labels"]
+            pixels = np.stack(
+                [
+                    np.asarray(Image.open(io.BytesIO(blob[low:high])).convert("RGB"))
+                    for low, high in itertools.pairwise(ends)
+                ]
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise _fault(settings, f": {path.name} cannot be read ({error}): mend it") from None
+        yield _part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
+
+
+def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
+    for path in sorted(p for p in root.glob("*_batch*") if not p.suffix):
+        split = "test" if path.name.startswith("test") else "train"
+        try:
+            with path.open("rb") as file:
+                held = _Arrays(file, encoding="bytes").load()
+            pixels = np.asarray(held[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+            numbers = np.asarray(held[b"labels"])
+        except (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+            raise _fault(settings, f": {path.name} is no batch ({error}): mend it") from None
+        yield _part(settings, path, pixels, numbers, split)
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads arrays, lists and numbers; whatever else a pickle would call is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in HARMLESS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _binaries(settings: config.Data, root: Path) -> Iterator[Part]:
+    for path in sorted(root.glob("*_batch*.bin")):
+        split = "test" if path.name.startswith("test") else "train"
+        raw = np.fromfile(path, np.uint8)
+        if len(raw) % 3073:
+            raise _fault(settings, f": {path.name} is cut short: its records have 3,073 bytes")
+        rows = raw.reshape(-1, 3073)
+        yield _part(settings, path, rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], split)
+
+
+def _part(
+    settings: config.Data, path: Path, pixels: np.ndarray, numbers: np.ndarray, split: str
+) -> Part:
+    if len(numbers) != len(pixels) or (len(numbers) and not 0 <= numbers.max() < len(CIFAR10)):
+        raise _fault(
+            settings,
+            f": {path.name} has {len(pixels)} pictures and {len(numbers)} labels, the highest "
+            f"{numbers.max(initial=0)}: each picture needs one from 0 to 9",
+        )
+    return Part(
+        torch.from_numpy(np.ascontiguousarray(pixels)),
+        torch.from_numpy(numbers.astype(np.int64)),
+        split,
+    )
+
+
+def folder(settings: config.Data) -> Found:
+    """Pictures in a folder for each class, cut to squares of `data.size` if it is given.
+
+    Folders `train` and `test` above the classes' are splits.
+    """
+    root = _existing(settings)
+    tops = [root / name for name in ("train", "test") if (root / name).is_dir()]
+    classes = sorted(
+        {path.name for top in tops or [root] for path in top.iterdir() if path.is_dir()}
+    )
+    if not classes:
+        raise _fault(settings, " has no folders: put each class's pictures into one of its name")
+    parts = [
+        _folder_part(settings, top, classes, top.name if tops else None) for top in tops or [root]
+    ]
+    if len({part.pixels.shape[1:] for part in parts}) > 1:
+        raise _fault(settings, ": train and test are of unlike kinds or sizes: give data.size")
+    return Found(parts, tuple(classes))
+
+
+def _folder_part(settings: config.Data, top: Path, classes: list[str], split: str | None) -> Part:
+    found = [
+        (path, number)
+        for number, name in enumerate(classes)
+        for path in sorted((top / name).rglob("*"))
+        if path.suffix.lower() in ENDINGS
+    ]
+    if not found:
+        raise _fault(settings, f": {top} has no pictures ({', '.join(sorted(ENDINGS))}): add some")
+    pictures = [_picture(settings, path) for path, _ in found]
+    first = pictures[0].shape
+    for (path, _), picture in zip(found, pictures, strict=True):
+        if picture.shape != first:
+            kinds = [f"{w} x {h} with {c} channels" for c, h, w in (picture.shape, first)]
+            raise _fault(
+                settings,
+                f": {path} is {kinds[0]}, {found[0][0].name} is {kinds[1]}: save all as RGB or all "
+                "as grey, and give data.size, to which they are scaled",
+            )
+    numbers = torch.tensor([number for _, number in found])
+    return Part(torch.from_numpy(np.stack(pictures)), numbers, split)
+
+
+def _picture(settings: config.Data, path: Path) -> np.ndarray:
+    """One picture, `[channels, height, width]`.
+
+    Its kind is read before its pixels are, so that none unfolds to more than it may.
+    """
+    low, high = SIDES
+    try:
+        with Image.open(path) as picture:
+            if not low <= min(picture.size) <= max(picture.size) <= high:
+                told = f"{picture.width} x {picture.height}: sides must be from {low} to {high}"
+                raise _fault(settings, f": {path} is {told}")
+            if picture.mode not in MODES:
+                raise _fault(settings, f": {path} is {picture.mode}: save it as 8-bit RGB or grey")
+            side = settings.size
+            fitted = ImageOps.fit(picture, (side, side)) if side else picture
+            pixels = np.asarray(fitted)
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise _fault(settings, f": {path} is no whole picture ({error}): remove it") from None
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _existing(settings: config.Data) -> Path:
+    root = Path(str(settings.path))
+    if not root.is_dir():
+        raise _fault(settings, f" is no folder: give what data.source={settings.source!r} reads")
+    return root
+
+
+def _fault(settings: config.Data, what: str) -> DataError:
+    return DataError(f"data.path={settings.path!r}{what}")
+
+
+SOURCES: dict[str, Callable[[config.Data], Found]] = {
+    "digits": digits,
+    "cifar10": cifar10,
+    "images": folder,
+}

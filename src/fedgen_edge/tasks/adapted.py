@@ -1,0 +1,95 @@
+"""A frozen backbone and the leaves that adapt it: on the disk and off it, whatever the task."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Generator, nn
+
+from fedgen_edge import files
+from fedgen_edge.adapters import formats
+from fedgen_edge.adapters.full import Full
+from fedgen_edge.adapters.lora import Lora, merge
+from fedgen_edge.config import Settings
+from fedgen_edge.types import Leaves
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One backbone in memory, and where it came from."""
+
+    network: nn.Module
+    adapter: Lora | Full
+    folder: Path
+    """Where others load the same backbone from."""
+    sha256: str
+    """Of its weights."""
+    write: Callable[[Path, Leaves], None]
+    """Writes a whole model with these weights into a folder, as its library does."""
+    weights: str
+    """The file of the weights in such a folder."""
+    peft: Mapping[str, Any] = field(default_factory=dict)
+    """What else an adapter's configuration says of it, such as PEFT's name of the task."""
+    initial: Leaves | None = None
+    """An adapter to begin from."""
+
+    @property
+    def stackable(self) -> bool:
+        """Whether clients' adapters can share one pass."""
+        return isinstance(self.adapter, Lora)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights and of the arithmetic."""
+        return next(self.network.parameters()).dtype
+
+    def init(self, rng: Generator) -> Leaves:
+        """The initial adapter if there is one, else a fresh one."""
+        return dict(self.initial) if self.initial else self.adapter.init(rng)
+
+    def backbone(self) -> Leaves:
+        """The leaves under which the backbone is as it came."""
+        return {} if isinstance(self.adapter, Lora) else self.adapter.init(Generator())
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every weight of the backbone, tied ones once."""
+        named = self.network.named_parameters()
+        return {name.replace(".base.", "."): tuple(p.shape) for name, p in named}
+
+    def save(
+        self, folder: Path, leaves: Leaves, settings: Settings, provenance: Mapping[str, Any]
+    ) -> None:
+        """Write an adapter as a PEFT folder; a full model as its library's folder."""
+        if isinstance(self.adapter, Full):
+            self._save_whole(folder, leaves, provenance)
+            return
+        formats.write(
+            folder,
+            leaves,
+            self.adapter,
+            settings.adapter,
+            backbone={"base_model_name_or_path": str(self.folder), **self.peft},
+            provenance=provenance,
+        )
+
+    def load(self, folder: Path) -> Leaves:
+        """What `save` wrote."""
+        if isinstance(self.adapter, Lora):
+            return formats.read(folder, self.adapter)
+        return load_file(folder / self.weights)
+
+    def merged(self, folder: Path, leaves: Leaves) -> None:
+        """Write the backbone with an adapter merged into it; this model is spent afterwards."""
+        if isinstance(self.adapter, Lora):
+            merge(self.network.float(), self.adapter, leaves)
+            leaves = self.network.state_dict()
+        self._save_whole(folder, leaves, {"backbone_sha256": self.sha256, "merged": True})
+
+    def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
+        with files.folder(folder) as draft:
+            (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+            self.write(draft, leaves)

@@ -1,0 +1,305 @@
+"""Class-conditional denoising diffusion with any UNet of diffusers'.
+
+Source: Ho et al. 2020 (arXiv:2006.11239); sampling by DDIM, Song et al. 2021 (arXiv:2010.02502).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from safetensors.torch import save_file
+from torch import Generator, Tensor, nn
+
+from fedgen_edge.adapters import formats
+from fedgen_edge.adapters.full import Full
+from fedgen_edge.adapters.lora import inject
+from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.data.corpus import Corpus
+from fedgen_edge.measure import Measure
+from fedgen_edge.seeds import normal, seed
+from fedgen_edge.tasks import backbones, pictures
+from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.task import Sample
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+
+MEASURE = Measure(
+    name="denoising error",
+    items="images",
+    unit="squared error a value",
+    material="pictures",
+    few=20,
+    spread=0.5,
+)
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "class_embedding")
+"""Layers to adapt where the settings name none."""
+SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
+    "tiny": ((16, 32), 1, {1}),
+    "small": ((32, 64, 96), 1, {2}),
+    "large": ((128, 256, 256), 2, {1, 2}),
+}
+"""Channels of each resolution, residual blocks in each, and those with attention."""
+LEVELS = 4
+"""Amounts of noise at which a held-out picture is judged."""
+GOLDEN = 0.6180339887
+EVALUATE = 64
+"""Pictures in one pass of an evaluation, or of sampling."""
+
+
+class Denoiser(nn.Module):
+    """A UNet as a function from a drawn batch to each picture's squared error."""
+
+    kept: Tensor
+    """Share of a picture's variance that is left at each step, `[steps]`."""
+
+    def __init__(self, model: Any, kept: Tensor, predicts: str) -> None:
+        super().__init__()
+        self.model = model
+        self.predicts = predicts
+        self.register_buffer("kept", kept)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Mean over a picture's values, float32 `[rows]`."""
+        picture, noise = pictures.values(batch["image"]), batch["noise"]
+        kept = self.kept[batch["step"].long()].view(-1, 1, 1, 1)
+        noisy = kept.sqrt() * picture + (1 - kept).sqrt() * noise
+        told = self.predict(noisy, batch["step"], batch["label"])
+        if self.predicts == "v_prediction":
+            noise = kept.sqrt() * noise - (1 - kept).sqrt() * picture
+        return (told - noise).square().mean((-3, -2, -1))
+
+    def predict(self, noisy: Tensor, step: Tensor, label: Tensor) -> Tensor:
+        """What the network says of noisy pictures, in float32."""
+        kind = next(self.model.parameters()).dtype
+        return self.model(noisy.to(kind), step.long(), class_labels=label.long()).sample.float()
+
+
+class _Predict(nn.Module):
+    """The same network, asked for its prediction alone."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.model, self.ask = denoiser.model, denoiser.predict
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.ask(batch["noisy"], batch["step"], batch["label"])
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The loss is the squared error of the predicted noise, a mean over each picture's values.
+
+    A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, `label`, `number` and
+    `mask`, `[*clients, batch]`, and when drawn `noise`, like the image, and `step`, like the label.
+    """
+
+    model: Adapted
+    module: Denoiser
+    noising: Any
+    """diffusers' schedule of noise."""
+    names: tuple[str, ...]
+    """Of the classes, by their numbers."""
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """All leaves at once."""
+        return (Phase(),)
+
+    @property
+    def measure(self) -> Measure:
+        """Squared error of denoising."""
+        return MEASURE
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture: channels, height and width."""
+        told: Any = self.module.model.config
+        side = told.sample_size
+        height, width = side if isinstance(side, list | tuple) else (side, side)
+        return told.in_channels, height, width
+
+    @property
+    def classes(self) -> int:
+        """How many the backbone knows."""
+        told: Any = self.module.model.config
+        return told.num_class_embeds or 1
+
+    def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
+        """Some pictures with the numbers of their classes."""
+        return pictures.examples(corpus, indices, self.shape, self.classes)
+
+    def init(self, rng: Generator) -> Leaves:
+        """The initial adapter if there is one, else a fresh one."""
+        return self.model.init(rng)
+
+    def draw(self, examples: Batch, rng: Generator) -> Batch:
+        """The examples, with noise and its amount for each, and the seed of their dropout."""
+        picture, most = examples["image"], self.module.kept.shape[0]
+        return {
+            **examples,
+            "noise": torch.randn(picture.shape, generator=rng),
+            "step": torch.randint(most, picture.shape[:1], generator=rng, dtype=torch.int32),
+            "seed": torch.randint(2**62, (), generator=rng),
+        }
+
+    def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
+        """Summed errors and the number of pictures."""
+        del phase
+        clients, mask = batch["mask"].shape[:-1], batch["mask"]
+        names = ("image", "label", "noise", "step")
+        rows = {k: batch[k].flatten(0, len(clients)) for k in names}
+        error = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
+        return PerClient(
+            total=torch.where(mask, error.view_as(mask), 0.0).sum(-1), count=mask.sum(-1).float()
+        )
+
+    @torch.no_grad()
+    def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
+        """Errors and pictures; each picture's is a mean over amounts of noise, always the same."""
+        clients, rows = examples["mask"].shape[:-1], examples["mask"].shape[-1]
+        each = max(1, EVALUATE // clients.numel())
+        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
+        for at in range(0, rows, each):
+            own = min(each, rows - at)
+            part = {k: v.narrow(len(clients), at, own) for k, v in examples.items()}
+            for level in range(LEVELS):
+                loss = self.loss(adapter, {**part, **self._held_out(part, level)}, "")
+                sums["total"] += loss.total.double().cpu() / LEVELS
+            sums["count"] += part["mask"].sum(-1).double().cpu()
+        return sums
+
+    def _held_out(self, examples: Batch, level: int) -> Batch:
+        """Noise and its amount, which go by a picture's number alone, spread evenly over both."""
+        number = examples["number"]
+        place = (number.double() * GOLDEN + level / LEVELS) % 1
+        return {
+            "noise": normal(number, level, tuple(examples["image"].shape[-3:])),
+            "step": (place * self.module.kept.shape[0]).int(),
+        }
+
+    def summary(self, statistics: Statistics) -> dict[str, Tensor]:
+        """Mean squared error."""
+        return {"loss": statistics["total"] / statistics["count"]}
+
+    def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
+        """A grid, a row a class; its noise is the same for every model."""
+        draw = partial(self.generate, adapter, key=key, steps=settings.sample_steps)
+        yield from pictures.samples(draw, self.names, settings)
+
+    @torch.no_grad()
+    def generate(self, adapter: Leaves, labels: Sequence[int], key: int, steps: int) -> Tensor:
+        """Pictures of these classes, by DDIM from fixed noise.
+
+        Returns:
+            uint8 `[pictures, channels, height, width]`.
+        """
+        device = self.module.kept.device
+        own = {k: v.to(device) for k, v in adapter.items()}
+        start = pictures.noise(self.shape, key, labels)
+        made = [
+            self._denoised(own, part.to(device), torch.tensor(asked, device=device), steps)
+            for part, asked in zip(
+                start.split(EVALUATE),
+                [labels[at : at + EVALUATE] for at in range(0, len(labels), EVALUATE)],
+                strict=True,
+            )
+        ]
+        return torch.cat([pictures.pixels(part).cpu() for part in made])
+
+    def _denoised(self, adapter: Leaves, noisy: Tensor, labels: Tensor, steps: int) -> Tensor:
+        walk: Any = DDIMScheduler.from_config(self.noising.config)
+        walk.set_timesteps(min(steps, self.module.kept.shape[0]))
+        asks = _Predict(self.module)
+        for step in walk.timesteps:
+            here = torch.full((len(labels),), int(step), device=noisy.device)
+            told = self.model.adapter.call(
+                asks, adapter, {"noisy": noisy, "step": here, "label": labels}, None
+            )
+            noisy = walk.step(told, step, noisy, eta=0.0).prev_sample
+        return noisy
+
+
+def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
+    """The task of these settings, its backbone loaded and frozen.
+
+    Args:
+        settings: of the run.
+        full: train every weight instead of an adapter.
+        device: where the backbone goes.
+    """
+    if settings.backbone.path == "tiny":
+        folder = backbones.cached("tiny-unet-1", partial(fresh, "tiny", (1, 8, 8), 10))
+        settings = replace(settings, backbone=replace(settings.backbone, path=str(folder)))
+    network, folder, digest = pictures.network(settings.backbone, UNet2DModel, device)
+    noising = schedule(folder)
+    module = Denoiser(network, noising.alphas_cumprod.clone(), noising.config["prediction_type"])
+    adapted = partial(
+        Adapted,
+        network,
+        folder=folder,
+        sha256=digest,
+        write=partial(write, network, noising),
+        weights=pictures.WEIGHTS,
+    )
+    if full:
+        return Diffusion(adapted(Full(network)), module.to(device), noising, settings.data.names)
+    lora = inject(network, settings.adapter, TARGETS)
+    first = settings.adapter.initial
+    initial = formats.read(first, lora) if first else None
+    return Diffusion(
+        adapted(lora, initial=initial), module.to(device), noising, settings.data.names
+    )
+
+
+def schedule(folder: Path) -> Any:
+    """How noise is added: what stands beside the network, else the paper's 1,000 linear steps."""
+    for place in (folder, folder.parent / "scheduler"):
+        if (place / "scheduler_config.json").is_file():
+            return DDPMScheduler.from_pretrained(place)
+    return DDPMScheduler()
+
+
+def write(network: Any, noising: Any, folder: Path, weights: Leaves) -> None:
+    """A folder that diffusers loads, its schedule beside it."""
+    network.save_config(folder)
+    noising.save_config(folder)
+    save_file(
+        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
+        folder / pictures.WEIGHTS,
+        metadata={"format": "pt"},
+    )
+
+
+def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:
+    """Write an untrained network, equal on every machine.
+
+    Args:
+        size: one of SIZES.
+        shape: of a picture: channels, height and width.
+        classes: how many it is to know.
+        folder: filled.
+    """
+    channels, side, _ = shape
+    widths, layers, attended = SIZES[size]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed("diffusion", size))
+        network = UNet2DModel(
+            sample_size=side,
+            in_channels=channels,
+            out_channels=channels,
+            block_out_channels=widths,
+            layers_per_block=layers,
+            norm_num_groups=8,
+            attention_head_dim=8,
+            num_class_embeds=classes,
+            down_block_types=tuple("AttnDownBlock2D" if i in attended else "DownBlock2D"
+                                   for i in range(len(widths))),
+            up_block_types=tuple("AttnUpBlock2D" if i in attended else "UpBlock2D"
+                                 for i in reversed(range(len(widths)))),
+        )  # fmt: skip
+    write(network, DDPMScheduler(clip_sample=True), folder, network.state_dict())

@@ -1,0 +1,154 @@
+"""What tasks on pictures share: examples, the range of their values, and grids of samples."""
+
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+from torch import Tensor
+
+from fedgen_edge import files
+from fedgen_edge.config import Backbone, Evaluation
+from fedgen_edge.data.corpus import Corpus, Images
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.seeds import generator
+from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.task import Sample
+from fedgen_edge.types import Batch
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+"""What diffusers calls the file of a network's weights."""
+
+
+def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], classes: int) -> Batch:
+    """Some pictures, the numbers of their classes, and their own, as they are kept.
+
+    Args:
+        corpus: holds pictures.
+        indices: which.
+        shape: of the pictures that the backbone makes, `(channels, height, width)`.
+        classes: how many the backbone knows.
+
+    Raises:
+        ConfigError: the pictures are not those of this backbone.
+    """
+    held, labels = corpus.examples, corpus.labels
+    if not isinstance(held, Images) or labels is None:
+        raise ConfigError(
+            "this task makes pictures, and the data are text: name pictures by data.source"
+        )
+    if (found := tuple(held.pixels.shape[1:])) != shape:
+        told = [f"{width} x {height} with {channels} channels" for channels, height, width in
+                (found, shape)]  # fmt: skip
+        raise ConfigError(
+            f"the pictures are {told[0]}, and backbone.path makes {told[1]}: set data.size, or "
+            "take another backbone"
+        )
+    if len(held.classes) > classes:
+        raise ConfigError(
+            f"the data have {len(held.classes)} classes, and backbone.path knows {classes}: name "
+            "fewer by data.classes, or take another backbone"
+        )
+    numbers = {name: number for number, name in enumerate(held.classes)}
+    chosen = list(indices)
+    return {
+        "image": held.pixels[chosen],
+        "label": torch.tensor([numbers[labels[i]] for i in chosen], dtype=torch.int32),
+        "number": torch.tensor(chosen, dtype=torch.int32),
+        "mask": torch.ones(len(chosen), dtype=torch.bool),
+    }
+
+
+def values(pixels: Tensor) -> Tensor:
+    """Bytes as numbers from -1 to 1."""
+    return pixels.float() / 127.5 - 1
+
+
+def pixels(values: Tensor) -> Tensor:
+    """Numbers from -1 to 1 as bytes; what lies beyond is cut off."""
+    return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+
+def noise(shape: tuple[int, ...], seed: int, labels: Sequence[int]) -> Tensor:
+    """Where each sample begins: the same for every model, and for however many are asked for."""
+    drawn = [
+        torch.randn(shape, generator=generator(seed, "sample", at)) for at in range(len(labels))
+    ]
+    return torch.stack(drawn)
+
+
+def grid(pictures: Tensor, columns: int) -> Tensor:
+    """Pictures side by side, two pixels apart.
+
+    Args:
+        pictures: uint8 `[pictures, channels, height, width]`.
+        columns: in a row.
+    """
+    count, channels, height, width = pictures.shape
+    lines = -(-count // columns)
+    sheet = pictures.new_full((channels, lines * (height + 2) - 2, columns * (width + 2) - 2), 255)
+    for at, picture in enumerate(pictures):
+        y, x = (at // columns) * (height + 2), (at % columns) * (width + 2)
+        sheet[:, y : y + height, x : x + width] = picture
+    return sheet
+
+
+def samples(
+    draw: Callable[[list[int]], Tensor], names: Sequence[str], settings: Evaluation
+) -> Iterator[Sample]:
+    """One grid of the classes that are asked for, a row each; one class alone fills a square.
+
+    Args:
+        draw: makes pictures of classes by their numbers.
+        names: of the classes.
+        settings: which, and how many of each.
+    """
+    each = settings.sample_pictures
+    if unknown := [name for name in settings.prompts if name not in names]:
+        raise ConfigError(f"{unknown[0]!r} is no class of pictures: {', '.join(names)} are")
+    asked = [names.index(name) for name in settings.prompts or names]
+    if each and asked:
+        made = draw([number for number in asked for _ in range(each)])
+        columns = each if len(asked) > 1 else math.isqrt(each - 1) + 1
+        yield Sample(", ".join(names[n] for n in asked), picture=grid(made, columns))
+
+
+def png(picture: Tensor) -> bytes:
+    """A picture, uint8 `[channels, height, width]`, as a file's content."""
+    drawn = io.BytesIO()
+    Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).numpy()).save(drawn, "png")
+    return drawn.getvalue()
+
+
+def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, Path, str]:
+    """A network of diffusers', the folder it came from, and the SHA-256 of its weights.
+
+    A pipeline's folder gives its UNet.
+
+    Raises:
+        ConfigError: there is none, or it is another kind of network, or only a pickle.
+    """
+    folder = backbones.find(settings)
+    folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ConfigError(
+            f"backbone.path={settings.path!r}: {folder} holds no safetensors weights (pickles are "
+            "not read): make one by `fedgen pretrain RECIPE`, or give a folder of diffusers'"
+        )
+    kept = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+    try:
+        made = kind.from_pretrained(
+            folder, torch_dtype=kept, use_safetensors=True, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"backbone.path={settings.path!r} is no {kind.__name__} ({reason}): take another"
+        ) from None
+    digest = "+".join(files.digest(path)[:64] for path in weights)
+    return made.eval().requires_grad_(False).to(device), folder, digest
