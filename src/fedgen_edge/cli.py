@@ -26,6 +26,7 @@ COMMANDS = {
     "resume": "go on with a run that was stopped",
     "report": "write a page for one run, or compare several",
     "generate": "continue a prompt, or draw pictures, with a run's model",
+    "pretrain": "train a backbone of pictures on their public part",
     "export": "copy out a run's adapters, or merge one into the backbone",
     "methods": "list the methods",
 }
@@ -45,6 +46,18 @@ class Run:
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     out: Path | None = None
     """Folder of the run, which must be new; none is runs/RECIPE-NUMBER."""
+
+
+@dataclass(frozen=True)
+class Pretrain:
+    """Train the backbone of a recipe on the public part of its pictures; go on if it was stopped.
+
+    `fedgen pretrain RECIPE.toml` takes its settings from a file; every one can be overridden here.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    out: Path | None = None
+    """Folder of the backbone; none is the recipe's backbone.path."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +153,7 @@ def _dispatch(args: list[str]) -> None:
         return
     table: dict[str, Callable[[list[str]], None]] = {
         "run": run,
+        "pretrain": pretrain,
         "resume": lambda rest: resume(_parse(Resume, rest, "resume")),
         "report": lambda rest: report(_parse(Report, rest, "report")),
         "generate": lambda rest: generate(_parse(Generate, rest, "generate")),
@@ -198,7 +212,9 @@ def _one_line(page: str, command: str) -> str:
     if missing := re.search(r"Unrecognized options: --([^\s,=]+)", text):
         name = missing[1].replace("-", "_")
         return (
-            unknown(name) if command == "run" else f"fedgen {command} has no option --{missing[1]}"
+            unknown(name)
+            if command in {"run", "pretrain"}
+            else f"fedgen {command} has no option --{missing[1]}"
         )
     refused = re.search(
         r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\S+ "
@@ -225,6 +241,26 @@ def run(args: list[str]) -> None:
 
     experiment = create(told.settings, out)
     _finish(experiment, out)
+
+
+def pretrain(args: list[str]) -> None:
+    """`fedgen pretrain RECIPE [--out FOLDER] [--part.setting value ...]`."""
+    recipe = args.pop(0) if args and not args[0].startswith("-") else None
+    defaults = Pretrain(load(Path(recipe)) if recipe else Settings())
+    told = _parse(Pretrain, args, "pretrain", defaults)
+    out = told.out or Path(told.settings.backbone.path)
+    from fedgen_edge.experiments.machine import steady_allocations
+    from fedgen_edge.experiments.pretrain import STAGE, begin, train
+    from fedgen_edge.experiments.progress import follow
+
+    experiment = begin(told.settings, out)
+    steady_allocations()
+    try:
+        follow(train(experiment, out), experiment, STAGE)
+    except KeyboardInterrupt:
+        print("fedgen: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    print(f"backbone  {out}")
 
 
 def _fresh_name(recipe: str | None) -> str:

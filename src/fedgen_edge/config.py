@@ -121,6 +121,8 @@ class Data:
     trained on by `fedgen pretrain`."""
     unseen: Words = ()
     """Classes of which nothing is public."""
+    part: Literal["private", "public"] = "private"
+    """Which pictures are meant: those that clients hold, or the public ones."""
     validation: Share = 0.1
     """Share of each client's examples for validation (where the source has no such split)."""
     test: Share = 0.1
@@ -221,6 +223,23 @@ class Training:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Pretrain:
+    """How `fedgen pretrain` makes a backbone of the public pictures."""
+
+    size: Literal["tiny", "small", "large"] = "small"
+    """tiny: to try things out; small: minutes on a processor; large: an hour on an accelerator."""
+    rounds: Count = 20
+    """Checkpoints: the optimiser begins anew after each, and the learning rate falls to zero over
+    them."""
+    steps: Count = 200
+    """Optimiser steps between checkpoints."""
+    batch: Count = 64
+    """Pictures in a step."""
+    lr: Positive = 2e-3
+    """Learning rate of AdamW."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Personal:
     """What each client does with the last global adapter."""
 
@@ -296,6 +315,7 @@ class Settings:
     method: Method = Method()
     training: Training = Training()
     personal: Personal = Personal()
+    pretrain: Pretrain = Pretrain()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
 

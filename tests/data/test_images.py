@@ -189,8 +189,8 @@ def test_a_folder_without_classes_or_pictures_says_so(tmp_path: Path) -> None:
 
 def test_public_and_private_pictures_share_nothing_and_lose_nothing() -> None:
     plan = {"public": 0.2, "unseen": ("8", "9")}
-    public = images.read(settings("digits", **plan), public=True)
-    private = images.read(settings("digits", **plan), public=False)
+    public = read(settings("digits", part="public", **plan))
+    private = read(settings("digits", **plan))
     seen, held = ({row.numpy().tobytes() for row in pixels_of(c)} for c in (public, private))
     assert not seen & held
     assert len(seen) + len(held) + private.duplicates == 1797

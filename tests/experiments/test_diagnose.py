@@ -133,7 +133,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     "pulled apart": (  # |mean|^2 = 0.01 = 4/16 + 12/16 cos: cos = -0.32
         "Clients pull the adapter apart",
         {"rounds": of_all("update_norm", 0.1)},
-        "moves by 1.00, their mean by 0.10: two clients' updates have a cosine of about -0.32",
+        "moves by 1.00, their mean by 0.100: two clients' updates have a cosine of about -0.32",
     ),
     "lopsided": (  # 42,000 of 42,000 + 3 x 6,000
         "One client outweighs all others",

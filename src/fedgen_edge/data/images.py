@@ -55,12 +55,11 @@ class Found(NamedTuple):
     classes: tuple[str, ...]
 
 
-def read(settings: config.Data, *, public: bool) -> Corpus:
+def read(settings: config.Data) -> Corpus:
     """The pictures that the settings name; of identical ones the first is kept.
 
     Args:
         settings: of the data.
-        public: the part that a backbone may be trained on, instead of what clients hold.
 
     Raises:
         DataError: the pictures are missing, damaged, or not of one kind; names the file.
@@ -79,10 +78,10 @@ def read(settings: config.Data, *, public: bool) -> Corpus:
     splits = [part.split for part in parts for _ in range(len(part.pixels))]
     first = {row.tobytes(): at for at, row in reversed(list(enumerate(pixels.numpy())))}
     kept = sorted(at for at in first.values() if labels[at] in (settings.classes or names))
-    chosen = _shared_out(settings, kept, labels, splits, public=public)
+    chosen = _shared_out(settings, kept, labels, splits)
     if not chosen:
-        part = "public" if public else "private"
-        raise DataError(f"data.source={settings.source!r} holds no {part} pictures: add some")
+        told = f"data.source={settings.source!r} holds no {settings.part} pictures with "
+        raise DataError(f"{told}data.public={settings.public}: change that, or add some")
     limit = min(settings.limit or len(chosen), len(chosen))
     few = [chosen[i * len(chosen) // limit] for i in range(limit)]
     return Corpus(
@@ -99,16 +98,14 @@ def _shared_out(
     kept: list[int],
     labels: list[str],
     splits: list[str | None],
-    *,
-    public: bool,
 ) -> list[int]:
-    """Those that are public, or all the others: drawn class by class, never from the test."""
+    """Those that are public, or all the others, drawn class by class, never from the test."""
     open_to_all: set[int] = set()
     for name in sorted(set(labels) - set(settings.unseen)):
         own = [at for at in kept if labels[at] == name and splits[at] in {None, "train"}]
         order = torch.randperm(len(own), generator=generator(settings.split_seed, "public", name))
         open_to_all |= {own[i] for i in order[: round(settings.public * len(own))].tolist()}
-    return [at for at in kept if (at in open_to_all) == public]
+    return [at for at in kept if (at in open_to_all) == (settings.part == "public")]
 
 
 def digits(settings: config.Data) -> Found:

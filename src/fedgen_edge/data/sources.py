@@ -43,7 +43,7 @@ class Row(NamedTuple):
     marks: int = 1  # ends that a word-level model has to predict
 
 
-def read(settings: config.Data, *, public: bool = False) -> Corpus:
+def read(settings: config.Data) -> Corpus:
     """The corpus that the settings name.
 
     Blank texts are skipped, and of identical ones the first is kept. A limit takes examples evenly
@@ -60,7 +60,7 @@ def read(settings: config.Data, *, public: bool = False) -> Corpus:
             "give one with --data.path"
         )
     if settings.source in images.SOURCES:
-        return images.read(settings, public=public)
+        return images.read(settings)
     rows = list(SOURCES[settings.source](settings))
     filled = [row for row in rows if row.text.strip()]
     first: dict[str, Row] = {}

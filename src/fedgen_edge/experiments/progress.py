@@ -11,8 +11,8 @@ from fedgen_edge.experiments.summary import number, printable
 from fedgen_edge.measure import Measure
 
 
-def follow(events: Iterable[Event], experiment: Experiment) -> None:
-    """Show each event as it comes; the run goes on as they are asked for."""
+def follow(events: Iterable[Event], experiment: Experiment, stage: str = "federation") -> None:
+    """Show each event as it comes, `stage` the first; the run goes on as they are asked for."""
     console = Console(markup=False)
     console.print(_heading(experiment))
     bars = (
@@ -26,10 +26,8 @@ def follow(events: Iterable[Event], experiment: Experiment) -> None:
     )
     tasks = {}
     with Progress(*bars, console=console) as progress:
-        first = progress.add_task(
-            "federation", total=experiment.settings.federation.rounds, said=""
-        )
-        tasks["federation"] = first
+        total = experiment.settings.federation.rounds
+        tasks[stage] = progress.add_task(stage, total=total, said="")
         measure = experiment.task.measure
         for event in events:
             if "refused" in event.line:

