@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -25,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
-from fedgen_edge.experiments.provenance import hardware
+from fedgen_edge.experiments.machine import hardware, peak_memory
 from fedgen_edge.leaves import stack
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones, language
@@ -42,11 +43,11 @@ def folder_of(path: str) -> Path:
 
 def bare(path: str, rows: int, device: torch.device) -> Case:
     folder = folder_of(path)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = LoraConfig(
         r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
     )
-    model = get_peft_model(model, config)
+    model = get_peft_model(model.to(device), config)
     optimiser = AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     words = model.config.vocab_size
 

@@ -49,8 +49,9 @@ def main(backbone: str = "tiny") -> Leaves:
                 optimiser.step()
             trained.append({name: leaf.detach() for name, leaf in own.items()})
         sizes = [len(shards[c].train["tokens"]) for c in cohort]
-        pairs = [(size / sum(sizes), own) for size, own in zip(sizes, trained, strict=True)]
-        adapter = {name: sum(share * own[name] for share, own in pairs) for name in adapter}
+        shares = torch.tensor(sizes) / sum(sizes)
+        stacks = {name: torch.stack([own[name] for own in trained], -1) for name in adapter}
+        adapter = {name: stack @ shares for name, stack in stacks.items()}
         print(f"round {r + 1}: clients {cohort} of {sizes} blocks")
     return adapter
 
