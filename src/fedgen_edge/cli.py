@@ -16,7 +16,8 @@ from typing import Annotated, TypeVar
 
 import tyro
 
-from fedgen_edge.config import Settings, load, unknown
+from fedgen_edge import files
+from fedgen_edge.config import Evaluation, Settings, load, unknown
 from fedgen_edge.errors import ConfigError, FedGenError
 
 Told = TypeVar("Told")
@@ -233,9 +234,8 @@ def _one_line(page: str, command: str) -> str:
 
 def run(args: list[str]) -> None:
     """`fedgen run [RECIPE] [--out FOLDER] [--part.setting value ...]`."""
-    recipe = args.pop(0) if args and not args[0].startswith("-") else None
-    defaults = Run(load(Path(recipe)) if recipe else Settings())
-    told = _parse(Run, args, "run", defaults)
+    recipe, settings = _recipe(args)
+    told = _parse(Run, args, "run", Run(settings))
     out = told.out or Path("runs") / _fresh_name(recipe)
     from fedgen_edge.experiments.run import create
 
@@ -243,11 +243,16 @@ def run(args: list[str]) -> None:
     _finish(experiment, out)
 
 
+def _recipe(args: list[str]) -> tuple[str | None, Settings]:
+    """The recipe that comes first, taken off the arguments, and its settings."""
+    recipe = args.pop(0) if args and not args[0].startswith("-") else None
+    return recipe, load(Path(recipe)) if recipe else Settings()
+
+
 def pretrain(args: list[str]) -> None:
     """`fedgen pretrain RECIPE [--out FOLDER] [--part.setting value ...]`."""
-    recipe = args.pop(0) if args and not args[0].startswith("-") else None
-    defaults = Pretrain(load(Path(recipe)) if recipe else Settings())
-    told = _parse(Pretrain, args, "pretrain", defaults)
+    _, settings = _recipe(args)
+    told = _parse(Pretrain, args, "pretrain", Pretrain(settings))
     out = told.out or Path(told.settings.backbone.path)
     from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.pretrain import STAGE, begin, train
@@ -323,8 +328,6 @@ def report(told: Report) -> None:
 
 def generate(told: Generate) -> None:
     """`fedgen generate RUN --client ID --prompt TEXT`, or `--class NAME --out FILE`."""
-    from fedgen_edge import files
-    from fedgen_edge.config import Evaluation
     from fedgen_edge.experiments.models import folder_of, serve
     from fedgen_edge.tasks.pictures import png
 

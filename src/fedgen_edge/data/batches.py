@@ -101,6 +101,13 @@ def spaced(examples: Batch, most: int) -> Batch:
     return {k: v[chosen] for k, v in examples.items()}
 
 
+def parts(examples: Batch, axis: int, most: int) -> Iterator[Batch]:
+    """All the examples, at most so many at once, along their axis."""
+    count = next(iter(examples.values())).shape[axis]
+    for at in range(0, count, most):
+        yield {k: v.narrow(axis, at, min(most, count - at)) for k, v in examples.items()}
+
+
 def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) -> Batch:
     """Cut token streams into blocks in which every token but each document's first is predicted.
 

@@ -3,6 +3,7 @@
 Nothing is unpickled but arrays, lists and numbers: a file that asks for more is refused unread.
 """
 
+import hashlib
 import io
 import itertools
 import pickle
@@ -72,12 +73,14 @@ def read(settings: config.Data) -> Corpus:
             if name not in names:
                 raise ConfigError(f"data.{key} names {name!r}: there are {', '.join(names)}")
     # the test first: of equal pictures the first is kept, so what a test judges stays whole
-    parts = sorted(found.parts, key=lambda part: (part.split or "").replace("test", ""))
+    parts = sorted(found.parts, key=lambda part: part.split != "test")
     pixels = torch.cat([part.pixels for part in parts])
     labels = [found.classes[n] for part in parts for n in part.numbers.tolist()]
     splits = [part.split for part in parts for _ in range(len(part.pixels))]
-    first = {row.tobytes(): at for at, row in reversed(list(enumerate(pixels.numpy())))}
-    kept = sorted(at for at in first.values() if labels[at] in (settings.classes or names))
+    first: dict[bytes, int] = {}
+    for at, row in enumerate(pixels.numpy()):
+        first.setdefault(hashlib.sha256(row.tobytes()).digest(), at)
+    kept = [at for at in first.values() if labels[at] in (settings.classes or names)]
     chosen = _shared_out(settings, kept, labels, splits)
     if not chosen:
         told = f"data.source={settings.source!r} holds no {settings.part} pictures with "

@@ -81,7 +81,8 @@ def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Pa
     names = records.folder_names([row["client"] for row in told.clients])
     own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
     known = {None: root / "global", **own}
-    found = {who: known.get(who) for who in wanted or known if wanted or who or known[who].exists()}
+    asked = wanted or [who for who in known if who or known[who].exists()]
+    found = {who: known.get(who) for who in asked}
     for who, folder in found.items():
         if folder is None:
             raise CheckpointError(f"client {who!r} is not in {run}: {', '.join(names)} are")

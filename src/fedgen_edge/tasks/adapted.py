@@ -1,7 +1,7 @@
 """A frozen backbone and the leaves that adapt it: on the disk and off it, whatever the task."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Generator, nn
 from fedgen_edge import files
 from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.full import Full
-from fedgen_edge.adapters.lora import Lora, merge
-from fedgen_edge.config import Settings
+from fedgen_edge.adapters.lora import Lora, inject, merge
+from fedgen_edge.config import Adapter, Settings
 from fedgen_edge.types import Leaves
 
 
@@ -93,3 +93,23 @@ class Adapted:
         with files.folder(folder) as draft:
             (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
             self.write(draft, leaves)
+
+
+def adapt(
+    network: nn.Module, settings: Adapter, targets: Sequence[str], *, full: bool, **where: Any
+) -> Adapted:
+    """Freeze a network, and give it an adapter or open all its weights.
+
+    Args:
+        network: changed in place.
+        settings: of the adapter, and where it begins.
+        targets: the layers where the settings name none.
+        full: train every weight instead.
+        where: what else an `Adapted` knows.
+    """
+    if full:
+        network.requires_grad_(False)
+        return Adapted(network, Full(network), **where)
+    lora = inject(network, settings, targets)
+    initial = formats.read(settings.initial, lora) if settings.initial else None
+    return Adapted(network, lora, initial=initial, **where)

@@ -71,7 +71,7 @@ def load(settings: Backbone, device: torch.device) -> Loaded:
         raise ConfigError(
             f"backbone.path={settings.path!r} is no causal language model here ({reason}): {WAYS}"
         ) from None
-    return Loaded(_placed(model, device), tokenizer, folder, _digest(weights))
+    return Loaded(_placed(model, device), tokenizer, folder, digest(weights))
 
 
 def _placed(model: Any, device: torch.device) -> Any:
@@ -190,6 +190,7 @@ def _cache() -> Path:
     return Path(root) / "fedgen-edge"
 
 
-def _digest(weights: list[Path]) -> str:
+def digest(weights: list[Path]) -> str:
+    """SHA-256 of a backbone's weights, file by file."""
     digests = [files.digest(path) for path in weights]
     return digests[0] if len(digests) == 1 else "+".join(d[:16] for d in digests)

@@ -16,15 +16,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
-from fedgen_edge.adapters import formats
-from fedgen_edge.adapters.full import Full
-from fedgen_edge.adapters.lora import inject
 from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal, seed
 from fedgen_edge.tasks import pictures
-from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.task import Sample, untrained
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
@@ -104,16 +102,8 @@ class Diffusion:
     """diffusers' schedule of noise."""
     names: tuple[str, ...]
     """Of the classes, by their numbers."""
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """All leaves at once."""
-        return (Phase(),)
-
-    @property
-    def measure(self) -> Measure:
-        """Squared error of denoising."""
-        return MEASURE
+    phases: tuple[Phase, ...] = (Phase(),)
+    measure: Measure = MEASURE
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -161,12 +151,10 @@ class Diffusion:
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         """Errors and pictures; each picture's is a mean over amounts of noise, always the same."""
-        clients, rows = examples["mask"].shape[:-1], examples["mask"].shape[-1]
+        clients = examples["mask"].shape[:-1]
         each = max(1, EVALUATE // clients.numel())
         sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
-        for at in range(0, rows, each):
-            own = min(each, rows - at)
-            part = {k: v.narrow(len(clients), at, own) for k, v in examples.items()}
+        for part in parts(examples, len(clients), each):
             for level in range(LEVELS):
                 loss = self.loss(adapter, {**part, **self._held_out(part, level)}, "")
                 sums["total"] += loss.total.double().cpu() / LEVELS
@@ -200,14 +188,11 @@ class Diffusion:
         """
         device = self.module.kept.device
         own = {k: v.to(device) for k, v in adapter.items()}
-        start = pictures.noise(self.shape, key, labels)
+        start = pictures.noise(self.shape, key, len(labels)).to(device)
+        asked = torch.tensor(labels, device=device)
         made = [
-            self._denoised(own, part.to(device), torch.tensor(asked, device=device), steps)
-            for part, asked in zip(
-                start.split(EVALUATE),
-                [labels[at : at + EVALUATE] for at in range(0, len(labels), EVALUATE)],
-                strict=True,
-            )
+            self._denoised(own, *part, steps)
+            for part in zip(start.split(EVALUATE), asked.split(EVALUATE), strict=True)
         ]
         return torch.cat([pictures.pixels(part).cpu() for part in made])
 
@@ -238,22 +223,17 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
     network, folder, digest = pictures.network(settings.backbone, UNet2DModel, device)
     noising = schedule(folder)
     module = Denoiser(network, noising.alphas_cumprod.clone(), noising.config["prediction_type"])
-    adapted = partial(
-        Adapted,
+    adapted = adapt(
         network,
+        settings.adapter,
+        TARGETS,
+        full=full,
         folder=folder,
         sha256=digest,
         write=partial(write, network, noising),
         weights=pictures.WEIGHTS,
     )
-    if full:
-        return Diffusion(adapted(Full(network)), module.to(device), noising, settings.data.names)
-    lora = inject(network, settings.adapter, TARGETS)
-    first = settings.adapter.initial
-    initial = formats.read(first, lora) if first else None
-    return Diffusion(
-        adapted(lora, initial=initial), module.to(device), noising, settings.data.names
-    )
+    return Diffusion(adapted, module.to(device), noising, settings.data.names)
 
 
 def schedule(folder: Path) -> Any:

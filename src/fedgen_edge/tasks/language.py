@@ -11,17 +11,14 @@ import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Generator, Tensor
 
-from fedgen_edge.adapters import formats
-from fedgen_edge.adapters.full import Full
-from fedgen_edge.adapters.lora import inject
 from fedgen_edge.config import Evaluation, Settings
-from fedgen_edge.data.batches import pack
+from fedgen_edge.data.batches import pack, parts
 from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.loss import TokenLoss
 from fedgen_edge.tasks.task import Sample
@@ -55,16 +52,8 @@ class Language:
     loaded: Loaded
     length: int
     """Tokens in a block."""
-
-    @property
-    def phases(self) -> tuple[Phase, ...]:
-        """All leaves at once."""
-        return (Phase(),)
-
-    @property
-    def measure(self) -> Measure:
-        """Perplexity."""
-        return MEASURE
+    phases: tuple[Phase, ...] = (Phase(),)
+    measure: Measure = MEASURE
 
     def init(self, rng: Generator) -> Leaves:
         """The initial adapter if there is one, else a fresh one."""
@@ -88,13 +77,10 @@ class Language:
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         """Nats (`total`), tokens (`count`) and words; sums in float64."""
-        clients, (rows, length) = examples["mask"].shape[:-2], examples["mask"].shape[-2:]
+        clients, length = examples["mask"].shape[:-2], examples["mask"].shape[-1]
         each = max(1, EVALUATE // (length * clients.numel()))
         sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count", "words")}
-        for at in range(0, rows, each):
-            part = {
-                k: v.narrow(len(clients), at, min(each, rows - at)) for k, v in examples.items()
-            }
+        for part in parts(examples, len(clients), each):
             loss = self.loss(adapter, part, "")
             sums["total"] += loss.total.double().cpu()
             sums["count"] += loss.count.double().cpu()
@@ -193,24 +179,20 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     model = loaded.model
     _check_length(settings, loaded)
     _check_packing(settings, model)
-    adapted = partial(
-        Adapted,
+    kind = model.config.model_type
+    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"])
+    adapted = adapt(
         model,
+        settings.adapter,
+        list(default),
+        full=full,
         folder=loaded.folder,
         sha256=loaded.sha256,
         write=partial(_write, loaded),
         weights="model.safetensors",
         peft={"task_type": "CAUSAL_LM"},
     )
-    if full:
-        model.requires_grad_(False)
-        return Language(adapted(Full(model)), TokenLoss(model), loaded, settings.data.length)
-    kind = model.config.model_type
-    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"])
-    lora = inject(model, settings.adapter, list(default))
-    first = settings.adapter.initial
-    initial = formats.read(first, lora) if first else None
-    return Language(adapted(lora, initial=initial), TokenLoss(model), loaded, settings.data.length)
+    return Language(adapted, TokenLoss(model), loaded, settings.data.length)
 
 
 def _write(loaded: Loaded, folder: Path, weights: Leaves) -> None:

@@ -11,7 +11,6 @@ from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor
 
-from fedgen_edge import files
 from fedgen_edge.config import Backbone, Evaluation
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
@@ -73,12 +72,10 @@ def pixels(values: Tensor) -> Tensor:
     return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def noise(shape: tuple[int, ...], seed: int, labels: Sequence[int]) -> Tensor:
+def noise(shape: tuple[int, ...], key: int, count: int) -> Tensor:
     """Where each sample begins: the same for every model, and for however many are asked for."""
-    drawn = [
-        torch.randn(shape, generator=generator(seed, "sample", at)) for at in range(len(labels))
-    ]
-    return torch.stack(drawn)
+    rngs = (generator(key, "sample", at) for at in range(count))
+    return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
 
 def grid(pictures: Tensor, columns: int) -> Tensor:
@@ -150,5 +147,4 @@ def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, P
         raise ConfigError(
             f"backbone.path={settings.path!r} is no {kind.__name__} ({reason}): take another"
         ) from None
-    digest = "+".join(files.digest(path)[:64] for path in weights)
-    return made.eval().requires_grad_(False).to(device), folder, digest
+    return made.eval().to(device), folder, backbones.digest(weights)
