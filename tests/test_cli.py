@@ -259,6 +259,16 @@ FLAGS = {
         "--evaluation.baselines fedper --method.personal-layers 99",
         ["method.personal_layers=99", "must be below 2"],
     ),
+    "pictures for a language model": (
+        "--data.source digits --partition.by iid --federation.clients 2",
+        ["task='language'", "the data are pictures", "set data.source"],
+    ),
+    "text for a model of pictures": ("--task diffusion", ["the data are text", "set data.source"]),
+    "no class of pictures": (
+        "--task diffusion --data.source digits --partition.by iid --federation.clients 2 "
+        "--evaluation.prompts frog",
+        ["evaluation.prompts='frog'", "is no class of pictures", "0, 1, 2"],
+    ),
     "samples beyond the context": (
         "--evaluation.sample-tokens 100000",
         ["evaluation.sample_tokens=100000", "context", "take fewer"],

@@ -51,7 +51,7 @@ class Backbone:
     """Commit of a hub id; none is the newest."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
     """Type of the frozen weights and the arithmetic; auto is bf16 where the processor does it
-    natively. What is trained is float32 always."""
+    natively, and float32 for models of pictures. What is trained is float32 always."""
 
 
 @dataclass(frozen=True, config=STRICT)

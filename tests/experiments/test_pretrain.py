@@ -69,6 +69,13 @@ def test_other_settings_do_not_go_on_with_it(tmp_path: Path) -> None:
         pretrain.begin(other, tmp_path / "unet")
 
 
+def test_stopped_before_its_first_round_it_says_so(tmp_path: Path) -> None:
+    made(SETTINGS, tmp_path / "unet", 0)
+    (tmp_path / "unet.training" / "planned.toml").unlink()
+    with pytest.raises(ConfigError, match="or never did: delete it"):
+        pretrain.begin(SETTINGS, tmp_path / "unet")
+
+
 @pytest.mark.parametrize(
     ("data", "said"),
     [

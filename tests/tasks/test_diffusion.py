@@ -141,6 +141,14 @@ def test_a_grid_is_laid_out_row_by_row() -> None:
     assert (sheet == 255).sum() == 13
 
 
+def test_a_network_that_predicts_something_else_is_refused(tmp_path: Path) -> None:
+    task = make()
+    task.model.merged(tmp_path / "whole", {})
+    DDPMScheduler(prediction_type="sample").save_config(tmp_path / "whole")
+    with pytest.raises(ConfigError, match="predicts 'sample': take one that predicts epsilon"):
+        make(replace(SETTINGS, backbone=replace(SETTINGS.backbone, path=str(tmp_path / "whole"))))
+
+
 def other(shape: tuple[int, ...], classes: int) -> Corpus:
     names = tuple(map(str, range(classes)))
     return Corpus(Images(torch.zeros(1, *shape, dtype=torch.uint8), names), None, ["0"], None, 0)

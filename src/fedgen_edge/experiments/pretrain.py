@@ -35,8 +35,11 @@ def begin(settings: Settings, out: Path) -> Experiment:
     plan, work = planned(settings), working(out)
     told = to_toml(plan).encode()
     if (work / "run.json").exists():
-        if (work / "planned.toml").read_bytes() != told:
-            raise ConfigError(f"{work} was begun with other settings: delete it to begin anew")
+        begun = work / "planned.toml"  # not there where it was stopped before its first round
+        if not begun.exists() or begun.read_bytes() != told:
+            raise ConfigError(
+                f"{work} was begun with other settings, or never did: delete it to begin anew"
+            )
         return reopen(work)
     experiment = create(plan, work)
     files.write(work / "planned.toml", told)

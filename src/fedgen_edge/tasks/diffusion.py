@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus
+from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal, seed
 from fedgen_edge.tasks import pictures
@@ -44,6 +45,8 @@ SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
 """Channels of each resolution, residual blocks in each, and those with attention."""
 LEVELS = 4
 """Amounts of noise at which a held-out picture is judged."""
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a network may say of a noisy picture, as diffusers calls it."""
 GOLDEN = 0.6180339887
 EVALUATE = 64
 """Pictures in one pass of an evaluation, or of sampling."""
@@ -222,6 +225,11 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
         settings = replace(settings, backbone=replace(settings.backbone, path=str(folder)))
     network, folder, digest = pictures.network(settings.backbone, UNet2DModel, device)
     noising = schedule(folder)
+    if (target := noising.config["prediction_type"]) not in PREDICTIONS:
+        raise ConfigError(
+            f"backbone.path={settings.backbone.path!r} predicts {target!r}: take one that predicts "
+            f"{' or '.join(PREDICTIONS)}"
+        )
     module = Denoiser(network, noising.alphas_cumprod.clone(), noising.config["prediction_type"])
     adapted = adapt(
         network,

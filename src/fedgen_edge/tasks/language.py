@@ -96,7 +96,10 @@ class Language:
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
         """Some texts, encoded and packed into blocks."""
         held = corpus.examples
-        assert isinstance(held, Texts)
+        if not isinstance(held, Texts):
+            raise ConfigError(
+                "task='language' learns text, and the data are pictures: set data.source, or task"
+            )
         documents = self.encode([held.texts[i] for i in indices])
         return pack(documents, [held.words[i] for i in indices], self.length)
 

@@ -38,7 +38,7 @@ def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], cla
     held, labels = corpus.examples, corpus.labels
     if not isinstance(held, Images) or labels is None:
         raise ConfigError(
-            "this task makes pictures, and the data are text: name pictures by data.source"
+            "this task makes pictures, and the data are text: set data.source, or task='language'"
         )
     if (found := tuple(held.pixels.shape[1:])) != shape:
         told = [f"{width} x {height} with {channels} channels" for channels, height, width in
