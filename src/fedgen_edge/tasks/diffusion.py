@@ -1,6 +1,6 @@
 """Class-conditional denoising diffusion with any UNet of diffusers'.
 
-Source: Ho et al. 2020 (arXiv:2006.11239); sampling by DDIM, Song et al. 2021 (arXiv:2010.02502).
+Source: Ho et al. 2020 (arXiv:2006.11239); on latents, Rombach et al. 2022 (arXiv:2112.10752).
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers.loaders.peft import PeftAdapterMixin
 from diffusers.models.unets.unet_2d import UNet2DModel
-from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from safetensors.torch import save_file
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
-from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.config import Backbone, Evaluation, Settings
 from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal, seed
-from fedgen_edge.tasks import pictures
+from fedgen_edge.tasks import denoiser, latents, pictures, words
 from fedgen_edge.tasks.adapted import Adapted, adapt
+from fedgen_edge.tasks.denoiser import Denoiser, Predict
+from fedgen_edge.tasks.latents import Autoencoder
+from fedgen_edge.tasks.samplers import walk
 from fedgen_edge.tasks.task import Sample, untrained
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
@@ -45,58 +47,18 @@ SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
 """Channels of each resolution, residual blocks in each, and those with attention."""
 LEVELS = 4
 """Amounts of noise at which a held-out picture is judged."""
-PREDICTIONS = ("epsilon", "v_prediction")
-"""What a network may say of a noisy picture, as diffusers calls it."""
 GOLDEN = 0.6180339887
 EVALUATE = 64
 """Pictures in one pass of an evaluation, or of sampling."""
-
-
-class Denoiser(nn.Module):
-    """A UNet as a function from a drawn batch to each picture's squared error."""
-
-    kept: Tensor
-    """Share of a picture's variance that is left at each step, `[steps]`."""
-
-    def __init__(self, model: Any, kept: Tensor, predicts: str) -> None:
-        super().__init__()
-        self.model = model
-        self.predicts = predicts
-        self.register_buffer("kept", kept)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Mean over a picture's values, float32 `[rows]`."""
-        picture, noise = pictures.values(batch["image"]), batch["noise"]
-        kept = self.kept[batch["step"].long()].view(-1, 1, 1, 1)
-        noisy = kept.sqrt() * picture + (1 - kept).sqrt() * noise
-        told = self.predict(noisy, batch["step"], batch["label"])
-        if self.predicts == "v_prediction":
-            noise = kept.sqrt() * noise - (1 - kept).sqrt() * picture
-        return (told - noise).square().mean((-3, -2, -1))
-
-    def predict(self, noisy: Tensor, step: Tensor, label: Tensor) -> Tensor:
-        """What the network says of noisy pictures, in float32."""
-        kind = next(self.model.parameters()).dtype
-        return self.model(noisy.to(kind), step.long(), class_labels=label.long()).sample.float()
-
-
-class _Predict(nn.Module):
-    """The same network, asked for its prediction alone."""
-
-    def __init__(self, denoiser: Denoiser) -> None:
-        super().__init__()
-        self.model, self.ask = denoiser.model, denoiser.predict
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.ask(batch["noisy"], batch["step"], batch["label"])
 
 
 @dataclass(frozen=True)
 class Diffusion:
     """The loss is the squared error of the predicted noise, a mean over each picture's values.
 
-    A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, `label`, `number` and
-    `mask`, `[*clients, batch]`, and when drawn `noise`, like the image, and `step`, like the label.
+    A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, or where the network
+    works on latents `latent`, float32; `label`, `number` and `mask`, `[*clients, batch]`; and when
+    drawn `noise`, like the image or the latent, and `step`, like the label.
     """
 
     model: Adapted
@@ -105,26 +67,19 @@ class Diffusion:
     """diffusers' schedule of noise."""
     names: tuple[str, ...]
     """Of the classes, by their numbers."""
+    picture: tuple[int, int, int]
+    """Shape of the pictures that clients hold and that are made: channels, height and width."""
+    latents: Autoencoder | None = None
+    """Between the pictures and the network."""
     phases: tuple[Phase, ...] = (Phase(),)
     measure: Measure = MEASURE
 
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Of a picture: channels, height and width."""
-        told: Any = self.module.model.config
-        side = told.sample_size
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        return told.in_channels, height, width
-
-    @property
-    def classes(self) -> int:
-        """How many the backbone knows."""
-        told: Any = self.module.model.config
-        return told.num_class_embeds or 1
-
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
-        """Some pictures with the numbers of their classes."""
-        return pictures.examples(corpus, indices, self.shape, self.classes)
+        """Some pictures with the numbers of their classes; their latents are made here, once."""
+        held = pictures.examples(corpus, indices, self.picture, self.module.classes)
+        if self.latents is None:
+            return held
+        return {"latent": self.latents.encode(held.pop("image"), self.module.shape), **held}
 
     def init(self, rng: Generator) -> Leaves:
         """The initial adapter if there is one, else a fresh one."""
@@ -132,11 +87,11 @@ class Diffusion:
 
     def draw(self, examples: Batch, rng: Generator) -> Batch:
         """The examples, with noise and its amount for each, and the seed of their dropout."""
-        picture, most = examples["image"], self.module.kept.shape[0]
+        label, most = examples["label"], self.module.kept.shape[0]
         return {
             **examples,
-            "noise": torch.randn(picture.shape, generator=rng),
-            "step": torch.randint(most, picture.shape[:1], generator=rng, dtype=torch.int32),
+            "noise": torch.randn(*label.shape, *self.module.shape, generator=rng),
+            "step": torch.randint(most, label.shape, generator=rng, dtype=torch.int32),
             "seed": torch.randint(2**62, (), generator=rng),
         }
 
@@ -144,8 +99,9 @@ class Diffusion:
         """Summed errors and the number of pictures."""
         del phase
         clients, mask = batch["mask"].shape[:-1], batch["mask"]
-        names = ("image", "label", "noise", "step")
-        rows = {k: batch[k].flatten(0, len(clients)) for k in names}
+        clean = batch["latent"] if self.latents else pictures.values(batch["image"])
+        named = {"clean": clean, **{k: batch[k] for k in ("label", "noise", "step")}}
+        rows = {k: v.flatten(0, len(clients)) for k, v in named.items()}
         error = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
         return PerClient(
             total=torch.where(mask, error.view_as(mask), 0.0).sum(-1), count=mask.sum(-1).float()
@@ -169,7 +125,7 @@ class Diffusion:
         number = examples["number"]
         place = (number.double() * GOLDEN + level / LEVELS) % 1
         return {
-            "noise": normal(number, level, tuple(examples["image"].shape[-3:])),
+            "noise": normal(number, level, self.module.shape),
             "step": (place * self.module.kept.shape[0]).int(),
         }
 
@@ -179,41 +135,44 @@ class Diffusion:
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """A grid, a row a class; its noise is the same for every model."""
-        draw = partial(self.generate, adapter, key=key, steps=settings.sample_steps)
-        yield from pictures.samples(draw, self.names, settings)
+        how = {"steps": settings.sample_steps, "sampler": settings.sampler}
+        yield from pictures.samples(
+            partial(self.generate, adapter, key=key, **how), self.names, settings
+        )
 
     @torch.no_grad()
-    def generate(self, adapter: Leaves, labels: Sequence[int], key: int, steps: int) -> Tensor:
-        """Pictures of these classes, by DDIM from fixed noise.
+    def generate(
+        self, adapter: Leaves, labels: Sequence[int], key: int, steps: int, sampler: str = "ddim"
+    ) -> Tensor:
+        """Pictures of these classes, from fixed noise.
 
         Returns:
             uint8 `[pictures, channels, height, width]`.
         """
         device = self.module.kept.device
         own = {k: v.to(device) for k, v in adapter.items()}
-        start = pictures.noise(self.shape, key, len(labels)).to(device)
+        start = pictures.noise(self.module.shape, key, len(labels)).to(device)
         asked = torch.tensor(labels, device=device)
-        made = [
-            self._denoised(own, *part, steps)
-            for part in zip(start.split(EVALUATE), asked.split(EVALUATE), strict=True)
-        ]
-        return torch.cat([pictures.pixels(part).cpu() for part in made])
+        made: list[Tensor] = []
+        for noisy, label in zip(start.split(EVALUATE), asked.split(EVALUATE), strict=True):
+            ask = partial(self._told, own, label)
+            values = walk(sampler, self.noising, steps, noisy, ask)
+            values = self.latents.decode(values, self.picture) if self.latents else values
+            made.append(pictures.pixels(values).cpu())
+        return torch.cat(made)
 
-    def _denoised(self, adapter: Leaves, noisy: Tensor, labels: Tensor, steps: int) -> Tensor:
-        walk: Any = DDIMScheduler.from_config(self.noising.config)
-        walk.set_timesteps(min(steps, self.module.kept.shape[0]))
-        asks = _Predict(self.module)
-        for step in walk.timesteps:
-            here = torch.full((len(labels),), int(step), device=noisy.device)
-            told = self.model.adapter.call(
-                asks, adapter, {"noisy": noisy, "step": here, "label": labels}, None
-            )
-            noisy = walk.step(told, step, noisy, eta=0.0).prev_sample
-        return noisy
+    def _told(self, adapter: Leaves, label: Tensor, noisy: Tensor, step: int) -> Tensor:
+        """What the network says of noisy pictures of these classes at a step."""
+        steps = torch.full((len(label),), step, device=noisy.device)
+        batch = {"noisy": noisy, "step": steps, "label": label}
+        return self.model.adapter.call(Predict(self.module), adapter, batch, None)
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
     """The task of these settings, its backbone loaded and frozen.
+
+    Of a pipeline's folder, the UNet is adapted; its autoencoder makes the latents, and its text
+    encoder reads the classes' names.
 
     Args:
         settings: of the run.
@@ -221,46 +180,72 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
         device: where the backbone goes.
     """
     if settings.backbone.path == "tiny":
-        folder = untrained("diffusion", "tiny", (1, 8, 8), 10)
-        settings = replace(settings, backbone=replace(settings.backbone, path=str(folder)))
-    network, folder, digest = pictures.network(settings.backbone, UNet2DModel, device)
-    noising = schedule(folder)
-    if (target := noising.config["prediction_type"]) not in PREDICTIONS:
-        raise ConfigError(
-            f"backbone.path={settings.backbone.path!r} predicts {target!r}: take one that predicts "
-            f"{' or '.join(PREDICTIONS)}"
-        )
-    module = Denoiser(network, noising.alphas_cumprod.clone(), noising.config["prediction_type"])
+        settings = _tiny(settings)
+    network, folder, digest = denoiser.load(settings.backbone, device)
+    between = _autoencoder(settings, folder, device)
+    noising = denoiser.schedule(settings.backbone, folder, latent=between is not None)
+    module = Denoiser(network, noising, _words(settings, network, folder)).to(device)
     adapted = adapt(
         network,
         settings.adapter,
         TARGETS,
         full=full,
         folder=folder,
-        sha256=digest,
-        write=partial(write, network, noising),
+        sha256="+".join([digest, between.sha256] if between else [digest]),
+        write=partial(denoiser.write, network, noising),
         weights=pictures.WEIGHTS,
+        part="unet" if isinstance(network, PeftAdapterMixin) else None,
     )
-    return Diffusion(adapted, module.to(device), noising, settings.data.names)
-
-
-def schedule(folder: Path) -> Any:
-    """How noise is added: what stands beside the network, else the paper's 1,000 linear steps."""
-    for place in (folder, folder.parent / "scheduler"):
-        if (place / "scheduler_config.json").is_file():
-            return DDPMScheduler.from_pretrained(place)
-    return DDPMScheduler()
-
-
-def write(network: Any, noising: Any, folder: Path, weights: Leaves) -> None:
-    """A folder that diffusers loads, its schedule beside it."""
-    network.save_config(folder)
-    noising.save_config(folder)
-    save_file(
-        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
-        folder / pictures.WEIGHTS,
-        metadata={"format": "pt"},
+    return Diffusion(
+        adapted, module, noising, settings.data.names, _picture(settings, module, between), between
     )
+
+
+def _tiny(settings: Settings) -> Settings:
+    """The same with a small random network: of digits, or of the latents of colour pictures."""
+    side = settings.data.size or 32
+    shape = (3, side, side) if settings.backbone.autoencoder else (1, 8, 8)
+    folder = untrained("diffusion", "tiny", worked_on(settings.backbone, shape), 10)
+    return replace(settings, backbone=replace(settings.backbone, path=str(folder)))
+
+
+def worked_on(settings: Backbone, picture: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape of what a network works on: of latents where the settings name an autoencoder."""
+    if settings.autoencoder is None:
+        return picture
+    return latents.load(settings.autoencoder, torch.device("cpu")).shape(picture)
+
+
+def _autoencoder(settings: Settings, folder: Path, device: torch.device) -> Autoencoder | None:
+    """The one that the settings name, else that of the pipeline."""
+    whole = denoiser.pipeline(folder)
+    own = whole / "vae" if whole and (whole / "vae").is_dir() else None
+    where = settings.backbone.autoencoder or own
+    return latents.load(where, device) if where else None
+
+
+def _words(settings: Settings, network: Any, folder: Path) -> Tensor | None:
+    """What the pipeline's text encoder makes of each class's name."""
+    whole = denoiser.pipeline(folder)
+    if whole and denoiser.reads(network) and (whole / "text_encoder").is_dir():
+        return words.embed(whole, settings.data.names)
+    denoiser.unread(settings.backbone, network)
+    return None
+
+
+def _picture(
+    settings: Settings, module: Denoiser, between: Autoencoder | None
+) -> tuple[int, int, int]:
+    """The shape of the pictures: the network's own; or a square of data.size, if one is between."""
+    if between is None:
+        return module.shape
+    if between.channels != module.shape[0]:
+        raise ConfigError(
+            f"backbone.path={settings.backbone.path!r} works on {module.shape[0]} channels, and "
+            f"the autoencoder's latents have {between.channels}: take those that belong together"
+        )
+    side = settings.data.size
+    return (between.colours, side, side) if side else between.picture(module.shape)
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:
@@ -268,7 +253,7 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
 
     Args:
         size: one of SIZES.
-        shape: of a picture: channels, height and width.
+        shape: of what it works on: channels, height and width.
         classes: how many it is to know.
         folder: filled.
     """
@@ -290,4 +275,4 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
             up_block_types=tuple("AttnUpBlock2D" if i in attended else "UpBlock2D"
                                  for i in reversed(range(len(widths)))),
         )  # fmt: skip
-    write(network, DDPMScheduler(clip_sample=True), folder, network.state_dict())
+    denoiser.write(network, DDPMScheduler(clip_sample=True), folder, network.state_dict())

@@ -44,13 +44,13 @@ def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], cla
         told = [f"{width} x {height} with {channels} channels" for channels, height, width in
                 (found, shape)]  # fmt: skip
         raise ConfigError(
-            f"the pictures are {told[0]}, and backbone.path makes {told[1]}: set data.size, or "
-            "take another backbone"
+            f"the pictures are {told[0]}, and backbone.path makes {told[1]}: set data.size or "
+            "backbone.autoencoder, or take another backbone"
         )
     if len(held.classes) > classes:
         raise ConfigError(
-            f"the data have {len(held.classes)} classes, and backbone.path knows {classes}: name "
-            "fewer by data.classes, or take another backbone"
+            f"the data have {len(held.classes)} classes, and backbone.path knows {classes}: keep "
+            "fewer by data.names, or take a backbone that is conditioned on classes"
         )
     numbers = {name: number for number, name in enumerate(held.classes)}
     chosen = list(indices)
@@ -121,6 +121,12 @@ def png(picture: Tensor) -> bytes:
     return drawn.getvalue()
 
 
+def place(settings: Backbone) -> Path:
+    """The folder of the network itself; of a pipeline's folder, its UNet's."""
+    folder = backbones.find(settings)
+    return folder / "unet" if (folder / "model_index.json").is_file() else folder
+
+
 def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, Path, str]:
     """A network of diffusers', the folder it came from, and the SHA-256 of its weights.
 
@@ -129,8 +135,7 @@ def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, P
     Raises:
         ConfigError: there is none, or it is another kind of network, or only a pickle.
     """
-    folder = backbones.find(settings)
-    folder = folder / "unet" if (folder / "model_index.json").is_file() else folder
+    folder = place(settings)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise ConfigError(
@@ -139,12 +144,28 @@ def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, P
         )
     kept = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     try:
-        made = kind.from_pretrained(
-            folder, torch_dtype=kept, use_safetensors=True, local_files_only=True
-        )
+        made = whole(kind, folder, kept)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"backbone.path={settings.path!r} is no {kind.__name__} ({reason}): take another"
         ) from None
     return made.eval().to(device), folder, backbones.digest(weights)
+
+
+def whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
+    """A network of diffusers' from a folder that holds every weight of it, and no other.
+
+    Raises:
+        ValueError: one is missing or another is there: diffusers alone would go on with it.
+    """
+    made, told = kind.from_pretrained(
+        folder,
+        torch_dtype=dtype,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
+    )
+    if odd := [*told["missing_keys"], *told["unexpected_keys"]]:
+        raise ValueError(f"{len(odd)} weights are missing or unknown, {sorted(odd)[0]!r} first")
+    return made

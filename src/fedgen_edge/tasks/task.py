@@ -101,13 +101,20 @@ def _module(name: str) -> Any:
         raise MissingExtraError(f"task={name!r}", "images") from None
 
 
+def shape_learnt(settings: Settings, picture: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of what a network of these settings works on, for pictures of this shape."""
+    if settings.backbone.autoencoder is None:
+        return picture
+    return _module(settings.task).worked_on(settings.backbone, picture)
+
+
 def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Path:
     """A folder with a network of the task that has learnt nothing, equal on every machine.
 
     Args:
         name: of the task.
         size: tiny, small or large.
-        shape: of a picture: channels, height and width.
+        shape: of what it works on: channels, height and width.
         classes: how many it is to know.
     """
     module = _module(name)
