@@ -16,7 +16,8 @@ def ddim(config: Any) -> Any:
 def dpm_solver(config: Any) -> Any:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095): second order, for 10 to 20 steps.
 
-    Choice: the steps are spread evenly and begin at the last one, whatever the schedule says.
+    Choice: steps of one length in the logarithm of signal over noise, as the paper of DPM-Solver
+    has them (arXiv:2206.00927), each rounded to one that the network knows.
     Differs: it does not clip what it expects of a picture, which `ddim` does where its schedule
     says so.
     """
@@ -24,8 +25,7 @@ def dpm_solver(config: Any) -> Any:
         config,
         solver_order=2,
         algorithm_type="dpmsolver++",
-        final_sigmas_type="zero",
-        timestep_spacing="trailing",
+        use_lu_lambdas=True,
         variance_type=None,
     )
 
@@ -48,5 +48,5 @@ def walk(
     path = SAMPLERS[sampler](noising.config)
     path.set_timesteps(min(steps, noising.config["num_train_timesteps"]))
     for step in path.timesteps:
-        noisy = path.step(ask(noisy, int(step)), step, noisy, return_dict=False)[0]
+        noisy = path.step(ask(noisy, round(float(step))), step, noisy, return_dict=False)[0]
     return noisy
