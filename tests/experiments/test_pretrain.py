@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file
 
 from fedgen_edge.config import Settings, from_table
@@ -12,6 +14,7 @@ from fedgen_edge.data import sources
 from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments import pretrain
 from fedgen_edge.experiments.build import build
+from fedgen_edge.tasks.diffusion import Diffusion
 from fedgen_edge.tasks.pictures import WEIGHTS
 
 SETTINGS = from_table(
@@ -60,6 +63,28 @@ def test_stopped_and_gone_on_with_it_is_the_same_to_the_bit(tmp_path: Path) -> N
     stopped = made(SETTINGS, tmp_path / "stopped")
     one, two = load_file(whole / WEIGHTS), load_file(stopped / WEIGHTS)
     assert all(torch.equal(one[k], two[k]) for k in one)
+
+
+def test_a_backbone_of_latents_is_made_and_taken_with_the_same_autoencoder(tmp_path: Path) -> None:
+    coder = AutoencoderKL(in_channels=1, out_channels=1, block_out_channels=(8, 8),
+                          down_block_types=("DownEncoderBlock2D",) * 2,
+                          up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4)  # fmt: skip
+    coder.save_pretrained(tmp_path / "vae")
+    backbone = replace(SETTINGS.backbone, autoencoder=tmp_path / "vae")
+    settings = replace(SETTINGS, backbone=backbone, data=replace(SETTINGS.data, limit=200))
+    assert not made(settings, tmp_path / "unet", 1).exists()
+    out = made(settings, tmp_path / "unet")
+    told = UNet2DModel.from_pretrained(out, use_safetensors=True).config  # pyright: ignore
+    # digits are 8 x 8, and a value of a latent's side stands for two of their pixels
+    assert (told.in_channels, told.sample_size) == (4, 4)
+    assert not DDPMScheduler.from_pretrained(out).config["clip_sample"]
+    experiment = build(replace(settings, backbone=replace(backbone, path=str(out))))
+    assert experiment.clients.shards[0].train["latent"].shape[1:] == (4, 4, 4)
+    task = experiment.task
+    assert isinstance(task, Diffusion)
+    assert task.generate({}, [0], 0, 2).shape == (1, 1, 8, 8)
+    with pytest.raises(ConfigError, match=r"makes 4 x 4 with 4 channels: .*backbone\.autoencoder"):
+        build(replace(settings, backbone=replace(SETTINGS.backbone, path=str(out))))
 
 
 def test_other_settings_do_not_go_on_with_it(tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_an_unconditional_network_takes_pictures_of_one_class(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("network", "match"),
     [
-        (lambda: conditional(), "conditioned by text, and no text_encoder is beside it"),
+        (conditional, "conditioned by text, and no text_encoder is beside it"),
         (lambda: conditional(num_class_embeds=3, out_channels=5), "makes 5 channels of 4"),
         (
             lambda: conditional(class_embed_type="timestep"),
@@ -271,15 +271,12 @@ def test_another_kind_of_network_and_a_pickle_are_refused(tmp_path: Path) -> Non
 
 
 def test_latents_of_another_autoencoder_are_refused(tmp_path: Path) -> None:
-    pipe = pipeline(tmp_path / "pipe")
+    pipeline(tmp_path / "pipe")
     plain(num_class_embeds=3).save_pretrained(tmp_path / "unet")
     told = settings(tmp_path / "unet", ("conv1",))
     backbone = replace(told.backbone, autoencoder=tmp_path / "pipe" / "vae")
-    with pytest.raises(
-        ConfigError, match="works on 1 channels, and the autoencoder's latents have"
-    ):
+    with pytest.raises(ConfigError, match="on 1 channels, and the autoencoder's latents have 4"):
         make(replace(told, backbone=backbone))
-    assert pipe.vae.config.latent_channels == 4  # pyright: ignore
 
 
 def test_a_text_encoder_needs_names_and_to_be_clips(tmp_path: Path) -> None:
