@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import tyro
 
@@ -99,6 +99,8 @@ class Generate:
     """Pictures of a class."""
     steps: int = 25
     """Denoising steps of a picture (diffusion)."""
+    sampler: Literal["ddim", "dpm-solver"] = "ddim"
+    """Takes those steps; dpm-solver does with fewer."""
     out: Path | None = None
     """Where the pictures go, as one PNG; none is RUN/generated.png."""
     seed: int = 0
@@ -339,7 +341,11 @@ def generate(told: Generate) -> None:
         raise ConfigError("--prompt is missing: give the text to continue")
     asked = tuple(text for text in (told.prompt, told.kind) if text is not None)
     plan = Evaluation(
-        prompts=asked, sample_tokens=told.tokens, sample_pictures=told.n, sample_steps=told.steps
+        prompts=asked,
+        sample_tokens=told.tokens,
+        sample_pictures=told.n,
+        sample_steps=told.steps,
+        sampler=told.sampler,
     )
     adapter = (
         task.model.backbone()

@@ -8,6 +8,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedgen_edge.adapters.formats import PIPELINE
@@ -223,6 +224,17 @@ def test_an_unconditional_network_takes_pictures_of_one_class(tmp_path: Path) ->
         task.examples(corpus((1, 8, 8)), range(2))
 
 
+def test_a_backbone_is_all_three_networks_of_its_pipeline(tmp_path: Path) -> None:
+    pipeline(tmp_path / "pipe")
+    before = make(settings(tmp_path / "pipe")).model.sha256
+    path = tmp_path / "pipe" / "text_encoder" / "model.safetensors"
+    changed = {k: v + 0.1 if v.is_floating_point() else v for k, v in load_file(path).items()}
+    save_file(changed, path, metadata={"format": "pt"})
+    after = make(settings(tmp_path / "pipe")).model.sha256
+    kept = [one == two for one, two in zip(before.split("+"), after.split("+"), strict=True)]
+    assert kept == [True, True, False]
+
+
 # ---- what is refused
 
 
@@ -283,6 +295,10 @@ def test_a_text_encoder_needs_names_and_to_be_clips(tmp_path: Path) -> None:
     pipeline(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="nothing to read"):
         make(settings(tmp_path / "pipe", names=[]))
-    (tmp_path / "pipe" / "text_encoder" / "model.safetensors").unlink()
+    encoder = tmp_path / "pipe" / "text_encoder" / "model.safetensors"
+    save_file({"weight": torch.zeros(1)}, encoder, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"are not CLIP's, in safetensors \(it lacks \d+ weights"):
+        make(settings(tmp_path / "pipe"))
+    encoder.unlink()
     with pytest.raises(ConfigError, match="are not CLIP's, in safetensors"):
         make(settings(tmp_path / "pipe"))

@@ -184,14 +184,16 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
     network, folder, digest = denoiser.load(settings.backbone, device)
     between = _autoencoder(settings, folder, device)
     noising = denoiser.schedule(settings.backbone, folder, latent=between is not None)
-    module = Denoiser(network, noising, _words(settings, network, folder)).to(device)
+    told, reader = _words(settings, network, folder)
+    module = Denoiser(network, noising, told).to(device)
+    beside = [d[:16] for d in (between.sha256 if between else "", reader) if d]
     adapted = adapt(
         network,
         settings.adapter,
         TARGETS,
         full=full,
         folder=folder,
-        sha256="+".join([digest, between.sha256] if between else [digest]),
+        sha256="+".join([digest, *beside]),
         write=partial(denoiser.write, network, noising),
         weights=pictures.WEIGHTS,
         part="unet" if isinstance(network, PeftAdapterMixin) else None,
@@ -224,13 +226,13 @@ def _autoencoder(settings: Settings, folder: Path, device: torch.device) -> Auto
     return latents.load(where, device) if where else None
 
 
-def _words(settings: Settings, network: Any, folder: Path) -> Tensor | None:
-    """What the pipeline's text encoder makes of each class's name."""
+def _words(settings: Settings, network: Any, folder: Path) -> tuple[Tensor | None, str]:
+    """What the pipeline's text encoder makes of each class's name, and its SHA-256."""
     whole = denoiser.pipeline(folder)
     if whole and denoiser.reads(network) and (whole / "text_encoder").is_dir():
         return words.embed(whole, settings.data.names)
     denoiser.unread(settings.backbone, network)
-    return None
+    return None, ""
 
 
 def _picture(

@@ -2,19 +2,22 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
+from transformers.utils import logging
 
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.tasks import backbones
 
 PROMPT = "a picture of a {}"
 """What is read for each class."""
 
 
 @torch.no_grad()
-def embed(pipeline: Path, names: Sequence[str]) -> Tensor:
+def embed(pipeline: Path, names: Sequence[str]) -> tuple[Tensor, str]:
     """Each class's sentence as diffusers' pipelines embed a prompt.
 
     Args:
@@ -22,7 +25,8 @@ def embed(pipeline: Path, names: Sequence[str]) -> Tensor:
         names: of the classes.
 
     Returns:
-        float32 `[classes, tokens, width]`: frozen, of the last layer, padding included.
+        float32 `[classes, tokens, width]`: frozen, of the last layer, padding included; and the
+        SHA-256 of the text encoder's weights.
 
     Raises:
         ConfigError: no class has a name, or the text encoder is another one.
@@ -30,20 +34,38 @@ def embed(pipeline: Path, names: Sequence[str]) -> Tensor:
     if not names:
         raise ConfigError("data.names=() leaves the backbone's text encoder nothing to read: give "
                           "the classes' names")  # fmt: skip
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    folder = pipeline / "text_encoder"
     try:
         tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
-        encoder = CLIPTextModel.from_pretrained(
-            pipeline / "text_encoder",
-            dtype=torch.float32,
-            local_files_only=True,
-            use_safetensors=True,
-        ).eval()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        encoder = _encoder(folder)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"backbone.path={str(pipeline)!r}: its text_encoder and tokenizer are not CLIP's, in "
             f"safetensors ({reason}): take another pipeline"
         ) from None
+    digest = backbones.digest(sorted(folder.glob("*.safetensors")))
+    return _read(tokenizer, encoder, names), digest
+
+
+def _encoder(folder: Path) -> Any:
+    """The text encoder, every weight of it from the folder: transformers would draw the others."""
+    kind: Any = CLIPTextModel
+    made, told = kind.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
+    )
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"it lacks {len(missing)} weights, {missing[0]!r} first")
+    return made.eval()
+
+
+def _read(tokenizer: Any, encoder: Any, names: Sequence[str]) -> Tensor:
     told = tokenizer(
         [PROMPT.format(name) for name in names],
         padding="max_length",
