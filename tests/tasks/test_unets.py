@@ -291,6 +291,14 @@ def test_latents_of_another_autoencoder_are_refused(tmp_path: Path) -> None:
         make(replace(told, backbone=backbone))
 
 
+def test_latents_of_a_codebook_do_not_pass_for_pictures(tmp_path: Path) -> None:
+    plain(num_class_embeds=3).save_pretrained(tmp_path / "unet")
+    (tmp_path / "vqvae").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(ConfigError, match="works on the latents of its vqvae"):
+        make(settings(tmp_path))
+
+
 def test_a_text_encoder_needs_names_and_to_be_clips(tmp_path: Path) -> None:
     pipeline(tmp_path / "pipe")
     with pytest.raises(ConfigError, match="nothing to read"):

@@ -151,6 +151,16 @@ def unread(settings: Backbone, network: Any) -> None:
         )  # fmt: skip
 
 
+def quantised(settings: Backbone, folder: Path) -> None:
+    """Refuse the UNet of a pipeline whose latents are a codebook's: they would pass for pictures."""
+    for name in ("vqvae", "movq"):
+        if (folder.parent / name).is_dir():
+            raise _fault(
+                settings, f"works on the latents of its {name}, which is not read: take a pipeline "
+                "with a vae, or give backbone.autoencoder"
+            )  # fmt: skip
+
+
 def _fault(settings: Backbone, what: str) -> ConfigError:
     return ConfigError(f"backbone.path={settings.path!r} {what}")
 

@@ -223,7 +223,10 @@ def _autoencoder(settings: Settings, folder: Path, device: torch.device) -> Auto
     whole = denoiser.pipeline(folder)
     own = whole / "vae" if whole and (whole / "vae").is_dir() else None
     where = settings.backbone.autoencoder or own
-    return latents.load(where, device) if where else None
+    if where is None:
+        denoiser.quantised(settings.backbone, folder)
+        return None
+    return latents.load(where, device)
 
 
 def _words(settings: Settings, network: Any, folder: Path) -> tuple[Tensor | None, str]:
