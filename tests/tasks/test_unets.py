@@ -181,6 +181,14 @@ def test_other_pixels_are_scaled_to_the_latents_and_back(tmp_path: Path) -> None
     assert task.generate({}, [0], 0, 1).shape == (1, 3, 8, 8)
 
 
+def descended(task: Diffusion, adapter: Leaves, batch: Batch) -> tuple[Tensor, Leaves]:
+    """The loss, and its slope along each leaf."""
+    own = {k: v.clone().requires_grad_() for k, v in adapter.items()}
+    total = task.loss(own, batch, "").total
+    slopes = torch.autograd.grad(total.sum(), list(own.values()))
+    return total.detach(), dict(zip(own, slopes, strict=True))
+
+
 @pytest.mark.parametrize("words", [False, True])
 def test_a_stack_of_clients_is_each_client(words: bool, tmp_path: Path) -> None:
     path = tmp_path / "unet"
@@ -196,9 +204,12 @@ def test_a_stack_of_clients_is_each_client(words: bool, tmp_path: Path) -> None:
         for rows in ([0, 1], [3, 5])
     ]
     adapters = [some(task, 0), some(task, 1)]
-    both = task.loss(stack(adapters), stack(batches), "").total
-    alone = [task.loss(a, b, "").total for a, b in zip(adapters, batches, strict=True)]
-    close(both, torch.stack(alone))
+    both, slopes = descended(task, stack(adapters), stack(batches))
+    for i, (adapter, batch) in enumerate(zip(adapters, batches, strict=True)):
+        alone, own = descended(task, adapter, batch)
+        close(both[i], alone)
+        for name, slope in own.items():
+            torch.testing.assert_close(slopes[name][i], slope, atol=1e-4, rtol=1e-4)
     held = [task.examples(corpus(shape), rows) for rows in ([0, 1], [3, 5])]
     judged = task.evaluate(stack(adapters), stack(held))["total"]
     apart = [task.evaluate(a, h)["total"] for a, h in zip(adapters, held, strict=True)]

@@ -152,7 +152,7 @@ def unread(settings: Backbone, network: Any) -> None:
 
 
 def quantised(settings: Backbone, folder: Path) -> None:
-    """Refuse the UNet of a pipeline whose latents are a codebook's: they would pass for pictures."""
+    """Refuse a pipeline's UNet whose latents are a codebook's: they would pass for pictures."""
     for name in ("vqvae", "movq"):
         if (folder.parent / name).is_dir():
             raise _fault(
