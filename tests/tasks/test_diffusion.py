@@ -60,6 +60,22 @@ def test_the_error_is_that_of_diffusers_own_noising() -> None:
     torch.testing.assert_close(task.loss({}, drawn, "").total, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_network_of_velocities_is_judged_by_diffusers_own_velocity(tmp_path: Path) -> None:
+    make().model.merged(tmp_path, {})
+    noising = DDPMScheduler(prediction_type="v_prediction")
+    noising.save_config(tmp_path)
+    task = make(replace(SETTINGS, backbone=replace(SETTINGS.backbone, path=str(tmp_path))))
+    held = task.examples(corpus_for(task, 3, 0), range(3))
+    drawn = task.draw(held, generator("draw"))
+    picture, step = held["image"].float() / 127.5 - 1, drawn["step"].long()
+    noisy = noising.add_noise(picture, drawn["noise"], step)  # pyright: ignore
+    with torch.no_grad():
+        said = task.module.model(noisy, step, class_labels=held["label"].long()).sample
+    wanted = noising.get_velocity(picture, drawn["noise"], step)  # pyright: ignore
+    expected = (said - wanted).square().mean((1, 2, 3)).sum()
+    torch.testing.assert_close(task.loss({}, drawn, "").total, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_held_out_noise_goes_by_the_picture_and_covers_every_amount() -> None:
     task = make()
     held = task.examples(corpus_for(task, 200, 0), range(200))
