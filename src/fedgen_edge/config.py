@@ -208,6 +208,8 @@ class Training:
     """Decoupled weight decay (adamw), or L2 (sgd)."""
     momentum: Share = 0.0
     """Momentum of sgd."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of adamw's two moments; a GAN wants the first at 0."""
     clip: NotNegative = 1.0
     """Largest norm of a client's gradient; 0 does not clip."""
     epochs: Count = 1
@@ -220,6 +222,20 @@ class Training:
     """How the learning rate falls over the rounds."""
     warmup: Whole = 0
     """Rounds over which the learning rate rises first."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gan:
+    """How a generator and its critic are trained against each other."""
+
+    critic_steps: Count = 1
+    """Steps of the critic on each batch, before the generator's one."""
+    critic_rate: Positive = 1.0
+    """The critic's learning rate, as a multiple of the generator's."""
+    r1: NotNegative = 1.0
+    """Weight of the penalty on the critic's slope at real pictures."""
+    average: Share = 0.99
+    """Decay, in each step, of the generator's moving average, which makes the pictures."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -305,7 +321,7 @@ class Evaluation:
 class Settings:
     """One run, whole."""
 
-    task: Literal["language", "diffusion"] = "language"
+    task: Literal["language", "diffusion", "gan"] = "language"
     """What is learnt."""
     backbone: Backbone = Backbone()
     adapter: Adapter = Adapter()
@@ -315,6 +331,7 @@ class Settings:
     method: Method = Method()
     training: Training = Training()
     personal: Personal = Personal()
+    gan: Gan = Gan()
     pretrain: Pretrain = Pretrain()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()

@@ -50,7 +50,7 @@ class Experiment:
     @property
     def has_global(self) -> bool:
         """Whether clients share anything, so that there is a global model to speak of."""
-        return bool(self.algorithm.sends(list(self.task.model.adapter.shapes())))
+        return bool(self.algorithm.sends(list(self.task.model.leaf_shapes())))
 
     @property
     def names(self) -> list[str]:
@@ -112,7 +112,7 @@ def optimiser(settings: Training, rate: float) -> Callable[[Sequence[Tensor]], O
     if settings.optimiser == "sgd":
         decay, momentum = settings.weight_decay, settings.momentum
         return partial(SGD, lr=rate, momentum=momentum, weight_decay=decay)
-    return partial(AdamW, lr=rate, weight_decay=settings.weight_decay)
+    return partial(AdamW, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
 def build(settings: Settings) -> Experiment:
@@ -175,7 +175,7 @@ def _check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> Non
             f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
             "trains every weight: leave it out, or merge it into the backbone first"
         )
-    algorithm.sends(list(task.model.adapter.shapes()))
+    algorithm.sends(list(task.model.leaf_shapes()))
 
 
 def _check_held_out(holdings: Sequence[Holding]) -> None:

@@ -38,7 +38,7 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
 def provenance(experiment: Experiment) -> dict[str, Any]:
     """Versions, hardware, backbone, and the sizes of what can be sent."""
     task, settings = experiment.task, experiment.settings
-    adapter = task.model.adapter.shapes()
+    adapter = task.model.leaf_shapes()
     return {
         "version": version("fedgen-edge"),
         "torch": torch.__version__,

@@ -3,7 +3,7 @@
 Source: Ho et al. 2020 (arXiv:2006.11239); sampling by DDIM, Song et al. 2021 (arXiv:2010.02502).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from safetensors.torch import save_file
 from torch import Generator, Tensor, nn
 
 from fedgen_edge.config import Evaluation, Settings
@@ -25,7 +24,7 @@ from fedgen_edge.seeds import normal, seed
 from fedgen_edge.tasks import pictures
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.task import Sample, untrained
-from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
 MEASURE = Measure(
     name="denoising error",
@@ -39,7 +38,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "class_embeddin
 """Layers to adapt where the settings name none."""
 SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
     "tiny": ((16, 32), 1, {1}),
-    "small": ((32, 64, 96), 1, {2}),
+    "small": ((16, 32, 64, 96), 1, {2, 3}),
     "large": ((128, 256, 256), 2, {1, 2}),
 }
 """Channels of each resolution, residual blocks in each, and those with attention."""
@@ -106,6 +105,7 @@ class Diffusion:
     names: tuple[str, ...]
     """Of the classes, by their numbers."""
     phases: tuple[Phase, ...] = (Phase(),)
+    settle: Callable[[Leaves], Leaves] = none_follow
     measure: Measure = MEASURE
 
     @property
@@ -254,13 +254,8 @@ def schedule(folder: Path) -> Any:
 
 def write(network: Any, noising: Any, folder: Path, weights: Leaves) -> None:
     """A folder that diffusers loads, its schedule beside it."""
-    network.save_config(folder)
+    pictures.write(network, folder, weights)
     noising.save_config(folder)
-    save_file(
-        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
-        folder / pictures.WEIGHTS,
-        metadata={"format": "pt"},
-    )
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:

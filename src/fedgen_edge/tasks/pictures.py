@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgen_edge.config import Backbone, Evaluation
@@ -17,7 +18,7 @@ from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.task import Sample
-from fedgen_edge.types import Batch
+from fedgen_edge.types import Batch, Leaves
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """What diffusers calls the file of a network's weights."""
@@ -119,6 +120,16 @@ def png(picture: Tensor) -> bytes:
     drawn = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).numpy()).save(drawn, "png")
     return drawn.getvalue()
+
+
+def write(network: Any, folder: Path, weights: Leaves) -> None:
+    """A network's folder, as diffusers has it."""
+    network.save_config(folder)
+    save_file(
+        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )
 
 
 def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, Path, str]:

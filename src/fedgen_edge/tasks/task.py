@@ -42,6 +42,11 @@ class Task(Protocol):
         """
         ...
 
+    @property
+    def settle(self) -> Callable[[Leaves], Leaves]:
+        """After a batch: new values of the leaves that follow others, `[*clients, *shape]` each."""
+        ...
+
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         """Held-out sums per client, which add up over batches and clients."""
         ...
@@ -117,7 +122,7 @@ def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Pat
 
 
 TASKS: dict[str, Callable[..., Learnt]] = {
-    name: partial(_learnt, name) for name in ("language", "diffusion")
+    name: partial(_learnt, name) for name in ("language", "diffusion", "gan")
 }
 """How each task is built: from settings, `full` (train every weight instead of an adapter) and a
 device. Its libraries are imported then, and not before."""
