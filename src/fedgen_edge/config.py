@@ -305,7 +305,7 @@ class Evaluation:
 class Settings:
     """One run, whole."""
 
-    task: Literal["language", "diffusion"] = "language"
+    task: Literal["language", "diffusion", "vae"] = "language"
     """What is learnt."""
     backbone: Backbone = Backbone()
     adapter: Adapter = Adapter()
