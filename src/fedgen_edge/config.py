@@ -321,7 +321,7 @@ class Evaluation:
 class Settings:
     """One run, whole."""
 
-    task: Literal["language", "diffusion", "gan"] = "language"
+    task: Literal["language", "diffusion", "gan", "vae"] = "language"
     """What is learnt."""
     backbone: Backbone = Backbone()
     adapter: Adapter = Adapter()

@@ -25,7 +25,7 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
             "train": len(own.train),
             "validation": len(own.validation),
             "test": len(own.test),
-            "items": int(shard.train["mask"].sum()),
+            "items": int(shard.train["mask"].sum()) * experiment.task.measure.each,
             "newcomer": c >= able,
             "labels": dict(Counter(labels[i] for i in own.train)) if labels else {},
         }

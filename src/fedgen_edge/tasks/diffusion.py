@@ -4,7 +4,7 @@ Source: Ho et al. 2020 (arXiv:2006.11239); sampling by DDIM, Song et al. 2021 (a
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,13 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Generator, Tensor, nn
 
 from fedgen_edge.config import Evaluation, Settings
-from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal, seed
 from fedgen_edge.tasks import pictures
 from fedgen_edge.tasks.adapted import Adapted, adapt
-from fedgen_edge.tasks.task import Sample, untrained
+from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
 MEASURE = Measure(
@@ -47,8 +46,6 @@ LEVELS = 4
 PREDICTIONS = ("epsilon", "v_prediction")
 """What a network may say of a noisy picture, as diffusers calls it."""
 GOLDEN = 0.6180339887
-EVALUATE = 64
-"""Pictures in one pass of an evaluation, or of sampling."""
 
 
 class Denoiser(nn.Module):
@@ -111,10 +108,7 @@ class Diffusion:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of a picture: channels, height and width."""
-        told: Any = self.module.model.config
-        side = told.sample_size
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        return told.in_channels, height, width
+        return pictures.shape(self.module.model.config)
 
     @property
     def classes(self) -> int:
@@ -143,26 +137,23 @@ class Diffusion:
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
         """Summed errors and the number of pictures."""
         del phase
-        clients, mask = batch["mask"].shape[:-1], batch["mask"]
         names = ("image", "label", "noise", "step")
-        rows = {k: batch[k].flatten(0, len(clients)) for k in names}
-        error = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
-        return PerClient(
-            total=torch.where(mask, error.view_as(mask), 0.0).sum(-1), count=mask.sum(-1).float()
-        )
+        total = pictures.summed(self.model, self.module, adapter, batch, names)
+        return PerClient(total, batch["mask"].sum(-1).float())
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         """Errors and pictures; each picture's is a mean over amounts of noise, always the same."""
-        clients = examples["mask"].shape[:-1]
-        each = max(1, EVALUATE // clients.numel())
-        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
-        for part in parts(examples, len(clients), each):
-            for level in range(LEVELS):
-                loss = self.loss(adapter, {**part, **self._held_out(part, level)}, "")
-                sums["total"] += loss.total.double().cpu() / LEVELS
-            sums["count"] += part["mask"].sum(-1).double().cpu()
-        return sums
+
+        def judge(part: Batch) -> PerClient:
+            each = [
+                self.loss(adapter, {**part, **self._held_out(part, level)}, "")
+                for level in range(LEVELS)
+            ]
+            mean = torch.stack([loss.total.double() for loss in each]).sum(0) / LEVELS
+            return PerClient(mean, each[0].count)
+
+        return pictures.added(judge, examples)
 
     def _held_out(self, examples: Batch, level: int) -> Batch:
         """Noise and its amount, which go by a picture's number alone, spread evenly over both."""
@@ -195,7 +186,7 @@ class Diffusion:
         asked = torch.tensor(labels, device=device)
         made = [
             self._denoised(own, *part, steps)
-            for part in zip(start.split(EVALUATE), asked.split(EVALUATE), strict=True)
+            for part in zip(start.split(pictures.MOST), asked.split(pictures.MOST), strict=True)
         ]
         return torch.cat([pictures.pixels(part).cpu() for part in made])
 
@@ -220,10 +211,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    if settings.backbone.path == "tiny":
-        folder = untrained("diffusion", "tiny", (1, 8, 8), 10)
-        settings = replace(settings, backbone=replace(settings.backbone, path=str(folder)))
-    network, folder, digest = pictures.network(settings.backbone, UNet2DModel, device)
+    chosen = pictures.chosen(settings.backbone, "diffusion")
+    network, folder, digest = pictures.network(chosen, UNet2DModel, device)
     noising = schedule(folder)
     if (target := noising.config["prediction_type"]) not in PREDICTIONS:
         raise ConfigError(
@@ -254,8 +243,8 @@ def schedule(folder: Path) -> Any:
 
 def write(network: Any, noising: Any, folder: Path, weights: Leaves) -> None:
     """A folder that diffusers loads, its schedule beside it."""
-    pictures.write(network, folder, weights)
     noising.save_config(folder)
+    pictures.write(network, folder, weights)
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:

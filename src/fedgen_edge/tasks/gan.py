@@ -5,7 +5,7 @@ Source: hinge loss, Lim and Ye 2017 (arXiv:1705.02894); the gradient penalty R1,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -14,14 +14,13 @@ from torch.nn import functional as F
 
 from fedgen_edge import config
 from fedgen_edge.config import Evaluation, Settings
-from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal
 from fedgen_edge.tasks import gan_networks, pictures
 from fedgen_edge.tasks.adapted import Adapted, adapt, follow, served, trained
 from fedgen_edge.tasks.gan_networks import Gan
-from fedgen_edge.tasks.task import Sample, untrained
+from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 MEASURE = Measure(
@@ -38,8 +37,6 @@ TARGETS = ("label", "first", "modulate", "conv1", "conv2", "skip")
 fresh = gan_networks.fresh
 RIVALS = 8
 """Pictures made for each held-out one that they are judged by."""
-EVALUATE = 64
-"""Pictures in one pass of an evaluation, or of sampling."""
 
 
 class _Generate(nn.Module):
@@ -106,8 +103,7 @@ class Adversaries:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of a picture: channels, height and width."""
-        told = self.network.config
-        return told["channels"], told["sample_size"], told["sample_size"]
+        return pictures.shape(self.network.config)
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
         """Pictures, and the numbers of their classes."""
@@ -129,13 +125,10 @@ class Adversaries:
 
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
         """Summed losses of one of the two, and the number of pictures."""
-        clients, mask = batch["mask"].shape[:-1], batch["mask"]
-        rows = {k: batch[k].flatten(0, len(clients)) for k in ("image", "label", "noise")}
         asked = {CRITIC: _Told(self.network, self.settings.r1), GENERATOR: _Fooled(self.network)}
-        found = self.model.adapter.call(asked[phase], trained(adapter), rows, batch.get("seed"))
-        return PerClient(
-            total=torch.where(mask, found.view_as(mask), 0.0).sum(-1), count=mask.sum(-1).float()
-        )
+        names = ("image", "label", "noise")
+        total = pictures.summed(self.model, asked[phase], trained(adapter), batch, names)
+        return PerClient(total, batch["mask"].sum(-1).float())
 
     def settle(self, adapter: Leaves) -> Leaves:
         """The generator's moving average, a batch later."""
@@ -144,14 +137,13 @@ class Adversaries:
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         """Energy scores and pictures; those made for a picture are always the same."""
-        clients, own = examples["mask"].shape[:-1], served(adapter)
-        each = max(1, EVALUATE // clients.numel())
-        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
-        for part in parts(examples, len(clients), each):
-            score = self._energy(own, part)
-            sums["total"] += torch.where(part["mask"], score, 0.0).sum(-1).double().cpu()
-            sums["count"] += part["mask"].sum(-1).double().cpu()
-        return sums
+        own = served(adapter)
+
+        def judge(part: Batch) -> PerClient:
+            score = torch.where(part["mask"], self._energy(own, part), 0.0)
+            return PerClient(score.sum(-1), part["mask"].sum(-1).float())
+
+        return pictures.added(judge, examples)
 
     def _energy(self, adapter: Leaves, examples: Batch) -> Tensor:
         """`[*clients, batch]`."""
@@ -197,7 +189,7 @@ class Adversaries:
         asked = torch.tensor(labels, device=device)
         made = [
             self._made(own, *part)
-            for part in zip(noise.split(EVALUATE), asked.split(EVALUATE), strict=True)
+            for part in zip(noise.split(pictures.MOST), asked.split(pictures.MOST), strict=True)
         ]
         return torch.cat([pictures.pixels(part).cpu() for part in made])
 
@@ -210,10 +202,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Adversarie
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    if settings.backbone.path == "tiny":
-        folder = untrained("gan", "tiny", (1, 8, 8), 10)
-        settings = replace(settings, backbone=replace(settings.backbone, path=str(folder)))
-    network, folder, digest = pictures.network(settings.backbone, Gan, device)
+    chosen = pictures.chosen(settings.backbone, "gan")
+    network, folder, digest = pictures.network(chosen, Gan, device)
     adapted = adapt(
         network,
         settings.adapter,

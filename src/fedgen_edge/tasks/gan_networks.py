@@ -113,13 +113,13 @@ class Gan(ModelMixin, ConfigMixin):
     def __init__(
         self,
         sample_size: int = 8,
-        channels: int = 1,
+        in_channels: int = 1,
         widths: Sequence[int] = (32, 24, 16),
         noise: int = 16,
         num_class_embeds: int = 10,
     ) -> None:
         super().__init__()
-        shape = (channels, sample_size, sample_size)
+        shape = (in_channels, sample_size, sample_size)
         self.generator = Maker(shape, widths, noise, num_class_embeds)
         self.critic = Judge(shape, widths, num_class_embeds)
 

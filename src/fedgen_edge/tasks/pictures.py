@@ -1,8 +1,9 @@
-"""What tasks on pictures share: examples, the range of their values, and grids of samples."""
+"""What tasks on pictures share: examples, sums of their losses, grids of samples, networks."""
 
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +11,22 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedgen_edge.config import Backbone, Evaluation
+from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.task import Sample
-from fedgen_edge.types import Batch, Leaves
+from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.task import Sample, untrained
+from fedgen_edge.types import Batch, Leaves, PerClient, Statistics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """What diffusers calls the file of a network's weights."""
+MOST = 64
+"""Pictures in one pass of an evaluation, or of sampling."""
 
 
 def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], classes: int) -> Batch:
@@ -61,6 +66,47 @@ def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], cla
         "number": torch.tensor(chosen, dtype=torch.int32),
         "mask": torch.ones(len(chosen), dtype=torch.bool),
     }
+
+
+def shape(config: Any) -> tuple[int, int, int]:
+    """Of the pictures of a network, by its configuration: channels, height and width."""
+    side = config.sample_size
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return config.in_channels, height, width
+
+
+def summed(
+    model: Adapted, module: nn.Module, adapter: Leaves, batch: Batch, names: Sequence[str]
+) -> Tensor:
+    """Each client's sum of what its pictures cost, `[*clients]`; masked ones cost nothing.
+
+    Args:
+        model: whose adapter is bound.
+        module: from some fields of a batch, `[rows, ...]`, to numbers, `[rows]`.
+        adapter: one client's leaves, or a stack.
+        batch: drawn.
+        names: the fields.
+    """
+    mask = batch["mask"]
+    rows = {k: batch[k].flatten(0, mask.ndim - 1) for k in names}
+    cost = model.adapter.call(module, adapter, rows, batch.get("seed"))
+    return torch.where(mask, cost.view_as(mask), 0.0).sum(-1)
+
+
+def added(judge: Callable[[Batch], PerClient], examples: Batch) -> Statistics:
+    """Sums and counts over held-out examples, float64 `[*clients]` each; few go in one pass.
+
+    Args:
+        judge: of some of them.
+        examples: `[*clients, batch, ...]` each.
+    """
+    clients = examples["mask"].shape[:-1]
+    sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
+    for part in parts(examples, len(clients), max(1, MOST // clients.numel())):
+        loss = judge(part)
+        sums["total"] += loss.total.double().cpu()
+        sums["count"] += loss.count.double().cpu()
+    return sums
 
 
 def values(pixels: Tensor) -> Tensor:
@@ -122,14 +168,11 @@ def png(picture: Tensor) -> bytes:
     return drawn.getvalue()
 
 
-def write(network: Any, folder: Path, weights: Leaves) -> None:
-    """A network's folder, as diffusers has it."""
-    network.save_config(folder)
-    save_file(
-        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
-        folder / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+def chosen(settings: Backbone, task: str) -> Backbone:
+    """The same, and where it says `tiny` the folder of a task's untrained one for the digits."""
+    if settings.path != "tiny":
+        return settings
+    return replace(settings, path=str(untrained(task, "tiny", (1, 8, 8), 10)))
 
 
 def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, Path, str]:
@@ -150,12 +193,30 @@ def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, P
         )
     kept = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     try:
-        made = kind.from_pretrained(
-            folder, torch_dtype=kept, use_safetensors=True, local_files_only=True
-        )
+        made = _read(folder, kind, kept).to(device)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"backbone.path={settings.path!r} is no {kind.__name__} ({reason}): take another"
         ) from None
-    return made.eval().to(device), folder, backbones.digest(weights)
+    return made.eval(), folder, backbones.digest(weights)
+
+
+def _read(folder: Path, kind: Any, kept: torch.dtype) -> Any:
+    """The network of a folder; diffusers itself would read another kind's as far as it fits."""
+    told = kind.load_config(folder, local_files_only=True).get("_class_name", kind.__name__)
+    if told != kind.__name__:
+        raise ValueError(f"it holds {told}")
+    return kind.from_pretrained(
+        folder, torch_dtype=kept, use_safetensors=True, local_files_only=True
+    )
+
+
+def write(network: Any, folder: Path, weights: Leaves) -> None:
+    """A folder that diffusers loads: a network's configuration, and these weights."""
+    network.save_config(folder)
+    save_file(
+        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )

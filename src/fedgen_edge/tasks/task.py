@@ -36,7 +36,7 @@ class Task(Protocol):
         ...
 
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
-        """Summed loss (nats where it is a likelihood) and count, each `[*clients]`. Deterministic.
+        """Summed loss, in the measure's unit, and count, each `[*clients]`. Deterministic.
 
         What `batch["mask"]` leaves out adds nothing to either: rows of zeros are padding.
         """
@@ -122,7 +122,7 @@ def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Pat
 
 
 TASKS: dict[str, Callable[..., Learnt]] = {
-    name: partial(_learnt, name) for name in ("language", "diffusion", "gan")
+    name: partial(_learnt, name) for name in ("language", "diffusion", "gan", "vae")
 }
 """How each task is built: from settings, `full` (train every weight instead of an adapter) and a
 device. Its libraries are imported then, and not before."""
