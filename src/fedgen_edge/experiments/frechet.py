@@ -132,8 +132,10 @@ def kernel_distance(one: Float[Tensor, "n d"], two: Float[Tensor, "m d"], seed: 
 
     Both sets are shuffled and cut into B = 10 parts; the parts give B independent estimates by
     `discrepancy`, their mean is the value, and mean -+ t s / sqrt(B) the interval, where s is their
-    standard deviation (over B - 1) and t = 2.26 is Student's with B - 1 degrees of freedom. It may
-    be below zero, as whatever is unbiased at zero may.
+    standard deviation (over B - 1) and t = 2.26 is Student's with B - 1 degrees of freedom. The
+    value may be below zero, as whatever is unbiased at zero may. Of equal distributions, estimates
+    are skewed: measured, 95 % of intervals hold 0 from 16 even directions up, 93 % on ResNet-20's
+    features of CIFAR-10, and 86 % in one dimension.
 
     Raises:
         DataError: a set has fewer than 20 pictures.
@@ -253,8 +255,8 @@ def collapse(
     """Signs of mode collapse.
 
     Args:
-        real: features of real pictures.
-        real_labels: numbers of their classes, from 0; each class has some.
+        real: features of real pictures, some of each class.
+        real_labels: numbers of their classes, from 0.
         made: features of samples.
         made_labels: the classes that they were asked as.
         classes: how many there are.
