@@ -167,15 +167,15 @@ def _tensors(name: str, weights: Path | None) -> dict[str, Tensor]:
         raise ConfigError(f"judging.weights is missing: {source}")
     if not weights.is_file():
         raise ConfigError(f"{said} is no file: {source}")
-    with weights.open("rb") as file:
-        start = file.read(4)
-    if start.startswith(PICKLES):
-        raise ConfigError(f"{said} is a pickle, which is not read: convert it by {CONVERT}")
     try:
         return load_file(weights)
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ConfigError(f"{said} is damaged or no safetensors ({reason}): {source}") from None
+    with weights.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(PICKLES):
+        raise ConfigError(f"{said} is a pickle, which is not read: convert it by {CONVERT}")
+    raise ConfigError(f"{said} is damaged or no safetensors ({reason}): {source}")
 
 
 def _filled(
