@@ -318,6 +318,19 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Judging:
+    """How models of pictures are judged by their samples; none are where no features are named."""
+
+    features: Literal["pixels", "resnet20", "resnet56", "lite0", "inception"] | None = None
+    """What pictures are seen by: pixels (8 x 8 of them), CIFAR-10's classifiers of 20 or 56 layers,
+    EfficientNet-Lite0, or the Inception of the FID."""
+    weights: Path | None = None
+    """File of the features' weights, in safetensors."""
+    samples: Annotated[int, Number, Field(ge=10)] = 2000
+    """Pictures that each model makes, shared out over the clients as their test pictures are."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """One run, whole."""
 
@@ -335,6 +348,7 @@ class Settings:
     pretrain: Pretrain = Pretrain()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
+    judging: Judging = Judging()
 
 
 def load(path: Path) -> Settings:

@@ -170,11 +170,13 @@ class Diffusion:
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """A grid, a row a class; its noise is the same for every model."""
-        draw = partial(self.generate, adapter, key=key, steps=settings.sample_steps)
+        draw = partial(self.generate, adapter, key=key, settings=settings)
         yield from pictures.samples(draw, self.names, settings)
 
     @torch.no_grad()
-    def generate(self, adapter: Leaves, labels: Sequence[int], key: int, steps: int) -> Tensor:
+    def generate(
+        self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
+    ) -> Tensor:
         """Pictures of these classes, by DDIM from fixed noise.
 
         Returns:
@@ -185,7 +187,7 @@ class Diffusion:
         start = pictures.noise(self.shape, key, len(labels)).to(device)
         asked = torch.tensor(labels, device=device)
         made = [
-            self._denoised(own, *part, steps)
+            self._denoised(own, *part, settings.sample_steps)
             for part in zip(start.split(pictures.MOST), asked.split(pictures.MOST), strict=True)
         ]
         return torch.cat([pictures.pixels(part).cpu() for part in made])

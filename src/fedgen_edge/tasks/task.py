@@ -93,6 +93,25 @@ class Learnt(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class Pictured(Learnt, Protocol):
+    """What judging by samples needs of a task."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture: channels, height and width."""
+        ...
+
+    def generate(
+        self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
+    ) -> Tensor:
+        """Pictures of these classes, uint8 `[pictures, channels, height, width]`.
+
+        The noise of each goes by the key and its place, the same for every model.
+        """
+        ...
+
+
 def _learnt(name: str, settings: Settings, *, full: bool, device: torch.device) -> Learnt:
     return _module(name).build(settings, full=full, device=device)
 
