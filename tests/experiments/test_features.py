@@ -90,8 +90,8 @@ def test_pixels_are_means_of_tiles_from_minus_one_to_one() -> None:
 
 def test_small_pictures_are_seen_as_they_are() -> None:
     picture = some(5, 1, 4, 8)
-    expected = picture.flatten(1) / 127.5 - 1
-    torch.testing.assert_close(extractor("pixels", None, CPU).see(picture), expected)
+    found = extractor("pixels", None, CPU).see(picture)
+    torch.testing.assert_close(found, picture.flatten(1) / 127.5 - 1)
 
 
 # ---- the classifiers of CIFAR-10
@@ -139,7 +139,7 @@ def test_distances_rise_with_noise(cifar: tuple[Tensor, Tensor], seen: Tensor) -
     pictures = cifar[0][:500].float()
     noise = torch.randn(pictures.shape, generator=generator("noise"))
     real, found = seen[500:], [seen[:500]]
-    for share in (5, 15, 40):
+    for share in (10, 40):
         spoilt = (pictures + share * noise).clamp(0, 255).round().to(torch.uint8)
         found.append(cifar_eyes("resnet20").see(spoilt))
     distances = [frechet(moments(real), moments(own)) for own in found]
@@ -178,9 +178,8 @@ def test_real_pictures_are_farther_from_real_ones_where_they_are_few(seen: Tenso
 # ---- the network of the FID
 
 
-def test_torch_fidelity_sees_and_measures_the_same(made: Path, tmp_path: Path) -> None:
+def test_torch_fidelity_sees_the_same(made: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch_fidelity", exc_type=ImportError)
-    from torch_fidelity import metric_fid
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     torch.save(load_file(made / "inception.safetensors"), tmp_path / "theirs.pth")
@@ -188,12 +187,6 @@ def test_torch_fidelity_sees_and_measures_the_same(made: Path, tmp_path: Path) -
     ours = extractor("inception", made / "inception.safetensors", CPU)
     pictures = some(4, 3, 32, 40)
     torch.testing.assert_close(ours.see(pictures), theirs(pictures)[0], rtol=1e-4, atol=1e-5)
-    sets = [some(200, 1, 8, 8).flatten(1).float(), some(300, 1, 8, 8).flatten(1).float() * 0.9]
-    told = metric_fid.fid_statistics_to_metric(
-        *(metric_fid.fid_features_to_statistics(features) for features in sets), verbose=False
-    )
-    found = frechet(*(moments(features) for features in sets))
-    assert found == pytest.approx(told["frechet_inception_distance"], rel=1e-6)
 
 
 def test_inception_sees_2048_numbers_of_any_picture(made: Path) -> None:
@@ -276,11 +269,12 @@ def test_safetensors_that_begin_like_a_pickle_are_read(made: Path, tmp_path: Pat
 
 
 def test_what_is_no_file_or_no_safetensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"judging\.weights='.*none' is no file"):
-        extractor("resnet20", tmp_path / "none", CPU)
-    (tmp_path / "cut.safetensors").write_bytes(bytes(100))
+    path = tmp_path / "cut.safetensors"
+    with pytest.raises(ConfigError, match=r"judging\.weights='.*cut\.safetensors' is no file"):
+        extractor("resnet20", path, CPU)
+    path.write_bytes(bytes(100))
     with pytest.raises(ConfigError, match=r"judging\.weights='.*cut\.safetensors' is damaged"):
-        extractor("resnet20", tmp_path / "cut.safetensors", CPU)
+        extractor("resnet20", path, CPU)
 
 
 @pytest.mark.parametrize(

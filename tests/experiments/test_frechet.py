@@ -93,6 +93,17 @@ def test_the_distance_is_that_of_scipys_matrix_root(width: int) -> None:
     assert frechet(two, one) == pytest.approx(expected, rel=1e-6)
 
 
+def test_torch_fidelity_measures_the_same() -> None:
+    pytest.importorskip("torch_fidelity", exc_type=ImportError)
+    from torch_fidelity import metric_fid
+
+    sets = cloud(200, 64, "one"), cloud(300, 64, "two")
+    theirs = [metric_fid.fid_features_to_statistics(features) for features in sets]
+    told = metric_fid.fid_statistics_to_metric(*theirs, verbose=False)
+    found = frechet(*(moments(features) for features in sets))
+    assert found == pytest.approx(told["frechet_inception_distance"], rel=1e-6)
+
+
 @pytest.mark.parametrize("count", [500, 20])
 def test_equal_moments_are_no_distance_apart_singular_or_not(count: int) -> None:
     found = moments(cloud(count, 32))
