@@ -5,6 +5,7 @@ is the same for every model, and compared with those pictures.
 """
 
 import itertools
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -169,6 +170,7 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
     log, told = run / "distances.jsonl", jury(experiment)
     done = len(records.lines(log)) // (len(experiment.holdings) + 1)
     for model in models(experiment)[done:]:
+        began = time.perf_counter()
         made = [told.made(*found) for found in _each(experiment, run, model)]
         names = experiment.names
         lines = [
@@ -176,8 +178,8 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
             for name, mine, real in zip(names, made, told.real, strict=True)
         ]
         lines.append(told.verdict(model, None, together(made), together(told.real)))
-        whole = records.lines(log)[: models(experiment).index(model) * (len(names) + 1)]
-        records.write_lines(log, [*whole, *lines])
+        lines[-1]["seconds"] = round(time.perf_counter() - began, 3)
+        records.write_lines(log, [*records.lines(log), *lines])
         yield model
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedgen_edge import files
-from fedgen_edge.config import Federation, Method, Partition, Settings, to_toml
+from fedgen_edge.config import Federation, Judging, Method, Partition, Settings, to_toml
 from fedgen_edge.data import sources
 from fedgen_edge.data.corpus import Images
 from fedgen_edge.errors import ConfigError
@@ -70,6 +70,7 @@ def planned(settings: Settings) -> Settings:
             settings.training, lr=p.lr, steps=p.steps, batch=p.batch, schedule="cosine", warmup=0
         ),
         evaluation=replace(settings.evaluation, baselines=()),
+        judging=Judging(),
     )
 
 
