@@ -19,7 +19,7 @@ from fedgen_edge.tasks import pictures
 
 SIZES: dict[str, tuple[tuple[int, ...], int]] = {
     "tiny": ((32, 24, 16), 16),
-    "small": ((128, 96, 64, 32), 64),
+    "small": ((128, 96, 48, 16), 64),
     "large": ((512, 384, 256, 128), 128),
 }
 """Channels of each resolution, the lowest first; and of the noise."""

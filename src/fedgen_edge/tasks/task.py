@@ -137,7 +137,7 @@ def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Pat
     module = _module(name)
     told = "x".join(map(str, shape))
     make = partial(module.fresh, size, shape, classes)
-    return backbones.cached(f"{name}-{size}-{told}-{classes}-1", make)
+    return backbones.cached(f"{name}-{size}-{told}-{classes}-2", make)
 
 
 TASKS: dict[str, Callable[..., Learnt]] = {
