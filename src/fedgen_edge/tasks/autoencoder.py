@@ -16,8 +16,6 @@ from torch.nn import functional as F
 
 GROUPS = 8
 """Of channels, in each GroupNorm."""
-Sides = list[tuple[int, int]]
-"""Height and width of each grid."""
 
 
 class Block(nn.Module):

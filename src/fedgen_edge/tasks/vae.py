@@ -30,7 +30,7 @@ TARGETS = ("conv1", "conv2", "by_class", "to_latent", "from_latent", "class_embe
 channels no rank fits below."""
 SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "tiny": ((16, 32), 1, 16),
-    "small": ((32, 64, 96, 96), 1, 128),
+    "small": ((16, 32, 64, 128), 1, 128),
     "large": ((128, 256, 384, 384), 3, 512),
 }
 """Channels of each grid, residual blocks on each, and numbers in a latent."""
