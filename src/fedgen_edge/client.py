@@ -71,10 +71,7 @@ def descend(
         recipe: optimiser, clipping and corrections.
     """
     now = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
-    optimisers = {
-        phase.prefix: recipe.optimiser([v for k, v in now.items() if k.startswith(phase.prefix)])
-        for phase in task.phases
-    }
+    optimisers = {phase.prefix: _optimiser(now, phase, recipe) for phase in task.phases}
     for batch in batches:
         axes = batch["epoch"].ndim
         seen = len(batch["epoch"]) if axes else None
@@ -91,8 +88,20 @@ def descend(
                     grads = recipe.corrects(grads, now, start, memory)
                     _apply(optimisers[phase.prefix], now, clipped(grads, recipe.clip, axes), seen)
         assert loss is not None
+        with torch.no_grad():
+            for name, value in task.settle(
+                {k: v[:seen] if axes else v for k, v in now.items()}
+            ).items():
+                (now[name][:seen] if axes else now[name]).copy_(value)
         bare = {k: v.detach() for k, v in now.items()}
         yield Step(bare, PerClient(loss.total.detach(), loss.count), batch["last"])
+
+
+def _optimiser(now: Leaves, phase: Phase, recipe: Recipe) -> Optimizer:
+    made = recipe.optimiser([v for k, v in now.items() if k.startswith(phase.prefix)])
+    for group in made.param_groups:
+        group["lr"] *= phase.rate
+    return made
 
 
 def _trained(now: Leaves, batch: Batch, phase: Phase, recipe: Recipe) -> list[str]:

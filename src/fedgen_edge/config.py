@@ -212,6 +212,8 @@ class Training:
     """Decoupled weight decay (adamw), or L2 (sgd)."""
     momentum: Share = 0.0
     """Momentum of sgd."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay of adamw's two moments; a GAN wants the first at 0."""
     clip: NotNegative = 1.0
     """Largest norm of a client's gradient; 0 does not clip."""
     epochs: Count = 1
@@ -224,6 +226,20 @@ class Training:
     """How the learning rate falls over the rounds."""
     warmup: Whole = 0
     """Rounds over which the learning rate rises first."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Gan:
+    """How a generator and its critic are trained against each other."""
+
+    critic_steps: Count = 1
+    """Steps of the critic on each batch, before the generator's one."""
+    critic_rate: Positive = 1.0
+    """The critic's learning rate, as a multiple of the generator's."""
+    r1: NotNegative = 1.0
+    """Weight of the penalty on the critic's slope at real pictures."""
+    average: Share = 0.99
+    """Decay, in each step, of the generator's moving average, which makes the pictures."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -308,10 +324,23 @@ class Evaluation:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Judging:
+    """How models of pictures are judged by their samples; none are where no features are named."""
+
+    features: Literal["pixels", "resnet20", "resnet56", "lite0", "inception"] | None = None
+    """What pictures are seen by: pixels (8 x 8 of them), CIFAR-10's classifiers of 20 or 56 layers,
+    EfficientNet-Lite0, or the Inception of the FID."""
+    weights: Path | None = None
+    """File of the features' weights, in safetensors."""
+    samples: Annotated[int, Number, Field(ge=10)] = 2000
+    """Pictures that each model makes, shared out over the clients as their test pictures are."""
+
+
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """One run, whole."""
 
-    task: Literal["language", "diffusion"] = "language"
+    task: Literal["language", "diffusion", "gan", "vae"] = "language"
     """What is learnt."""
     backbone: Backbone = Backbone()
     adapter: Adapter = Adapter()
@@ -321,9 +350,11 @@ class Settings:
     method: Method = Method()
     training: Training = Training()
     personal: Personal = Personal()
+    gan: Gan = Gan()
     pretrain: Pretrain = Pretrain()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
+    judging: Judging = Judging()
 
 
 def load(path: Path) -> Settings:

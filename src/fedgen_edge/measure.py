@@ -23,6 +23,8 @@ class Measure(NamedTuple):
     """About how much one item's loss varies: in nats where `exponential`, else as a share of it."""
     exponential: bool = False
     """The number is exp of the mean loss, not the loss itself."""
+    each: int = 1
+    """Items that one true entry of a batch's `mask` stands for: of a picture, its values."""
 
     def shown(self, total: Number, count: Number) -> float:
         """The number, from a sum and its count; nan of nothing, infinite beyond floats."""

@@ -12,6 +12,9 @@ from torch import Tensor
 Leaves = dict[str, Tensor]
 """An adapter: named tensors, always float32; `[*clients, *shape]` each."""
 
+AVERAGE = "average."
+"""Begins the name of a leaf that follows another, by the rest of its name: a moving average."""
+
 Batch = dict[str, Tensor]
 """Examples with all that their loss needs; `[*clients, batch, ...]` each."""
 
@@ -36,6 +39,8 @@ class Phase(NamedTuple):
     """Leaves whose name begins so; the empty one is all of them."""
     repeats: int = 1
     """Optimiser steps on each batch."""
+    rate: float = 1.0
+    """Its learning rate, as a multiple of the recipe's."""
 
 
 @dataclass(frozen=True)
@@ -89,3 +94,9 @@ class Commit:
     updates: Sequence[Update]
     bytes_down: int
     """Serialised length of what the cohort received."""
+
+
+def none_follow(adapter: Leaves) -> Leaves:
+    """How a task settles whose leaves are all trained."""
+    del adapter
+    return {}

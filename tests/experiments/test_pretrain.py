@@ -9,7 +9,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file
 
-from fedgen_edge.config import Settings, from_table
+from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.data import sources
 from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments import pretrain
@@ -82,7 +82,7 @@ def test_a_backbone_of_latents_is_made_and_taken_with_the_same_autoencoder(tmp_p
     assert experiment.clients.shards[0].train["latent"].shape[1:] == (4, 4, 4)
     task = experiment.task
     assert isinstance(task, Diffusion)
-    assert task.generate({}, [0], 0, 2).shape == (1, 1, 8, 8)
+    assert task.generate({}, [0], 0, Evaluation(sample_steps=2)).shape == (1, 1, 8, 8)
     with pytest.raises(ConfigError, match=r"makes 4 x 4 with 4 channels: .*backbone\.autoencoder"):
         build(replace(settings, backbone=replace(SETTINGS.backbone, path=str(out))))
 

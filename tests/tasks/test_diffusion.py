@@ -131,11 +131,11 @@ def test_a_whole_model_is_saved_and_found_again(tmp_path: Path) -> None:
 def test_samples_are_fixed_by_their_seed_and_by_the_class() -> None:
     task = make()
     own = some(task)
-    one = task.generate(own, [3, 3, 4], 0, 3)
+    one = task.generate(own, [3, 3, 4], 0, Evaluation(sample_steps=3))
     assert one.shape == (3, 1, 8, 8)
-    assert torch.equal(one[:2], task.generate(own, [3, 3], 0, 3))
-    assert not torch.equal(one, task.generate(own, [3, 3, 4], 1, 3))
-    assert not torch.equal(one[2], task.generate(own, [3, 3, 3], 0, 3)[2])
+    assert torch.equal(one[:2], task.generate(own, [3, 3], 0, Evaluation(sample_steps=3)))
+    assert not torch.equal(one, task.generate(own, [3, 3, 4], 1, Evaluation(sample_steps=3)))
+    assert not torch.equal(one[2], task.generate(own, [3, 3, 3], 0, Evaluation(sample_steps=3))[2])
 
 
 def test_the_report_gets_a_row_a_class() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedgen_edge.adapters.formats import PIPELINE
 from fedgen_edge.adapters.lora import Lora
-from fedgen_edge.config import Settings, from_table
+from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.leaves import stack
@@ -146,7 +146,7 @@ def test_a_pipeline_loads_an_adapter_and_draws_what_this_draws(tmp_path: Path) -
     other.set_progress_bar_config(disable=True)  # pyright: ignore
     drawn = other(prompt=[PROMPT.format("ship")] * 2, latents=noise, num_inference_steps=4,
                   guidance_scale=0.0, output_type="pt").images  # fmt: skip # pyright: ignore
-    made = task.generate(own, [1, 1], 7, 4)
+    made = task.generate(own, [1, 1], 7, Evaluation(sample_steps=4))
     assert made.shape == (2, 3, 16, 16)
     assert ((drawn * 255).round() - made).abs().max() <= 1
 
@@ -178,7 +178,7 @@ def test_other_pixels_are_scaled_to_the_latents_and_back(tmp_path: Path) -> None
     pipeline(tmp_path / "pipe")
     task = make(settings(tmp_path / "pipe", size=8))
     assert task.examples(corpus((3, 8, 8)), range(2))["latent"].shape == (2, 4, 8, 8)
-    assert task.generate({}, [0], 0, 1).shape == (1, 3, 8, 8)
+    assert task.generate({}, [0], 0, Evaluation(sample_steps=1)).shape == (1, 3, 8, 8)
 
 
 def descended(task: Diffusion, adapter: Leaves, batch: Batch) -> tuple[Tensor, Leaves]:
@@ -223,7 +223,7 @@ def test_the_noise_is_the_first_half_of_a_network_that_learns_its_variance(tmp_p
     with torch.no_grad():
         whole = model(NOISY[:, :1], STEP, class_labels=LABEL).sample
         close(task.module.predict(NOISY[:, :1], STEP, LABEL), whole[:, :1])
-    assert task.generate({}, [0, 1], 0, 2).shape == (2, 1, 8, 8)
+    assert task.generate({}, [0, 1], 0, Evaluation(sample_steps=2)).shape == (2, 1, 8, 8)
 
 
 def test_an_unconditional_network_takes_pictures_of_one_class(tmp_path: Path) -> None:
@@ -285,7 +285,9 @@ def test_weights_of_another_network_are_refused_in_one_line(tmp_path: Path) -> N
 
 def test_another_kind_of_network_and_a_pickle_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
-    with pytest.raises(ConfigError, match="is a AutoencoderKL: take a UNet2DModel or a UNet2D"):
+    with pytest.raises(
+        ConfigError, match=r"is no UNet2DModel or UNet2DConditionModel \(it holds Auto"
+    ):
         make(settings(tmp_path))
     (tmp_path / "config.json").write_text('{"_class_name": "UNet2DModel"}')
     (tmp_path / "diffusion_pytorch_model.bin").write_bytes(b"\x80\x04.")

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.types import AVERAGE
 
 
 def always(name: str, round_: int, epoch: int) -> bool:
@@ -28,20 +29,26 @@ def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
 
     A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`), and layers
     come in the order of their leaves, a UNet's way up at the end; leaves without a number, such as
-    an embedding's, are shared.
+    an embedding's, are shared. A GAN's critic has last layers of its own, and a moving average
+    belongs to the layer that it follows.
 
     Source: Arivazhagan et al. 2019, FedPer (arXiv:1912.00818), its base layers.
     """
 
     def sends(names: Sequence[str]) -> set[str]:
-        layer = {n: m[0] for n in names if (m := re.match(r".*?\.\d+(?=\.)", n))}
+        plain = {n: n.removeprefix(AVERAGE) for n in names}
+        layer = {n: m[0] for n in names if (m := re.match(r".*?\.\d+(?=\.)", plain[n]))}
         there = sorted(dict.fromkeys(layer.values()), key=lambda own: own.startswith("up_blocks"))
-        if layers >= len(there):
+        critic = [own for own in there if own.startswith("critic.")]
+        networks = [critic, [own for own in there if own not in critic]]
+        fewest = min(len(network) for network in networks if network or network is not critic)
+        if layers >= fewest:
             raise ConfigError(
-                f"method.personal_layers={layers} must be below {len(there)}, the layers that are "
+                f"method.personal_layers={layers} must be below {fewest}, the layers that are "
                 "adapted: else nothing would be shared"
             )
-        return {n for n in names if layer.get(n) not in there[-layers:]}
+        kept = [own for network in networks for own in network[-layers:]]
+        return {n for n in names if layer.get(n) not in kept}
 
     return sends
 

@@ -24,10 +24,11 @@ from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments import machine
+from fedgen_edge.experiments.features import extractor
 from fedgen_edge.jobs import Clients, Personalise, Train
 from fedgen_edge.rounds import Engine, cohort_size, sample
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.task import TASKS, Learnt
+from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
 from fedgen_edge.types import Batch, Leaves, ServerState
 
 
@@ -50,7 +51,7 @@ class Experiment:
     @property
     def has_global(self) -> bool:
         """Whether clients share anything, so that there is a global model to speak of."""
-        return bool(self.algorithm.sends(list(self.task.model.adapter.shapes())))
+        return bool(self.algorithm.sends(list(self.task.model.leaf_shapes())))
 
     @property
     def names(self) -> list[str]:
@@ -112,7 +113,7 @@ def optimiser(settings: Training, rate: float) -> Callable[[Sequence[Tensor]], O
     if settings.optimiser == "sgd":
         decay, momentum = settings.weight_decay, settings.momentum
         return partial(SGD, lr=rate, momentum=momentum, weight_decay=decay)
-    return partial(AdamW, lr=rate, weight_decay=settings.weight_decay)
+    return partial(AdamW, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay)
 
 
 def build(settings: Settings) -> Experiment:
@@ -137,6 +138,7 @@ def build(settings: Settings) -> Experiment:
     _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
     task = task_of(settings, device)
+    _check_judging(settings, task, device)
     for each in (algorithm, *beside_it):
         _check_method(each, task, settings)
     if settings.engine.name == "stacked" and not task.model.stackable:
@@ -177,7 +179,20 @@ def _check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> Non
             f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
             "trains every weight: leave it out, or merge it into the backbone first"
         )
-    algorithm.sends(list(task.model.adapter.shapes()))
+    algorithm.sends(list(task.model.leaf_shapes()))
+
+
+def _check_judging(settings: Settings, task: Learnt, device: torch.device) -> None:
+    """Refuse now what judging by samples would refuse after the last round."""
+    told = settings.judging
+    if told.features is None:
+        return
+    if not isinstance(task, Pictured):
+        raise ConfigError(
+            f"judging.features={told.features!r} sees pictures, and task={settings.task!r} makes "
+            "none: leave it out"
+        )
+    extractor(told.features, told.weights, device)
 
 
 def _check_held_out(holdings: Sequence[Holding]) -> None:
@@ -236,6 +251,7 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
         ),
         adapter=replace(settings.adapter, initial=_absolute(settings.adapter.initial)),
         data=replace(settings.data, path=_absolute(settings.data.path)),
+        judging=replace(settings.judging, weights=_absolute(settings.judging.weights)),
         federation=replace(
             settings.federation, clients=len(experiment.holdings), cohort=cohort, fraction=None
         ),

@@ -21,6 +21,7 @@ from fedgen_edge.experiments.summary import (
     RunFiles,
     by_client,
     by_model,
+    distances,
     judged,
     number,
     validation,
@@ -33,6 +34,9 @@ SWING = 0.5  # rises to falls: a curve on its way down gives back far less than 
 AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
 FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
 LOPSIDED = 0.5  # share of the training data: above it, one client outvotes all the others
+ALIKE = 0.5  # diversity: half as far apart as real pictures, more than blur alone would do
+MISSED = 0.1  # recall: samples that look real, and leave out nine in ten real ones
+MISPLACED = 0.3  # share of samples of other classes than real pictures have
 DOUBT = 0.067  # standard error, as a share of the number: above it, rounds cannot be told apart
 
 Severity = Literal["problem", "warning", "note", "good"]
@@ -225,6 +229,32 @@ def never_drawn(run: RunFiles) -> str | None:
     return f"{len(idle)} of {len(run.clients)}: {_some(idle)}." if idle else None
 
 
+def collapsed(run: RunFiles) -> str | None:
+    """Samples are of fewer kinds than real pictures are."""
+    for row in distances(run):
+        if row.model not in {GLOBAL, PERSONAL}:
+            continue
+        signs = []
+        if row.diversity < ALIKE:
+            signs.append(f"two of a class lie {number(row.diversity)} times as far apart as real")
+        if row.precision > 0.5 and row.recall < MISSED:
+            signs.append(
+                f"{100 * row.precision:.0f} % look real, and reach {100 * row.recall:.0f} % of the "
+                "real pictures"
+            )
+        if row.misplaced > MISPLACED:
+            signs.append(f"{100 * row.misplaced:.0f} % seem to be of another class than asked")
+        if signs:
+            return f"Of the {row.model} samples, {'; '.join(signs)}."
+    return None
+
+
+def too_few_pictures(run: RunFiles) -> str | None:
+    """The distance mostly says how many pictures there are."""
+    told = next((row.get("few") for row in run.distances if row["client"] is None), None)
+    return f"{told[0].upper()}{told[1:]}." if told else None
+
+
 def unfinished(run: RunFiles) -> str | None:
     """The run stopped before its end."""
     planned = run.settings.get("federation.rounds", "?")
@@ -266,6 +296,11 @@ SIGNATURES: tuple[Signature, ...] = (
     ("warning", "Clients pull the adapter apart", pulled_apart,
      "Lower [training.lr], train less in each round (training.steps), or pull towards the global "
      "adapter (method.name=fedprox)."),
+    ("warning", "Samples are too much alike (mode collapse)", collapsed,
+     "Penalise the critic more ([gan.r1]), slow it down ([gan.critic_rate]), or train less in each "
+     "round ([training.steps])."),
+    ("note", "The samples' distance rests on few pictures", too_few_pictures,
+     "Raise [judging.samples], or choose [judging.features] of fewer numbers."),
     ("note", "One client outweighs all others", lopsided,
      "It steers the mean: read the worst client's numbers, and cap a round with training.steps."),
     ("note", "Validation reads little", noisy_judge,

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedgen_edge import files
-from fedgen_edge.config import Federation, Method, Partition, Settings, to_toml
+from fedgen_edge.config import Federation, Judging, Method, Partition, Settings, to_toml
 from fedgen_edge.data import sources
 from fedgen_edge.data.corpus import Images
 from fedgen_edge.errors import ConfigError
@@ -22,6 +22,8 @@ from fedgen_edge.experiments.run import Event, create, federate
 from fedgen_edge.tasks.task import shape_learnt, untrained
 
 STAGE = "pretraining"
+HELD_OUT = 0.05
+"""Share of the public pictures for validation, and for a test that nothing is made of."""
 
 
 def begin(settings: Settings, out: Path) -> Experiment:
@@ -48,7 +50,7 @@ def begin(settings: Settings, out: Path) -> Experiment:
 
 def planned(settings: Settings) -> Settings:
     """The settings of the run that makes the backbone of these."""
-    public = replace(settings.data, part="public")
+    public = replace(settings.data, part="public", validation=HELD_OUT, test=HELD_OUT)
     held = sources.read(public).examples
     if not isinstance(held, Images):
         raise ConfigError(
@@ -68,6 +70,7 @@ def planned(settings: Settings) -> Settings:
             settings.training, lr=p.lr, steps=p.steps, batch=p.batch, schedule="cosine", warmup=0
         ),
         evaluation=replace(settings.evaluation, baselines=()),
+        judging=Judging(),
     )
 
 
@@ -85,5 +88,5 @@ def train(experiment: Experiment, out: Path) -> Iterator[Event]:
     state, _ = last(work)
     told = origin(experiment, state, "public")
     with files.folder(out) as draft:
-        experiment.task.model.write(draft, state.adapter)
+        experiment.task.model.write_whole(draft, state.adapter)
         (draft / "provenance.json").write_text(json.dumps(told, indent=1, sort_keys=True))

@@ -25,7 +25,7 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
             "train": len(own.train),
             "validation": len(own.validation),
             "test": len(own.test),
-            "items": int(shard.train["mask"].sum()),
+            "items": int(shard.train["mask"].sum()) * experiment.task.measure.each,
             "newcomer": c >= able,
             "labels": dict(Counter(labels[i] for i in own.train)) if labels else {},
         }
@@ -38,7 +38,7 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
 def provenance(experiment: Experiment) -> dict[str, Any]:
     """Versions, hardware, backbone, and the sizes of what can be sent."""
     task, settings = experiment.task, experiment.settings
-    adapter = task.model.adapter.shapes()
+    adapter = task.model.leaf_shapes()
     return {
         "version": version("fedgen-edge"),
         "torch": torch.__version__,

@@ -118,6 +118,8 @@ def single(run: RunFiles) -> dict[str, Any]:
         "models": (models := summary.judged(run)),
         "by_word": any(not math.isnan(row.word) for row in models),
         "clients": summary.per_client(run),
+        "distances": summary.distances(run),
+        "compared": next((row for row in run.distances if row["client"] is None), {}),
         "uplink": summary.uplink(run),
         "adapter_bytes": run.facts.get("adapter_bytes", 0),
         "full_bytes": run.facts.get("full_bytes", 0),
@@ -136,6 +138,7 @@ def headline(run: RunFiles) -> str:
     text = f"{len(run.clients)} clients, {len(run.rounds)} rounds of {method}."
     if told := _means(summary.judged(run)):
         text += f" Mean {run.measure.name} on held-out {run.measure.material}: {told}."
+    text += _apart(run)
     if new:
         text += f" For the {new[0].clients} who never trained: {_means(new)}."
     if not math.isnan(sent.saving):
@@ -144,6 +147,19 @@ def headline(run: RunFiles) -> str:
             f"{size(sent.full)}: {sent.saving:.2f}\N{NO-BREAK SPACE}% less."
         )
     return text
+
+
+def _apart(run: RunFiles) -> str:
+    """How far samples lie from real pictures, as a sentence; empty where nothing was judged."""
+    whole = next((row for row in run.distances if row["client"] is None), None)
+    if whole is None:
+        return ""
+    told = ", ".join(
+        f"{number(row.pooled)} with {CALLED.get(row.model, row.model)}"
+        for row in summary.distances(run)
+    )
+    floor = f" (real against real: {number(whole['floor'])})" if "floor" in whole else ""
+    return f" {whole['distance']} of {whole['made']:,} samples: {told}{floor}."
 
 
 def _means(rows: Sequence[ModelRow]) -> str:

@@ -16,6 +16,8 @@ from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import commit, last, latest
 from fedgen_edge.experiments.evaluate import sums, test, tested, validation
+from fedgen_edge.experiments.judge import judge
+from fedgen_edge.experiments.judge import models as judged
 from fedgen_edge.experiments.machine import give_back, peak_memory
 from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
@@ -35,7 +37,7 @@ class Event:
     """Something that a person who waits would like to know."""
 
     stage: str
-    """federation, baselines/NAME, personal, test or samples."""
+    """federation, baselines/NAME, personal, test, distances or samples."""
     done: int
     total: int
     line: dict[str, Any]
@@ -80,6 +82,7 @@ def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
         yield _federation(beside(experiment, name), run / stage, stage)
     yield _personal(experiment, run)
     yield _test(experiment, run)
+    yield _judge(experiment, run)
     yield _samples(experiment, run)
 
 
@@ -87,7 +90,7 @@ def _seconds(run: Path) -> dict[str, Any]:
     """Seconds of each stage, summed over its records: a stop in between does not count."""
     spent = {
         log: sum(line.get("seconds", 0.0) for line in records.lines(run / log))
-        for log in ("rounds.jsonl", "personal.jsonl", "evaluation.jsonl")
+        for log in ("rounds.jsonl", "personal.jsonl", "evaluation.jsonl", "distances.jsonl")
     }
     baselines = {
         log.parent.name: sum(line["seconds"] for line in records.lines(log))
@@ -98,6 +101,7 @@ def _seconds(run: Path) -> dict[str, Any]:
         "baselines": baselines,
         "personal": spent["personal.jsonl"],
         "test": spent["evaluation.jsonl"],
+        "distances": spent["distances.jsonl"],
     }
 
 
@@ -265,6 +269,15 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     found += [line["test"] for line in records.lines(run / "personal.jsonl")]
     records.write_lines(target, found)
     yield Event("test", 1, 1, {})
+
+
+def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
+    """Hold samples of every model against the test pictures, where it is asked for."""
+    if experiment.settings.judging.features is None:
+        return
+    models = list(judged(experiment))
+    for model in judge(experiment, run):
+        yield Event("distances", models.index(model) + 1, len(models), {})
 
 
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:

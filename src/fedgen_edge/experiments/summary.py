@@ -23,8 +23,11 @@ NEEDS = {
     "personal.jsonl": ("client", "validation", "chosen"),
     "evaluation.jsonl": ("model", "client", "total", "count"),
     "samples.jsonl": ("model", "client", "prompt"),
+    "distances.jsonl": ("model", "client", "distance", "frechet", "made", "real"),
 }
 """What every line of a file must have."""
+
+OVERLAP = ("precision", "recall", "density", "coverage")
 
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
@@ -50,6 +53,7 @@ class RunFiles:
     personal: list[Row]
     evaluation: list[Row]
     samples: list[Row]
+    distances: list[Row]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,31 @@ class ModelRow:
     """Percent by which the mean lies below the backbone's."""
     over_local: float
     """The same against local-only."""
+
+
+@dataclass(frozen=True)
+class DistanceRow:
+    """One model's samples against real pictures; nan where there is nothing to say."""
+
+    model: str
+    pooled: float
+    """Frechet distance of all clients' samples together."""
+    own: float
+    """Mean over clients of the distance to their own pictures."""
+    worst_client: str
+    worst: float
+    kernel: tuple[float, float, float]
+    """Kernel distance, and the ends of its 95 % interval."""
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+    diversity: float
+    """How far two samples of a class lie apart, over how far two real pictures do: mean of the
+    classes."""
+    misplaced: float
+    """Share of the samples that would have to be of other classes for the classes' shares to be
+    those of real pictures."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +150,7 @@ def read(folder: Path) -> RunFiles:
         personal=_lines(folder / "personal.jsonl"),
         evaluation=_lines(folder / "evaluation.jsonl"),
         samples=_lines(folder / "samples.jsonl"),
+        distances=_lines(folder / "distances.jsonl"),
     )
 
 
@@ -229,6 +259,32 @@ def _model_row(measure: Measure, model: str, fair: Mapping[str, Mapping[str, Row
         over_backbone=gain(measure, rows, fair.get(BACKBONE, {})),
         over_local=gain(measure, rows, fair.get(LOCAL, {})),
     )
+
+
+def distances(run: RunFiles) -> list[DistanceRow]:
+    """Samples against real pictures, a row a model, over the clients that took part."""
+    fair = {row["client"] for row in run.clients if not row.get("newcomer", False)}
+    found = []
+    for whole in (row for row in run.distances if row["client"] is None):
+        mine = [row for row in run.distances if row["model"] == whole["model"]]
+        own = {r["client"]: r["frechet"] for r in mine if r["client"] in fair and r["frechet"]}
+        worst = max(own, key=lambda c: own[c], default="")
+        told = [v for v in whole.get("diversity", {}).values() if not math.isnan(v)]
+        shares, real = whole.get("shares", {}), whole.get("real_shares", {})
+        found.append(
+            DistanceRow(
+                model=whole["model"],
+                pooled=whole["frechet"],
+                own=fmean(own.values()) if own else math.nan,
+                worst_client=worst,
+                worst=own.get(worst, math.nan),
+                kernel=tuple(whole.get("kernel", (math.nan,) * 3)),
+                **{k: whole.get(k, math.nan) for k in OVERLAP},
+                diversity=fmean(told) if told else math.nan,
+                misplaced=sum(abs(shares[c] - real[c]) for c in shares) / 2,
+            )
+        )
+    return found
 
 
 def difference(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:

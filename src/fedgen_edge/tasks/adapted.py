@@ -15,7 +15,7 @@ from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.config import Adapter, Settings
-from fedgen_edge.types import Leaves
+from fedgen_edge.types import AVERAGE, Leaves
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Adapted:
     """What diffusers' pipelines call the network, where they load adapters for it."""
     initial: Leaves | None = None
     """An adapter to begin from."""
+    averaged: str = "-"
+    """Begins the names of the leaves that have a moving average beside them."""
 
     @property
     def stackable(self) -> bool:
@@ -51,11 +53,20 @@ class Adapted:
 
     def init(self, rng: Generator) -> Leaves:
         """The initial adapter if there is one, else a fresh one."""
-        return dict(self.initial) if self.initial else self.adapter.init(rng)
+        return self._with_averages(self.initial or self.adapter.init(rng))
+
+    def _with_averages(self, leaves: Leaves) -> Leaves:
+        followed = (k for k in leaves if k.startswith(self.averaged))
+        return {**leaves, **{AVERAGE + k: leaves[k].clone() for k in followed}}
 
     def backbone(self) -> Leaves:
         """The leaves under which the backbone is as it came."""
         return {} if isinstance(self.adapter, Lora) else self.adapter.init(Generator())
+
+    def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every leaf of an adapter."""
+        own = self.adapter.shapes()
+        return own | {AVERAGE + k: v for k, v in own.items() if k.startswith(self.averaged)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight of the backbone, tied ones once."""
@@ -67,40 +78,65 @@ class Adapted:
     ) -> None:
         """Write an adapter as a PEFT folder, which diffusers too loads where it can.
 
-        A full model is written as its library's folder.
+        A full model is written as its library's folder. Moving averages are written in the place of
+        what they follow.
         """
         if isinstance(self.adapter, Full):
             self._save_whole(folder, leaves, provenance)
             return
         with files.folder(folder) as draft:
+            kept = served(leaves)
             formats.write(
                 draft,
-                leaves,
+                kept,
                 self.adapter,
                 settings.adapter,
                 backbone={"base_model_name_or_path": str(self.folder), **self.peft},
                 provenance=provenance,
             )
             if self.part:
-                formats.for_pipelines(draft, self.part, leaves, self.adapter, settings.adapter)
+                formats.for_pipelines(draft, self.part, kept, self.adapter, settings.adapter)
 
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
-            return formats.read(folder, self.adapter)
-        return load_file(folder / self.weights)
+            return self._with_averages(formats.read(folder, self.adapter))
+        return self._with_averages(load_file(folder / self.weights))
 
     def merged(self, folder: Path, leaves: Leaves) -> None:
         """Write the backbone with an adapter merged into it; this model is spent afterwards."""
         if isinstance(self.adapter, Lora):
-            merge(self.network.float(), self.adapter, leaves)
+            merge(self.network.float(), self.adapter, served(leaves))
             leaves = self.network.state_dict()
         self._save_whole(folder, leaves, {"backbone_sha256": self.sha256, "merged": True})
+
+    def write_whole(self, folder: Path, leaves: Leaves) -> None:
+        """Fill a folder with a whole model of these weights, as its library does."""
+        self.write(folder, served(leaves))
 
     def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
         with files.folder(folder) as draft:
             (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
-            self.write(draft, leaves)
+            self.write_whole(draft, leaves)
+
+
+def trained(leaves: Leaves) -> Leaves:
+    """The leaves without moving averages."""
+    return {k: v for k, v in leaves.items() if not k.startswith(AVERAGE)}
+
+
+def served(leaves: Leaves) -> Leaves:
+    """What a model is used with: moving averages in the place of what they follow."""
+    return {k: leaves.get(AVERAGE + k, v) for k, v in trained(leaves).items()}
+
+
+def follow(leaves: Leaves, decay: float) -> Leaves:
+    """The moving averages, each a step nearer to what it follows."""
+    return {
+        k: torch.lerp(leaves[k.removeprefix(AVERAGE)], average, decay)
+        for k, average in leaves.items()
+        if k.startswith(AVERAGE)
+    }
 
 
 def adapt(

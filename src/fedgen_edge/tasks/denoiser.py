@@ -8,7 +8,6 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fedgen_edge.config import Backbone
@@ -44,10 +43,7 @@ class Denoiser(nn.Module):
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of what it denoises: channels, height and width."""
-        told = self.model.config
-        side = told.sample_size
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        return told.in_channels, height, width
+        return pictures.shape(self.model.config)
 
     @property
     def classes(self) -> int:
@@ -113,7 +109,7 @@ def load(settings: Backbone, device: torch.device) -> tuple[Any, Path, str]:
     except (ValueError, KeyError, TypeError):
         raise _fault(settings, "has a config.json that names no network: take another") from None
     if name not in KINDS:
-        raise _fault(settings, f"is a {name}: take a {' or a '.join(KINDS)}")
+        raise _fault(settings, f"is no {' or '.join(KINDS)} (it holds {name}): take another")
     network, folder, digest = pictures.network(settings, KINDS[name], device)
     _check(settings, network.config)
     return network, folder, digest
@@ -190,10 +186,5 @@ def schedule(settings: Backbone, folder: Path, *, latent: bool) -> Any:
 
 def write(network: Any, noising: Any, folder: Path, weights: Leaves) -> None:
     """A folder that diffusers loads, its schedule beside it."""
-    network.save_config(folder)
     noising.save_config(folder)
-    save_file(
-        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
-        folder / pictures.WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    pictures.write(network, folder, weights)

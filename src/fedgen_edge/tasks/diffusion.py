@@ -3,7 +3,7 @@
 Source: Ho et al. 2020 (arXiv:2006.11239); on latents, Rombach et al. 2022 (arXiv:2112.10752).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Generator, Tensor
 
 from fedgen_edge.config import Backbone, Evaluation, Settings
-from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
@@ -27,7 +26,7 @@ from fedgen_edge.tasks.denoiser import Denoiser, Predict
 from fedgen_edge.tasks.latents import Autoencoder
 from fedgen_edge.tasks.samplers import walk
 from fedgen_edge.tasks.task import Sample, untrained
-from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
 MEASURE = Measure(
     name="denoising error",
@@ -41,15 +40,13 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "class_embeddin
 """Layers to adapt where the settings name none."""
 SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
     "tiny": ((16, 32), 1, {1}),
-    "small": ((32, 64, 96), 1, {2}),
+    "small": ((16, 32, 64, 96), 1, {2, 3}),
     "large": ((128, 256, 256), 2, {1, 2}),
 }
 """Channels of each resolution, residual blocks in each, and those with attention."""
 LEVELS = 4
 """Amounts of noise at which a held-out picture is judged."""
 GOLDEN = 0.6180339887
-EVALUATE = 64
-"""Pictures in one pass of an evaluation, or of sampling."""
 
 
 @dataclass(frozen=True)
@@ -67,16 +64,17 @@ class Diffusion:
     """diffusers' schedule of noise."""
     names: tuple[str, ...]
     """Of the classes, by their numbers."""
-    picture: tuple[int, int, int]
-    """Shape of the pictures that clients hold and that are made: channels, height and width."""
+    shape: tuple[int, int, int]
+    """Of the pictures that clients hold and that are made: channels, height and width."""
     latents: Autoencoder | None = None
     """Between the pictures and the network."""
     phases: tuple[Phase, ...] = (Phase(),)
+    settle: Callable[[Leaves], Leaves] = none_follow
     measure: Measure = MEASURE
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
         """Some pictures with the numbers of their classes; their latents are made here, once."""
-        held = pictures.examples(corpus, indices, self.picture, self.module.classes)
+        held = pictures.examples(corpus, indices, self.shape, self.module.classes)
         if self.latents is None:
             return held
         return {"latent": self.latents.encode(held.pop("image"), self.module.shape), **held}
@@ -98,27 +96,25 @@ class Diffusion:
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
         """Summed errors and the number of pictures."""
         del phase
-        clients, mask = batch["mask"].shape[:-1], batch["mask"]
         clean = batch["latent"] if self.latents else pictures.values(batch["image"])
-        named = {"clean": clean, **{k: batch[k] for k in ("label", "noise", "step")}}
-        rows = {k: v.flatten(0, len(clients)) for k, v in named.items()}
-        error = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
-        return PerClient(
-            total=torch.where(mask, error.view_as(mask), 0.0).sum(-1), count=mask.sum(-1).float()
-        )
+        names = ("clean", "label", "noise", "step")
+        own = {**batch, "clean": clean}
+        total = pictures.summed(self.model, self.module, adapter, own, names)
+        return PerClient(total, batch["mask"].sum(-1).float())
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         """Errors and pictures; each picture's is a mean over amounts of noise, always the same."""
-        clients = examples["mask"].shape[:-1]
-        each = max(1, EVALUATE // clients.numel())
-        sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
-        for part in parts(examples, len(clients), each):
-            for level in range(LEVELS):
-                loss = self.loss(adapter, {**part, **self._held_out(part, level)}, "")
-                sums["total"] += loss.total.double().cpu() / LEVELS
-            sums["count"] += part["mask"].sum(-1).double().cpu()
-        return sums
+
+        def judge(part: Batch) -> PerClient:
+            each = [
+                self.loss(adapter, {**part, **self._held_out(part, level)}, "")
+                for level in range(LEVELS)
+            ]
+            mean = torch.stack([loss.total.double() for loss in each]).sum(0) / LEVELS
+            return PerClient(mean, each[0].count)
+
+        return pictures.added(judge, examples)
 
     def _held_out(self, examples: Batch, level: int) -> Batch:
         """Noise and its amount, which go by a picture's number alone, spread evenly over both."""
@@ -135,16 +131,14 @@ class Diffusion:
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """A grid, a row a class; its noise is the same for every model."""
-        how = {"steps": settings.sample_steps, "sampler": settings.sampler}
-        yield from pictures.samples(
-            partial(self.generate, adapter, key=key, **how), self.names, settings
-        )
+        draw = partial(self.generate, adapter, key=key, settings=settings)
+        yield from pictures.samples(draw, self.names, settings)
 
     @torch.no_grad()
     def generate(
-        self, adapter: Leaves, labels: Sequence[int], key: int, steps: int, sampler: str = "ddim"
+        self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
     ) -> Tensor:
-        """Pictures of these classes, from fixed noise.
+        """Pictures of these classes, by the settings' sampler from fixed noise.
 
         Returns:
             uint8 `[pictures, channels, height, width]`.
@@ -154,10 +148,12 @@ class Diffusion:
         start = pictures.noise(self.module.shape, key, len(labels)).to(device)
         asked = torch.tensor(labels, device=device)
         made: list[Tensor] = []
-        for noisy, label in zip(start.split(EVALUATE), asked.split(EVALUATE), strict=True):
+        for noisy, label in zip(
+            start.split(pictures.MOST), asked.split(pictures.MOST), strict=True
+        ):
             ask = partial(self._told, own, label)
-            values = walk(sampler, self.noising, steps, noisy, ask)
-            values = self.latents.decode(values, self.picture) if self.latents else values
+            values = walk(settings.sampler, self.noising, settings.sample_steps, noisy, ask)
+            values = self.latents.decode(values, self.shape) if self.latents else values
             made.append(pictures.pixels(values).cpu())
         return torch.cat(made)
 

@@ -1,7 +1,7 @@
 """Causal language modelling with any Hugging Face causal language model."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.loss import TokenLoss
 from fedgen_edge.tasks.task import Sample
-from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
 MEASURE = Measure(
     name="perplexity",
@@ -53,6 +53,7 @@ class Language:
     length: int
     """Tokens in a block."""
     phases: tuple[Phase, ...] = (Phase(),)
+    settle: Callable[[Leaves], Leaves] = none_follow
     measure: Measure = MEASURE
 
     def init(self, rng: Generator) -> Leaves:

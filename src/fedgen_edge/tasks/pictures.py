@@ -1,26 +1,32 @@
-"""What tasks on pictures share: examples, the range of their values, and grids of samples."""
+"""What tasks on pictures share: examples, sums of their losses, grids of samples, networks."""
 
 import io
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from fedgen_edge.config import Backbone, Evaluation
+from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.task import Sample
-from fedgen_edge.types import Batch
+from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.task import Sample, untrained
+from fedgen_edge.types import Batch, Leaves, PerClient, Statistics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 """What diffusers calls the file of a network's weights."""
+MOST = 64
+"""Pictures in one pass of an evaluation, or of sampling."""
 
 
 def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], classes: int) -> Batch:
@@ -60,6 +66,47 @@ def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], cla
         "number": torch.tensor(chosen, dtype=torch.int32),
         "mask": torch.ones(len(chosen), dtype=torch.bool),
     }
+
+
+def shape(config: Any) -> tuple[int, int, int]:
+    """Of the pictures of a network, by its configuration: channels, height and width."""
+    side = config.sample_size
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    return config.in_channels, height, width
+
+
+def summed(
+    model: Adapted, module: nn.Module, adapter: Leaves, batch: Batch, names: Sequence[str]
+) -> Tensor:
+    """Each client's sum of what its pictures cost, `[*clients]`; masked ones cost nothing.
+
+    Args:
+        model: whose adapter is bound.
+        module: from some fields of a batch, `[rows, ...]`, to numbers, `[rows]`.
+        adapter: one client's leaves, or a stack.
+        batch: drawn.
+        names: the fields.
+    """
+    mask = batch["mask"]
+    rows = {k: batch[k].flatten(0, mask.ndim - 1) for k in names}
+    cost = model.adapter.call(module, adapter, rows, batch.get("seed"))
+    return torch.where(mask, cost.view_as(mask), 0.0).sum(-1)
+
+
+def added(judge: Callable[[Batch], PerClient], examples: Batch) -> Statistics:
+    """Sums and counts over held-out examples, float64 `[*clients]` each; few go in one pass.
+
+    Args:
+        judge: of some of them.
+        examples: `[*clients, batch, ...]` each.
+    """
+    clients = examples["mask"].shape[:-1]
+    sums = {k: torch.zeros(clients, dtype=torch.float64) for k in ("total", "count")}
+    for part in parts(examples, len(clients), max(1, MOST // clients.numel())):
+        loss = judge(part)
+        sums["total"] += loss.total.double().cpu()
+        sums["count"] += loss.count.double().cpu()
+    return sums
 
 
 def values(pixels: Tensor) -> Tensor:
@@ -121,6 +168,13 @@ def png(picture: Tensor) -> bytes:
     return drawn.getvalue()
 
 
+def chosen(settings: Backbone, task: str) -> Backbone:
+    """The same, and where it says `tiny` the folder of a task's untrained one for the digits."""
+    if settings.path != "tiny":
+        return settings
+    return replace(settings, path=str(untrained(task, "tiny", (1, 8, 8), 10)))
+
+
 def place(settings: Backbone) -> Path:
     """The folder of the network itself; of a pipeline's folder, its UNet's."""
     folder = backbones.find(settings)
@@ -144,28 +198,42 @@ def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, P
         )
     kept = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     try:
-        made = whole(kind, folder, kept)
+        made = whole(kind, folder, kept).to(device)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"backbone.path={settings.path!r} is no {kind.__name__} ({reason}): take another"
         ) from None
-    return made.eval().to(device), folder, backbones.digest(weights)
+    return made.eval(), folder, backbones.digest(weights)
 
 
 def whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     """A network of diffusers' from a folder that holds every weight of it, and no other.
 
     Raises:
-        ValueError: one is missing or another is there: diffusers alone would go on with it.
+        ValueError: the folder is another kind's, or a weight is missing or unknown: diffusers alone
+            would read it as far as it fits.
     """
-    made, told = kind.from_pretrained(
+    told = kind.load_config(folder, local_files_only=True).get("_class_name", kind.__name__)
+    if told != kind.__name__:
+        raise ValueError(f"it holds {told}")
+    made, loading = kind.from_pretrained(
         folder,
         torch_dtype=dtype,
         use_safetensors=True,
         local_files_only=True,
         output_loading_info=True,
     )
-    if odd := [*told["missing_keys"], *told["unexpected_keys"]]:
+    if odd := [*loading["missing_keys"], *loading["unexpected_keys"]]:
         raise ValueError(f"{len(odd)} weights are missing or unknown, {sorted(odd)[0]!r} first")
     return made
+
+
+def write(network: Any, folder: Path, weights: Leaves) -> None:
+    """A folder that diffusers loads: a network's configuration, and these weights."""
+    network.save_config(folder)
+    save_file(
+        {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},
+        folder / WEIGHTS,
+        metadata={"format": "pt"},
+    )

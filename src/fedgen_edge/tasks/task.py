@@ -36,10 +36,15 @@ class Task(Protocol):
         ...
 
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
-        """Summed loss (nats where it is a likelihood) and count, each `[*clients]`. Deterministic.
+        """Summed loss, in the measure's unit, and count, each `[*clients]`. Deterministic.
 
         What `batch["mask"]` leaves out adds nothing to either: rows of zeros are padding.
         """
+        ...
+
+    @property
+    def settle(self) -> Callable[[Leaves], Leaves]:
+        """After a batch: new values of the leaves that follow others, `[*clients, *shape]` each."""
         ...
 
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
@@ -88,6 +93,25 @@ class Learnt(Task, Protocol):
         ...
 
 
+@runtime_checkable
+class Pictured(Learnt, Protocol):
+    """What judging by samples needs of a task."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture: channels, height and width."""
+        ...
+
+    def generate(
+        self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
+    ) -> Tensor:
+        """Pictures of these classes, uint8 `[pictures, channels, height, width]`.
+
+        The noise of each goes by the key and its place, the same for every model.
+        """
+        ...
+
+
 def _learnt(name: str, settings: Settings, *, full: bool, device: torch.device) -> Learnt:
     return _module(name).build(settings, full=full, device=device)
 
@@ -103,7 +127,7 @@ def _module(name: str) -> Any:
 
 def shape_learnt(settings: Settings, picture: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what a network of these settings works on, for pictures of this shape."""
-    if settings.backbone.autoencoder is None:
+    if settings.backbone.autoencoder is None or settings.task != "diffusion":
         return picture
     return _module(settings.task).worked_on(settings.backbone, picture)
 
@@ -120,11 +144,11 @@ def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Pat
     module = _module(name)
     told = "x".join(map(str, shape))
     make = partial(module.fresh, size, shape, classes)
-    return backbones.cached(f"{name}-{size}-{told}-{classes}-1", make)
+    return backbones.cached(f"{name}-{size}-{told}-{classes}-2", make)
 
 
 TASKS: dict[str, Callable[..., Learnt]] = {
-    name: partial(_learnt, name) for name in ("language", "diffusion")
+    name: partial(_learnt, name) for name in ("language", "diffusion", "gan", "vae")
 }
 """How each task is built: from settings, `full` (train every weight instead of an adapter) and a
 device. Its libraries are imported then, and not before."""

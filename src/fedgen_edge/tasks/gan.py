@@ -1,0 +1,218 @@
+"""A class-conditional GAN: a generator that a critic tells from the data, both adapted.
+
+Source: hinge loss, Lim and Ye 2017 (arXiv:1705.02894); the gradient penalty R1, Mescheder et al.
+2018 (arXiv:1801.04406); a moving average of the generator, Karras et al. 2018 (arXiv:1710.10196).
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedgen_edge import config
+from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.data.corpus import Corpus
+from fedgen_edge.measure import Measure
+from fedgen_edge.seeds import normal
+from fedgen_edge.tasks import gan_networks, pictures
+from fedgen_edge.tasks.adapted import Adapted, adapt, follow, served, trained
+from fedgen_edge.tasks.gan_networks import Gan
+from fedgen_edge.tasks.task import Sample
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
+
+MEASURE = Measure(
+    name="energy score",
+    items="images",
+    unit="distance a picture",
+    material="pictures",
+    few=20,
+    spread=0.5,
+)
+CRITIC, GENERATOR = "critic.", "generator."
+TARGETS = ("label", "first", "modulate", "conv1", "conv2", "skip")
+"""Layers to adapt where the settings name none."""
+fresh = gan_networks.fresh
+RIVALS = 8
+"""Pictures made for each held-out one that they are judged by."""
+
+
+class _Generate(nn.Module):
+    """Pictures."""
+
+    def __init__(self, model: Gan) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return self.model(batch["noise"], batch["label"].long())
+
+
+class _Fooled(_Generate):
+    """The generator's loss of each row."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        return -self.model.critic(super().forward(batch), batch["label"].long())
+
+
+class _Told(_Generate):
+    """The critic's loss of each row."""
+
+    def __init__(self, model: Gan, penalty: float) -> None:
+        super().__init__(model)
+        self.penalty = penalty
+
+    def forward(self, batch: Batch) -> Tensor:
+        label = batch["label"].long()
+        with torch.no_grad():
+            made = super().forward(batch)
+        real = pictures.values(batch["image"]).requires_grad_()
+        score = self.model.critic(real, label)
+        slope = torch.autograd.grad(score.sum(), real, create_graph=True)[0]
+        penalty = self.penalty / 2 * slope.square().sum((1, 2, 3))
+        return F.relu(1 - score) + F.relu(1 + self.model.critic(made, label)) + penalty
+
+
+@dataclass(frozen=True)
+class Adversaries:
+    """Two losses in turn: the critic's hinge with its penalty, then the generator's.
+
+    A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, `label`, `number` and
+    `mask`, `[*clients, batch]`, and when drawn `noise`, `[*clients, batch, size]`.
+
+    Pictures are held out for the energy score, E|x - y| - E|y - y'| / 2 for a picture x and made
+    ones y, y' of its class, distances a root mean square over values: it is proper, so it is lowest
+    for the data's own distribution (Gneiting and Raftery 2007), and it adds up over pictures.
+    """
+
+    model: Adapted
+    network: Gan
+    names: tuple[str, ...]
+    """Of the classes, by their numbers."""
+    settings: config.Gan
+    measure: Measure = MEASURE
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """The critic, then the generator."""
+        s = self.settings
+        return Phase(CRITIC, s.critic_steps, s.critic_rate), Phase(GENERATOR)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of a picture: channels, height and width."""
+        return pictures.shape(self.network.config)
+
+    def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
+        """Pictures, and the numbers of their classes."""
+        classes = self.network.config["num_class_embeds"]
+        return pictures.examples(corpus, indices, self.shape, classes)
+
+    def init(self, rng: torch.Generator) -> Leaves:
+        """A fresh adapter of both networks, and the generator's moving average."""
+        return self.model.init(rng)
+
+    def draw(self, examples: Batch, rng: torch.Generator) -> Batch:
+        """The pictures, and noise for as many."""
+        size = (len(examples["label"]), self.network.config["noise"])
+        return {
+            **examples,
+            "noise": torch.randn(size, generator=rng),
+            "seed": torch.randint(2**62, (), generator=rng),
+        }
+
+    def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
+        """Summed losses of one of the two, and the number of pictures."""
+        asked = {CRITIC: _Told(self.network, self.settings.r1), GENERATOR: _Fooled(self.network)}
+        names = ("image", "label", "noise")
+        total = pictures.summed(self.model, asked[phase], trained(adapter), batch, names)
+        return PerClient(total, batch["mask"].sum(-1).float())
+
+    def settle(self, adapter: Leaves) -> Leaves:
+        """The generator's moving average, a batch later."""
+        return follow(adapter, self.settings.average)
+
+    @torch.no_grad()
+    def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
+        """Energy scores and pictures; those made for a picture are always the same."""
+        own = served(adapter)
+
+        def judge(part: Batch) -> PerClient:
+            score = torch.where(part["mask"], self._energy(own, part), 0.0)
+            return PerClient(score.sum(-1), part["mask"].sum(-1).float())
+
+        return pictures.added(judge, examples)
+
+    def _energy(self, adapter: Leaves, examples: Batch) -> Tensor:
+        """`[*clients, batch]`."""
+        mask = examples["mask"]
+        rows = {k: examples[k].flatten(0, mask.ndim - 1) for k in ("image", "label", "number")}
+        size = (self.network.config["noise"],)
+        made = [
+            self._made(adapter, normal(rows["number"], rival, size), rows["label"])
+            for rival in range(RIVALS)
+        ]
+        y = torch.stack(made, 1).flatten(2)  # [rows, rivals, values]
+        x = pictures.values(rows["image"]).flatten(1).unsqueeze(1)
+        near, apart = torch.cdist(x, y).mean((1, 2)), torch.cdist(y, y).sum((1, 2))
+        score = near - apart / (2 * RIVALS * (RIVALS - 1))
+        return (score / y.shape[-1] ** 0.5).view_as(mask)
+
+    def _made(self, adapter: Leaves, noise: Tensor, label: Tensor) -> Tensor:
+        rows = {"noise": noise, "label": label}
+        return self.model.adapter.call(_Generate(self.network), adapter, rows, None)
+
+    def summary(self, statistics: Statistics) -> dict[str, Tensor]:
+        """Mean energy score."""
+        return {"loss": statistics["total"] / statistics["count"]}
+
+    def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
+        """A grid, a row a class; its noise is the same for every model."""
+        draw = partial(self.generate, adapter, key=key, settings=settings)
+        yield from pictures.samples(draw, self.names, settings)
+
+    @torch.no_grad()
+    def generate(
+        self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
+    ) -> Tensor:
+        """Pictures of these classes, from fixed noise, by the moving average.
+
+        Returns:
+            uint8 `[pictures, channels, height, width]`.
+        """
+        del settings
+        device = next(self.network.parameters()).device
+        own = {k: v.to(device) for k, v in served(adapter).items()}
+        noise = pictures.noise((self.network.config["noise"],), key, len(labels)).to(device)
+        asked = torch.tensor(labels, device=device)
+        made = [
+            self._made(own, *part)
+            for part in zip(noise.split(pictures.MOST), asked.split(pictures.MOST), strict=True)
+        ]
+        return torch.cat([pictures.pixels(part).cpu() for part in made])
+
+
+def build(settings: Settings, *, full: bool, device: torch.device) -> Adversaries:
+    """The task of these settings, its backbone loaded and frozen.
+
+    Args:
+        settings: of the run.
+        full: train every weight instead of an adapter.
+        device: where the backbone goes.
+    """
+    chosen = pictures.chosen(settings.backbone, "gan")
+    network, folder, digest = pictures.network(chosen, Gan, device)
+    adapted = adapt(
+        network,
+        settings.adapter,
+        TARGETS,
+        full=full,
+        folder=folder,
+        sha256=digest,
+        write=partial(pictures.write, network),
+        weights=pictures.WEIGHTS,
+        averaged=GENERATOR,
+    )
+    return Adversaries(adapted, network, settings.data.names, settings.gan)
