@@ -37,7 +37,7 @@ def other(kind: Any, value: Any) -> Any:
     if get_origin(kind) is Literal:
         return next((choice for choice in reversed(get_args(kind)) if choice != value), value)
     if get_origin(kind) is tuple:
-        return (1.5, 2.0) if get_args(kind)[0] is float else ("a", 'b "c"\\')
+        return (0.5, 0.25) if get_args(kind)[0] is float else ("a", 'b "c"\\')
     if kind is bool:
         return not value
     if kind in {int, float}:

@@ -58,7 +58,29 @@ HEALTHY = RunFiles(
     personal=[{"client": c, "validation": [3.0, 2.8], "chosen": 1} for c in CLIENTS],
     evaluation=on_test(backbone=60, local_only=40, **{"global": 30}, personal=25),
     samples=[],
+    distances=[],
 )
+
+
+def judged(**change: Any) -> dict[str, Any]:
+    """One model's samples, which are as good as real pictures but for the change."""
+    row = {
+        "model": "global",
+        "client": None,
+        "distance": "FD-pixels",
+        "frechet": 2.0,
+        "made": 100,
+        "real": 100,
+        "few": None,
+        "precision": 0.8,
+        "recall": 0.7,
+        "density": 1.0,
+        "coverage": 0.9,
+        "diversity": {"0": 0.9, "1": 1.1},
+        "shares": {"0": 0.5, "1": 0.5},
+        "real_shares": {"0": 0.5, "1": 0.5},
+    }
+    return {"distances": [{**row, "model": "backbone", "recall": 0.0}, {**row, **change}]}
 
 
 def without_data(**change: Any) -> list[Row]:
@@ -104,6 +126,26 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
             ]
         },
         "1 of 4: a (90.0 against 60.0)",
+    ),
+    "one picture a class": (
+        "Samples are too much alike (mode collapse)",
+        judged(diversity={"0": 0.1, "1": 0.3}),
+        "Of the global samples, two of a class lie 0.200 times as far apart as real.",
+    ),
+    "kinds are missing": (
+        "Samples are too much alike (mode collapse)",
+        judged(recall=0.05),
+        "80 % look real, and reach 5 % of the real pictures",
+    ),
+    "classes are missing": (
+        "Samples are too much alike (mode collapse)",
+        judged(shares={"0": 0.9, "1": 0.1}),
+        "40 % seem to be of another class",
+    ),
+    "few pictures": (
+        "The samples' distance rests on few pictures",
+        {"distances": [{**judged()["distances"][0], "few": "64 are too few"}]},
+        "64 are too few.",
     ),
     "hurt by tuning": (
         "Personal tuning makes some clients worse",
@@ -201,7 +243,7 @@ def test_advice_names_a_setting_with_its_value() -> None:
 
 
 def test_an_empty_run_is_only_unfinished() -> None:
-    empty = RunFiles(Path("run"), {}, {}, MEASURE, [], [], {}, [], [], [])
+    empty = RunFiles(Path("run"), {}, {}, MEASURE, [], [], {}, [], [], [], [])
     assert [finding.title for finding in diagnose(empty)] == ["The run has not finished"]
 
 

@@ -168,7 +168,9 @@ def jury(experiment: Experiment) -> Jury:
 def judge(experiment: Experiment, run: Path) -> Iterator[str]:
     """Judge what is not judged yet, a model at a time; yields each model's name when it is."""
     log, told = run / "distances.jsonl", jury(experiment)
-    done = len(records.lines(log)) // (len(experiment.holdings) + 1)
+    each = len(experiment.holdings) + 1
+    done = len(records.lines(log)) // each
+    records.truncate(log, done * each)
     for model in models(experiment)[done:]:
         began = time.perf_counter()
         made = [told.made(*found) for found in _each(experiment, run, model)]

@@ -1,0 +1,110 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedgen_edge.config import Settings, from_table
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.experiments import records
+from fedgen_edge.experiments.build import build
+from fedgen_edge.experiments.features import pixels
+from fedgen_edge.experiments.frechet import frechet, kernel_distance, moments, overlap
+from fedgen_edge.experiments.judge import jury
+from fedgen_edge.experiments.models import folder_of, reopen
+from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.seeds import seed
+from fedgen_edge.tasks.task import Pictured
+
+TABLE: dict[str, Any] = {
+    "task": "gan",
+    "backbone": {"path": "tiny"},
+    "adapter": {"rank": 4},
+    "data": {"source": "digits", "limit": 300, "test": 0.3},
+    "partition": {"by": "dirichlet", "alpha": 0.5, "minimum": 20},
+    "federation": {"clients": 3, "rounds": 1, "seed": 4},
+    "training": {"steps": 2, "batch": 4, "lr": 1e-2},
+    "personal": {"epochs": 1, "steps": 2},
+    "evaluation": {"baselines": ["fedavg-full"], "sample_pictures": 0},
+    "judging": {"features": "pixels", "samples": 240},
+}
+MODELS = ["backbone", "fedavg-full", "global", "personal"]
+
+
+def settings(**change: Any) -> Settings:
+    return from_table({**TABLE, **change})
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("judged") / "run"
+    for _ in proceed(create(settings(), out), out):
+        pass
+    return out
+
+
+def test_there_is_a_line_a_model_and_client_and_one_of_all(run: Path) -> None:
+    lines = records.lines(run / "distances.jsonl")
+    names = [row["client"] for row in records.read_json(run / "clients.json")]
+    assert [(r["model"], r["client"]) for r in lines] == [
+        (model, name) for model in MODELS for name in (*names, None)
+    ]
+    for at in range(0, len(lines), len(names) + 1):
+        *own, whole = lines[at : at + len(names) + 1]
+        assert whole["made"] == sum(row["made"] for row in own)
+        assert abs(whole["made"] - 240) <= len(names)
+
+
+def test_the_numbers_are_those_of_the_samples_of_every_clients_own_model(run: Path) -> None:
+    experiment = reopen(run)
+    told, task, corpus = jury(experiment), experiment.task, experiment.corpus
+    assert isinstance(task, Pictured)
+    made, real = [], []
+    for client, (name, own) in enumerate(zip(experiment.names, experiment.holdings, strict=True)):
+        adapter = task.model.load(folder_of(run, name))
+        assert corpus.labels is not None
+        classes = [int(corpus.labels[i]) for i in own.test]
+        asked = told.asked(client)
+        # the classes of the client's test pictures, again and again
+        assert asked[: len(classes)] == classes[: len(asked)]
+        drawn = task.generate(
+            adapter, asked, seed(4, "judge", client), experiment.settings.evaluation
+        )
+        made.append(pixels(drawn))
+        real.append(pixels(corpus.examples.pixels[list(own.test)]))  # pyright: ignore
+    lines = [r for r in records.lines(run / "distances.jsonl") if r["model"] == "personal"]
+    for row, mine, theirs in zip(lines, made, real, strict=False):
+        assert row["frechet"] == pytest.approx(frechet(moments(mine), moments(theirs)), rel=1e-6)
+    whole = lines[-1]
+    all_made, all_real = torch.cat(made), torch.cat(real)
+    assert whole["frechet"] == pytest.approx(
+        frechet(moments(all_made), moments(all_real)), rel=1e-6
+    )
+    assert whole["kernel"] == pytest.approx(kernel_distance(all_made, all_real, 4))
+    expected = overlap(all_real, all_made)._asdict()
+    assert {k: whole[k] for k in expected} == pytest.approx(expected)
+
+
+def test_what_is_judged_is_not_judged_again(run: Path) -> None:
+    log = run / "distances.jsonl"
+    before = records.lines(log)
+    # stopped within the second model: its first lines count for nothing
+    records.write_lines(log, before[:6])
+    for _ in proceed(reopen(run), run):
+        pass
+    assert [_timeless(row) for row in records.lines(log)] == [_timeless(row) for row in before]
+
+
+def _timeless(row: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in row.items() if k != "seconds"}
+
+
+def test_a_model_of_text_is_not_judged_by_pictures() -> None:
+    told = settings(task="language", data={}, partition={}, evaluation={})
+    with pytest.raises(ConfigError, match=r"judging.features='pixels' sees pictures"):
+        build(told)
+
+
+def test_eyes_without_weights_are_refused_before_anything_is_trained() -> None:
+    with pytest.raises(ConfigError, match=r"judging.weights is missing"):
+        build(settings(judging={"features": "resnet56"}))
