@@ -40,7 +40,8 @@ from fedgen_edge.tasks.task import Pictured
 from fedgen_edge.types import Leaves, ServerState
 
 KEPT = 5000
-"""Pictures whose features are in memory at once; beyond them only sums are kept."""
+"""Samples of a model whose features are kept for the kernel and for nearest neighbours; of the
+others only sums are, so that memory does not grow with their number."""
 
 
 class Seen(NamedTuple):
@@ -59,13 +60,13 @@ class Seen(NamedTuple):
         return reduce(add, self.moments.values())
 
 
-def together(parts: Sequence[Seen]) -> Seen:
-    """What several clients have, as one."""
-    classes = sorted({label for part in parts for label in part.moments})
+def together(one: Seen, two: Seen) -> Seen:
+    """What two have, as one."""
+    both = one.moments.keys() & two.moments.keys()
     return Seen(
-        {c: reduce(add, [p.moments[c] for p in parts if c in p.moments]) for c in classes},
-        torch.cat([part.features for part in parts]),
-        torch.cat([part.labels for part in parts]),
+        {**one.moments, **two.moments, **{c: one.moments[c] + two.moments[c] for c in both}},
+        torch.cat([one.features, two.features]),
+        torch.cat([one.labels, two.labels]),
     )
 
 
@@ -78,14 +79,20 @@ class Jury:
     eyes: Extractor
 
     @cached_property
-    def real(self) -> list[Seen]:
-        """Each client's test pictures."""
+    def features(self) -> list[Tensor]:
+        """Of each client's test pictures."""
         held = self.experiment.corpus.examples
         assert isinstance(held, Images)
-        return [
-            self._seen(held.pixels[list(own.test)], labels)
-            for own, labels in zip(self.experiment.holdings, self.labels, strict=True)
-        ]
+        return [self.eyes.see(held.pixels[list(own.test)]) for own in self.experiment.holdings]
+
+    def real(self, client: int) -> Seen:
+        """A client's test pictures."""
+        return self._seen(self.features[client], self.labels[client])
+
+    @cached_property
+    def all_real(self) -> Seen:
+        """Every client's test pictures."""
+        return reduce(together, map(self.real, range(len(self.labels))))
 
     @cached_property
     def labels(self) -> list[list[int]]:
@@ -107,10 +114,10 @@ class Jury:
         settings, labels = self.experiment.settings, self.asked(client)
         key = seed(settings.federation.seed, "judge", client)
         made = task.generate(adapter, labels, key, settings.evaluation)
-        return self._seen(made, labels)
+        return self._seen(self.eyes.see(made), labels)
 
-    def _seen(self, pictures: Tensor, labels: Sequence[int]) -> Seen:
-        features, numbers = self.eyes.see(pictures), torch.tensor(labels)
+    def _seen(self, features: Tensor, labels: Sequence[int]) -> Seen:
+        numbers = torch.tensor(labels)
         most = max(1, KEPT // len(self.experiment.holdings))
         few = torch.linspace(0, len(labels) - 1, min(most, len(labels))).long()
         groups = {c: moments(features[numbers == c]) for c in sorted(set(labels))}
@@ -139,7 +146,7 @@ class Jury:
     def _of_all(self, made: Seen, real: Seen, key: int) -> dict[str, Any]:
         """What only many pictures can say."""
         names = self.experiment.settings.data.names
-        numbers = {c: at for at, c in enumerate(real.moments)}
+        numbers = {c: at for at, c in enumerate(sorted(real.moments))}
         own = [torch.tensor([numbers[int(c)] for c in seen.labels]) for seen in (real, made)]
         signs = collapse(real.features, own[0], made.features, own[1], len(numbers))
         each = {
@@ -173,15 +180,15 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
     records.truncate(log, done * each)
     for model in models(experiment)[done:]:
         began = time.perf_counter()
-        made = [told.made(*found) for found in _each(experiment, run, model)]
-        names = experiment.names
-        lines = [
-            told.verdict(model, name, mine, real)
-            for name, mine, real in zip(names, made, told.real, strict=True)
-        ]
-        lines.append(told.verdict(model, None, together(made), together(told.real)))
-        lines[-1]["seconds"] = round(time.perf_counter() - began, 3)
-        records.write_lines(log, [*records.lines(log), *lines])
+        lines, pooled = [], None
+        for task, adapter, client in _each(experiment, run, model):
+            made = told.made(task, adapter, client)
+            lines.append(told.verdict(model, experiment.names[client], made, told.real(client)))
+            pooled = made if pooled is None else together(pooled, made)
+        assert pooled is not None
+        whole = told.verdict(model, None, pooled, told.all_real)
+        whole["seconds"] = round(time.perf_counter() - began, 3)
+        records.write_lines(log, [*records.lines(log), *lines, whole])
         yield model
 
 
