@@ -208,6 +208,8 @@ class Training:
     """torch.optim's; moments begin anew each round."""
     lr: Positive = 1e-3
     """Learning rate."""
+    lr_full: Positive | None = None
+    """Learning rate of methods that train every weight, which want a lower one; none is `lr`."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay (adamw), or L2 (sgd)."""
     momentum: Share = 0.0

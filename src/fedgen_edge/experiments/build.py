@@ -98,9 +98,10 @@ class Experiment:
         return self.algorithm.receives(state.adapter, memory)
 
     def _recipe(self, round_: int) -> Recipe:
-        t = self.settings.training
+        t, algorithm = self.settings.training, self.algorithm
+        if algorithm.adapts == "full" and t.lr_full is not None:
+            t = replace(t, lr=t.lr_full)
         rate = learning_rate(t, round_, self.settings.federation.rounds)
-        algorithm = self.algorithm
 
         def trains(name: str, epoch: int) -> bool:
             return algorithm.trains(name, round_, epoch)

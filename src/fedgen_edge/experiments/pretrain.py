@@ -67,7 +67,13 @@ def planned(settings: Settings) -> Settings:
         federation=Federation(rounds=p.rounds, seed=settings.federation.seed),
         method=Method(name="fedavg-full"),
         training=replace(
-            settings.training, lr=p.lr, steps=p.steps, batch=p.batch, schedule="cosine", warmup=0
+            settings.training,
+            lr=p.lr,
+            lr_full=None,
+            steps=p.steps,
+            batch=p.batch,
+            schedule="cosine",
+            warmup=0,
         ),
         evaluation=replace(settings.evaluation, baselines=()),
         judging=Judging(),
