@@ -1,5 +1,6 @@
 """Whole rounds against answers from outside: by hand, and a plain PEFT loop."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from conftest import Line, line_shard, sentences
 from fedgen_edge.adapters.formats import from_peft
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.merge import by_agreement
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.client import Recipe
 from fedgen_edge.config import Federation, Method, from_table
@@ -23,7 +25,7 @@ from fedgen_edge.rounds import Engine, rounds, sample
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import language
 from fedgen_edge.tasks.language import Language
-from fedgen_edge.types import Commit, Leaves, ServerState
+from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
 
 HALF = partial(SGD, lr=0.5)
 
@@ -170,3 +172,49 @@ def test_serial_stacked_and_a_plain_peft_loop_agree(backbone: str, name: str, cl
         found = result(engine)
         for leaf in expected:
             torch.testing.assert_close(found[leaf], expected[leaf], atol=1e-5, rtol=0)
+
+
+def test_of_the_candidates_those_of_the_highest_loss_are_chosen() -> None:
+    plan = Federation(clients=6, cohort=2, rounds=1, candidates=4, seed=1)
+    candidates = sample(replace(plan, cohort=4, candidates=None), 6, 0)
+    losses = torch.tensor([0.3, 0.9, 0.1, 0.5, 0.7, 0.2])
+    expected = sorted(sorted(candidates, key=lambda c: -float(losses[c]))[:2])
+    assert sample(plan, 6, 0, losses) == expected
+    # who never trained comes first, and without losses the draw is the plain one
+    losses[candidates[0]] = torch.inf
+    assert candidates[0] in sample(plan, 6, 0, losses)
+    assert sample(plan, 6, 0) == sample(replace(plan, candidates=None), 6, 0)
+
+
+def test_the_server_remembers_each_clients_last_loss() -> None:
+    shards = [line_shard(str(value), value) for value in (1.0, 2.0, 5.0)]
+    job = Train(
+        Clients(Line(), Algorithm(), shards, 0), Budget(1), lambda _: Recipe(partial(SGD, lr=0.5))
+    )
+    plan = Federation(clients=3, cohort=1, rounds=4, candidates=3)
+    cohorts = []
+    for done in rounds(Algorithm().init(Line().init(generator(0))), Algorithm(), serial, job, plan):
+        cohorts.append(done.updates[0].order.clients[0])
+    # each once while its loss is unknown; then the one whose loss was highest, (5 - w)^2 / 2
+    assert sorted(cohorts[:3]) == [0, 1, 2]
+    losses = done.state.memory["losses"]
+    assert float(losses[cohorts[3]]) == done.updates[0].loss
+    assert cohorts[3] == 2
+
+
+def test_layers_weigh_clients_by_how_well_they_agree() -> None:
+    # layer x: (1, 0), (1, 0) and (-1, 0) of weights 2, 2 and 3, so their mean is (1/7, 0), and the
+    # cosines with it are 1, 1 and -1: (1, 0)
+    # layer y: (1, 0), (0, 1) and (0, 0), mean (2/7, 2/7), cosines 1/sqrt 2 twice and 0: (1/2, 1/2)
+    changes = [((1.0, 0.0), (1.0, 0.0)), ((1.0, 0.0), (0.0, 1.0)), ((-1.0, 0.0), (0.0, 0.0))]
+    order = Order((0,), 0, {})
+    updates = [
+        Update(order, {"x.w": torch.tensor(x), "y.w": torch.tensor(y)}, {}, weight, 0.0, 1, 0)
+        for (x, y), weight in zip(changes, (2.0, 2.0, 3.0), strict=True)
+    ]
+    found = by_agreement(updates)
+    torch.testing.assert_close(found["x.w"], torch.tensor([1.0, 0.0]))
+    torch.testing.assert_close(found["y.w"], torch.tensor([0.5, 0.5]))
+    # where all agree it is FedAvg's mean
+    same = [replace(u, delta={"x.w": torch.tensor([2.0, 1.0])}) for u in updates]
+    torch.testing.assert_close(by_agreement(same)["x.w"], torch.tensor([2.0, 1.0]))

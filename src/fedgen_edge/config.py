@@ -173,6 +173,9 @@ class Federation:
     """Clients drawn each round, without replacement; none is all."""
     fraction: Annotated[float, Number, Field(gt=0, le=1)] | None = None
     """The cohort as a share of the clients (the paper's C), instead of a number."""
+    candidates: Count | None = None
+    """Clients drawn each round, of whom the cohort is those whose last training loss was highest
+    (power of choice, arXiv:2010.01243); none draws the cohort itself."""
     newcomers: Whole = 0
     """Clients, the last ones, that never train and only personalise the result."""
     rounds: Count = 10

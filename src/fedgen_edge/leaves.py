@@ -46,6 +46,11 @@ def norm(leaves: Leaves, axes: int = 0) -> Float[Tensor, "*clients"]:
     return torch.stack(squares).sum(0).sqrt()
 
 
+def flat(leaves: Leaves) -> Float[Tensor, " values"]:
+    """All values in a row, float64."""
+    return torch.cat([v.flatten().double() for v in leaves.values()])
+
+
 def stack(members: Sequence[Leaves]) -> Leaves:
     """Give every leaf a first axis of clients."""
     return {k: torch.stack([m[k] for m in members]) for k in members[0]}

@@ -1,8 +1,10 @@
 """The loop, as in the paper's pseudo-code: a generator, so whoever iterates decides the rest."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Federation
@@ -13,6 +15,8 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Update
 from fedgen_edge.uplink.transform import deliver
 
+LOSSES = "losses"
+"""Where the server keeps every client's last training loss."""
 Engine = Callable[[Sequence[Order], Job], Iterator]
 """Has clients do a job; results come in any order, each with its own order in it."""
 
@@ -29,22 +33,54 @@ def cohort_size(federation: Federation, clients: int) -> int:
             f"federation.newcomers={federation.newcomers} leaves none of {clients} clients to "
             "train: have fewer"
         )
-    if federation.fraction is not None:
-        return max(1, round(federation.fraction * able))
     size = able if federation.cohort is None else federation.cohort
+    if federation.fraction is not None:
+        size = max(1, round(federation.fraction * able))
     if size > able:
         raise ConfigError(
             f"federation.cohort={size} must be at most {able}, the clients that train: "
             "draw fewer, or have more clients"
         )
+    few = federation.candidates
+    if few is not None and not size <= few <= able:
+        raise ConfigError(
+            f"federation.candidates={few} must be from {size}, the cohort, to {able}, the clients "
+            "that train"
+        )
     return size
 
 
-def sample(federation: Federation, clients: int, round_: int) -> list[int]:
-    """The round's cohort, without replacement, in the clients' order."""
+def sample(
+    federation: Federation, clients: int, round_: int, losses: Tensor | None = None
+) -> list[int]:
+    """The round's cohort, without replacement, in the clients' order.
+
+    Args:
+        federation: who takes part; where it names candidates, the cohort is those of them whose
+            loss is highest.
+        clients: how many there are.
+        round_: counted from 0.
+        losses: each client's last training loss, `[clients]`, infinite of one that never trained;
+            none is before the first round.
+
+    Source: of candidates, Cho et al. 2020, Power-of-Choice (arXiv:2010.01243), the variant whose
+    losses are those of clients' last rounds, so that nothing more is sent.
+    """
     rng = generator(federation.seed, "sample", round_)
     drawn = torch.randperm(clients - federation.newcomers, generator=rng)
-    return sorted(drawn[: cohort_size(federation, clients)].tolist())
+    size = cohort_size(federation, clients)
+    if federation.candidates is not None and losses is not None:
+        few = drawn[: federation.candidates]
+        drawn = few[losses[few].argsort(descending=True, stable=True)]
+    return sorted(drawn[:size].tolist())
+
+
+def remembered(state: ServerState, updates: Sequence[Update], clients: int) -> ServerState:
+    """The state with the cohort's training losses, by which a later cohort is chosen."""
+    losses = state.memory.get(LOSSES, torch.full((clients,), torch.inf)).clone()
+    for update in updates:
+        losses[list(update.order.clients)] = update.loss
+    return replace(state, memory={**state.memory, LOSSES: losses})
 
 
 def rounds(
@@ -65,13 +101,15 @@ def rounds(
     """
     clients = federation.clients or 0
     for r in range(state.round, federation.rounds):
-        cohort = sample(federation, clients, r)
+        cohort = sample(federation, clients, r, state.memory.get(LOSSES))
         shared = algorithm.sends(list(state.adapter))
         arrived, size = deliver(select(state.adapter, shared.__contains__))
         received = {**state.adapter, **arrived}
         orders = [Order(group, r, received) for group in algorithm.groups(cohort)]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
         state = algorithm.step(state, updates)
+        if federation.candidates is not None:
+            state = remembered(state, updates, clients)
         job.accepted(updates)
         yield Commit(state, updates, size * len(orders))
 

@@ -16,3 +16,29 @@ def mean(updates: Sequence[Update]) -> Leaves:
     """
     weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
     return leaves.mean([u.delta for u in updates], weights)
+
+
+def by_agreement(updates: Sequence[Update]) -> Leaves:
+    """Mean of each layer's changes, weighted by examples and by agreement.
+
+    A client's agreement on a layer is the cosine of its change of the layer with the cohort's mean
+    change of it, and none where that is negative; where nobody agrees, the mean stands.
+
+    Source: Rehman et al. 2023, L-DAWA (arXiv:2307.07393): weights a layer, by angles.
+    Differs: their angle is between a client's weights and the global ones, which says nothing of an
+    adapter, whose B begins at zero; and the weights are made to sum to one.
+    """
+    plain = mean(updates)
+    layers: dict[str, list[str]] = {}
+    for name in plain:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    found = {}
+    for names in layers.values():
+        whole = leaves.flat(leaves.select(plain, names.__contains__))
+        own = [leaves.flat(leaves.select(u.delta, names.__contains__)) for u in updates]
+        agreed = torch.stack([torch.cosine_similarity(v, whole, dim=0) for v in own]).clamp(min=0)
+        weights = torch.tensor([u.weight for u in updates], dtype=torch.float64) * agreed
+        members = [leaves.select(u.delta, names.__contains__) for u in updates]
+        if weights.sum() > 0:
+            found |= leaves.mean(members, weights)
+    return {**plain, **found}

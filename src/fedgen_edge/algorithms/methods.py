@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
+from fedgen_edge.algorithms.merge import by_agreement
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Method
 from fedgen_edge.errors import ConfigError
@@ -36,6 +37,10 @@ METHODS: dict[str, Entry] = {
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
         lambda m: Algorithm(corrects=proximal(m.mu)),
+    ),
+    "layerwise": Entry(
+        "each layer's mean weighs a client by how well it agrees (after L-DAWA, arXiv:2307.07393)",
+        lambda _: Algorithm(merges=by_agreement),
     ),
     "local-only": Entry(
         "nothing is shared: every client trains alone", lambda _: Algorithm(sends=nothing)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.features import extractor
 from fedgen_edge.jobs import Clients, Personalise, Train
-from fedgen_edge.rounds import Engine, cohort_size, sample
+from fedgen_edge.rounds import Engine, cohort_size
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
 from fedgen_edge.types import Batch, Leaves, ServerState
@@ -57,12 +57,6 @@ class Experiment:
     def names(self) -> list[str]:
         """The clients' names, in their order."""
         return [holding.name for holding in self.holdings]
-
-    @cached_property
-    def participants(self) -> frozenset[int]:
-        """Clients that some round draws."""
-        plan, count = self.settings.federation, len(self.holdings)
-        return frozenset(c for r in range(plan.rounds) for c in sample(plan, count, r))
 
     @property
     def engine(self) -> Engine:

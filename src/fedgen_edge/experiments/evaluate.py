@@ -1,9 +1,11 @@
 """Held-out data, model by model and client by client, as sums that add up."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
+from pathlib import Path
 from typing import Any
 
+from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.types import Batch, Leaves, ServerState
 
@@ -32,18 +34,33 @@ def validation(
 
 
 def test(
-    experiment: Experiment, name: str, state: ServerState, memory: Mapping[int, Leaves]
+    experiment: Experiment,
+    name: str,
+    state: ServerState,
+    memory: Mapping[int, Leaves],
+    drawn: Set[str],
 ) -> Iterator[dict[str, Any]]:
-    """Every client's test data under what a method left it."""
+    """Every client's test data under what a method left it.
+
+    Args:
+        experiment: of the method.
+        name: of the model, in the record.
+        state: after the last round, or before the first.
+        memory: what clients have kept.
+        drawn: those that some round drew.
+    """
     for c, shard in enumerate(experiment.clients.shards):
         began = time.perf_counter()
         found = sums(experiment, experiment.own(state, memory.get(c, {})), shard.test)
         seconds = round(time.perf_counter() - began, 3)
-        yield {**tested(experiment, name, c, found), "seconds": seconds}
+        yield {**tested(shard.name, name, found, drawn), "seconds": seconds}
 
 
-def tested(experiment: Experiment, model: str, client: int, found: Sums) -> dict[str, Any]:
+def tested(client: str, model: str, found: Sums, drawn: Set[str]) -> dict[str, Any]:
     """A line of evaluation.jsonl."""
-    name = experiment.clients.shards[client].name
-    took_part = client in experiment.participants
-    return {"model": model, "client": name, "participated": took_part, **found}
+    return {"model": model, "client": client, "participated": client in drawn, **found}
+
+
+def drawn(folder: Path) -> set[str]:
+    """Clients that some round of these drew."""
+    return {name for line in records.lines(folder / "rounds.jsonl") for name in line["cohort"]}

@@ -15,7 +15,7 @@ from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import commit, last, latest
-from fedgen_edge.experiments.evaluate import sums, test, tested, validation
+from fedgen_edge.experiments.evaluate import drawn, sums, test, tested, validation
 from fedgen_edge.experiments.judge import judge
 from fedgen_edge.experiments.judge import models as judged
 from fedgen_edge.experiments.machine import give_back, peak_memory
@@ -244,13 +244,12 @@ def _own(
         )
     target = run / "adapters" / "clients" / names[shard.name]
     save(experiment, target, state, tuned.adapter, shard.name)
-    found = sums(experiment, tuned.adapter, shard.test)
     return {
         "client": shard.name,
         "folder": names[shard.name],
         "validation": tuned.history,
         "chosen": tuned.chosen,
-        "test": tested(experiment, "personal", client, found),
+        "test": sums(experiment, tuned.adapter, shard.test),
     }
 
 
@@ -261,12 +260,17 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
         return
     state, memory = last(run)
     untouched = ServerState(0, experiment.task.model.backbone())
-    found = list(test(experiment, "backbone", untouched, {}))
+    took_part = drawn(run)
+    found = list(test(experiment, "backbone", untouched, {}, took_part))
     if experiment.has_global:
-        found += list(test(experiment, "global", state, memory))
+        found += list(test(experiment, "global", state, memory, took_part))
     for name in experiment.settings.evaluation.baselines:
-        found += list(test(beside(experiment, name), name, *last(run / "baselines" / name)))
-    found += [line["test"] for line in records.lines(run / "personal.jsonl")]
+        folder = run / "baselines" / name
+        found += list(test(beside(experiment, name), name, *last(folder), drawn(folder)))
+    found += [
+        tested(line["client"], "personal", line["test"], took_part)
+        for line in records.lines(run / "personal.jsonl")
+    ]
     records.write_lines(target, found)
     yield Event("test", 1, 1, {})
 
