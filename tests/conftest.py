@@ -1,14 +1,20 @@
 """Backbones and toy tasks that tests share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import Generator, Tensor
+from torch.optim import AdamW
 
+from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.data.batches import Shard
 from fedgen_edge.data.corpus import Corpus, Images, Texts
+from fedgen_edge.leaves import add
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
@@ -99,3 +105,25 @@ def sentences(count: int, client: int) -> list[str]:
         f"{words[(7 * i + 1) % 10]}. They went {'up' if i % 2 else 'down'}."
         for i in range(count)
     ]
+
+
+def wrapped(plain: torch.nn.Module, start: Leaves, targets: Sequence[str], **how: int) -> Leaves:
+    """Have PEFT adapt a network, from the same start; its trained parameters by our names."""
+    adapted = get_peft_model(plain, LoraConfig(target_modules=list(targets), **how))
+    leaves = {
+        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p
+        for name, p in adapted.named_parameters()
+        if p.requires_grad
+    }
+    with torch.no_grad():
+        for name, leaf in leaves.items():
+            leaf.copy_(start[name])
+    return leaves
+
+
+def trained(task: Learnt, start: Leaves, batches: Sequence[Batch], rate: float) -> Leaves:
+    """The leaves after a local update by AdamW with the moments that a GAN wants."""
+    ends = {"epoch": torch.tensor(0), "last": torch.tensor(False)}
+    recipe = Recipe(partial(AdamW, lr=rate, betas=(0.0, 0.99)))
+    delta, _ = local_update(task, start, {}, [{**b, **ends} for b in batches], recipe)
+    return add(start, delta)

@@ -7,8 +7,10 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from peft import PeftModel
 from torch import Tensor
+from torch.nn.functional import mse_loss
+from torch.optim import AdamW
 
-from conftest import corpus_for
+from conftest import corpus_for, trained, wrapped
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.data.corpus import Corpus, Images
@@ -74,6 +76,30 @@ def test_a_network_of_velocities_is_judged_by_diffusers_own_velocity(tmp_path: P
     wanted = noising.get_velocity(picture, drawn["noise"], step)  # pyright: ignore
     expected = (said - wanted).square().mean((1, 2, 3)).sum()
     torch.testing.assert_close(task.loss({}, drawn, "").total, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_training_equals_a_plain_loop_with_peft_and_diffusers() -> None:
+    task = make()
+    start = task.init(generator(0))
+    batches = [
+        task.draw(task.examples(corpus_for(task, 4, key), range(4)), generator("draw", key))
+        for key in range(3)
+    ]
+    found = trained(task, start, batches, 1e-3)
+
+    plain = UNet2DModel.from_pretrained(task.model.folder)
+    leaves = wrapped(plain, start, diffusion.TARGETS, r=4, lora_alpha=16)
+    optimiser = AdamW(leaves.values(), 1e-3, (0.0, 0.99))
+    for batch in batches:
+        picture, step = batch["image"].float() / 127.5 - 1, batch["step"].long()
+        noisy = DDPMScheduler().add_noise(picture, batch["noise"], step)
+        said = plain(noisy, step, class_labels=batch["label"].long()).sample  # pyright: ignore
+        optimiser.zero_grad()
+        mse_loss(said, batch["noise"]).backward()
+        optimiser.step()
+    assert set(found) == set(leaves)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(found[name], leaf.detach(), atol=1e-4, rtol=0)
 
 
 def test_held_out_noise_goes_by_the_picture_and_covers_every_amount() -> None:

@@ -1,20 +1,17 @@
-from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch.nn import functional as F
 from torch.optim import AdamW
 
-from conftest import corpus_for
+from conftest import corpus_for, trained, wrapped
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.algorithms.share import all_but_last
-from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.leaves import add
 from fedgen_edge.seeds import generator, normal
 from fedgen_edge.tasks import diffusion, gan
 from fedgen_edge.tasks.adapted import served
@@ -51,24 +48,11 @@ def drawn(task: Adversaries, count: int, key: int) -> Batch:
 def test_training_equals_a_plain_loop_with_peft_and_two_optimisers() -> None:
     task = make()
     start = task.init(generator(0))
-    batches = [
-        {**drawn(task, 4, key), "epoch": torch.tensor(0), "last": torch.tensor(False)}
-        for key in range(3)
-    ]
-    recipe = Recipe(partial(AdamW, lr=1e-3, betas=(0.0, 0.99)))
-    delta, _ = local_update(task, start, {}, batches, recipe)
-    found = add(start, delta)
+    batches = [drawn(task, 4, key) for key in range(3)]
+    found = trained(task, start, batches, 1e-3)
 
     plain = Gan.from_pretrained(task.model.folder)
-    wrapped = get_peft_model(plain, LoraConfig(r=4, lora_alpha=8, target_modules=list(gan.TARGETS)))
-    leaves = {
-        name.removeprefix("base_model.model.").replace(".default", "").removesuffix(".weight"): p
-        for name, p in wrapped.named_parameters()
-        if p.requires_grad
-    }
-    with torch.no_grad():
-        for name, leaf in leaves.items():
-            leaf.copy_(start[name])
+    leaves = wrapped(plain, start, gan.TARGETS, r=4, lora_alpha=8)
     average = {k: v.detach().clone() for k, v in leaves.items() if k.startswith("generator.")}
     critic = AdamW([v for k, v in leaves.items() if k.startswith("critic.")], 3e-3, (0.0, 0.99))
     maker = AdamW([v for k, v in leaves.items() if k.startswith("generator.")], 1e-3, (0.0, 0.99))

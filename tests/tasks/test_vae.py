@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 from torch.optim import AdamW
 
-from conftest import corpus_for
+from conftest import corpus_for, trained, wrapped
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.algorithms.share import all_but_last
 from fedgen_edge.client import Recipe, local_update
@@ -263,3 +263,28 @@ def test_pickles_and_half_a_network_are_refused_in_one_line(tmp_path: Path) -> N
     (tmp_path / pictures.WEIGHTS).rename(tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no safetensors weights \(pickles are not read\)"):
         make(at(tmp_path))
+
+
+def test_training_equals_a_plain_loop_with_peft_and_torchs_distributions() -> None:
+    task = make()
+    start = task.init(generator(0))
+    batches = [
+        task.draw(task.examples(corpus_for(task, 4, key), range(4)), generator("draw", key))
+        for key in range(3)
+    ]
+    found = trained(task, start, batches, 1e-3)
+
+    plain = Autoencoder.from_pretrained(task.model.folder)
+    leaves = wrapped(plain, start, vae.TARGETS, r=4, lora_alpha=16)
+    optimiser = AdamW(leaves.values(), 1e-3, (0.0, 0.99))
+    for batch in batches:
+        picture = batch["image"].float() / 127.5 - 1
+        middle, spread, mean, scale = plain(picture, batch["label"].long(), batch["noise"])
+        apart = kl_divergence(Normal(middle, (spread / 2).exp()), Normal(0.0, 1.0)).sum()
+        bits = vae.bits(batch["image"], mean, scale).sum() + apart / math.log(2)
+        optimiser.zero_grad()
+        (bits / picture.numel()).backward()
+        optimiser.step()
+    assert set(found) == set(leaves)
+    for name, leaf in leaves.items():
+        torch.testing.assert_close(found[name], leaf.detach(), atol=1e-4, rtol=0)
