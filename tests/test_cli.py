@@ -263,6 +263,19 @@ FLAGS = {
         "--data.source digits --partition.by iid --federation.clients 2",
         ["task='language'", "the data are pictures", "set data.source"],
     ),
+    "samples of text": (
+        "--judging.features pixels",
+        ["judging.features='pixels'", "makes none", "leave it out"],
+    ),
+    "eyes without weights": (
+        "--task vae --data.source digits --partition.by iid --federation.clients 2 "
+        "--judging.features resnet56",
+        ["judging.weights", "resnet56", "safetensors"],
+    ),
+    "too few candidates": (
+        "--federation.candidates 1",
+        ["federation.candidates=1", "must be from"],
+    ),
     "text for a model of pictures": ("--task diffusion", ["the data are text", "set data.source"]),
     "no class of pictures": (
         "--task diffusion --data.source digits --partition.by iid --federation.clients 2 "
