@@ -263,6 +263,11 @@ FLAGS = {
         "--data.source digits --partition.by iid --federation.clients 2",
         ["task='language'", "the data are pictures", "set data.source"],
     ),
+    "a backbone that is not made yet": (
+        "--task vae --data.source digits --partition.by iid --federation.clients 2 "
+        "--backbone.path ./backbones/none",
+        ["backbone.path='./backbones/none'", "fedgen pretrain"],
+    ),
     "samples of text": (
         "--judging.features pixels",
         ["judging.features='pixels'", "makes none", "leave it out"],

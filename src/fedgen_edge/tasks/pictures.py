@@ -176,7 +176,16 @@ def chosen(settings: Backbone, task: str) -> Backbone:
 
 
 def place(settings: Backbone) -> Path:
-    """The folder of the network itself; of a pipeline's folder, its UNet's."""
+    """The folder of the network itself; of a pipeline's folder, its UNet's.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if settings.path.startswith(("./", "../", "/")) and not Path(settings.path).is_dir():
+        raise ConfigError(
+            f"backbone.path={settings.path!r} is not there: make it by `fedgen pretrain RECIPE`, "
+            "or give a folder of diffusers', or a hub id"
+        )
     folder = backbones.find(settings)
     return folder / "unet" if (folder / "model_index.json").is_file() else folder
 
