@@ -80,6 +80,7 @@ def test_fedper_keeps_the_last_layers_at_the_client() -> None:
     sends = METHODS["fedper"].make(Method(personal_layers=1)).sends
     names = ["m.layers.0.q.lora_A", "m.layers.9.q.lora_A", "m.layers.10.q.lora_A", "embed.lora_A"]
     assert sends(names) == {"m.layers.0.q.lora_A", "m.layers.9.q.lora_A", "embed.lora_A"}
+    assert sends(sorted(names)) == sends(names)  # the server's names come in another order
 
 
 def test_a_cohort_is_drawn_without_replacement_by_seed_and_round() -> None:
@@ -215,6 +216,12 @@ def test_layers_weigh_clients_by_how_well_they_agree() -> None:
     found = by_agreement(updates)
     torch.testing.assert_close(found["x.w"], torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(found["y.w"], torch.tensor([0.5, 0.5]))
+    # a moving average is weighed as what it follows, wherever it points itself
+    both = [
+        replace(u, delta={**u.delta, "average.x.w": torch.tensor([0.0, float(at)])})
+        for at, u in enumerate(updates)
+    ]
+    torch.testing.assert_close(by_agreement(both)["average.x.w"], torch.tensor([0.0, 0.5]))
     # where all agree it is FedAvg's mean
     same = [replace(u, delta={"x.w": torch.tensor([2.0, 1.0])}) for u in updates]
     torch.testing.assert_close(by_agreement(same)["x.w"], torch.tensor([2.0, 1.0]))

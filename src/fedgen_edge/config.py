@@ -212,7 +212,8 @@ class Training:
     lr: Positive = 1e-3
     """Learning rate."""
     lr_full: Positive | None = None
-    """Learning rate of methods that train every weight, which want a lower one; none is `lr`."""
+    """Learning rate, in rounds, of methods that train every weight, which want a lower one; none is
+    `lr`."""
     weight_decay: NotNegative = 0.0
     """Decoupled weight decay (adamw), or L2 (sgd)."""
     momentum: Share = 0.0
@@ -338,7 +339,8 @@ class Judging:
     weights: Path | None = None
     """File of the features' weights, in safetensors."""
     samples: Annotated[int, Number, Field(ge=10)] = 2000
-    """Pictures that each model makes, shared out over the clients as their test pictures are."""
+    """About how many pictures each model makes, shared out over the clients that take part as their
+    test pictures are; at least two a client."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -26,6 +26,9 @@ class Measure(NamedTuple):
     each: int = 1
     """Items that one true entry of a batch's `mask` stands for: of a picture, its values."""
 
+    trained: str = ""
+    """What training lowers, where that is not the mean loss of held-out items."""
+
     def shown(self, total: Number, count: Number) -> float:
         """The number, from a sum and its count; nan of nothing, infinite beyond floats."""
         if count <= 0:

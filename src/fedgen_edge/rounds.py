@@ -45,7 +45,7 @@ def cohort_size(federation: Federation, clients: int) -> int:
     if few is not None and not size <= few <= able:
         raise ConfigError(
             f"federation.candidates={few} must be from {size}, the cohort, to {able}, the clients "
-            "that train"
+            "that train: set federation.cohort below it"
         )
     return size
 
@@ -65,6 +65,7 @@ def sample(
 
     Source: of candidates, Cho et al. 2020, Power-of-Choice (arXiv:2010.01243), the variant whose
     losses are those of clients' last rounds, so that nothing more is sent.
+    Differs: candidates are drawn evenly, not by their share of the data.
     """
     rng = generator(federation.seed, "sample", round_)
     drawn = torch.randperm(clients - federation.newcomers, generator=rng)

@@ -140,7 +140,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     "classes are missing": (
         "Samples are too much alike (mode collapse)",
         judged(shares={"0": 0.9, "1": 0.1}),
-        "40 % seem to be of another class",
+        "the classes' shares are 40 % off",
     ),
     "few pictures": (
         "The samples' distance rests on few pictures",

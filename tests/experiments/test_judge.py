@@ -1,4 +1,6 @@
+import math
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -6,13 +8,14 @@ import torch
 
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.experiments import records
+from fedgen_edge.experiments import judge, records
 from fedgen_edge.experiments.build import build
 from fedgen_edge.experiments.features import pixels
 from fedgen_edge.experiments.frechet import frechet, kernel_distance, moments, overlap
 from fedgen_edge.experiments.judge import jury
 from fedgen_edge.experiments.models import folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.experiments.summary import distances, read
 from fedgen_edge.seeds import seed
 from fedgen_edge.tasks.task import Pictured
 
@@ -57,16 +60,18 @@ def test_there_is_a_line_a_model_and_client_and_one_of_all(run: Path) -> None:
 
 def test_the_numbers_are_those_of_the_samples_of_every_clients_own_model(run: Path) -> None:
     experiment = reopen(run)
-    told, task, corpus = jury(experiment), experiment.task, experiment.corpus
+    told, task, corpus = jury(experiment, run), experiment.task, experiment.corpus
     assert isinstance(task, Pictured)
     made, real = [], []
     for client, (name, own) in enumerate(zip(experiment.names, experiment.holdings, strict=True)):
         adapter = task.model.load(folder_of(run, name))
         assert corpus.labels is not None
         classes = [int(corpus.labels[i]) for i in own.test]
-        asked = told.asked(client)
-        # the classes of the client's test pictures, again and again
-        assert asked[: len(classes)] == classes[: len(asked)]
+        asked = told.asked[client]
+        # every class as often as the client's test pictures have it, to within one picture
+        share = len(asked) / len(classes)
+        for c in set(classes):
+            assert abs(asked.count(c) - share * classes.count(c)) <= share + 1
         drawn = task.generate(
             adapter, asked, seed(4, "judge", client), experiment.settings.evaluation
         )
@@ -97,6 +102,41 @@ def test_what_is_judged_is_not_judged_again(run: Path) -> None:
 
 def _timeless(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k != "seconds"}
+
+
+def test_what_is_kept_of_clients_is_in_their_proportions(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(judge, "KEPT", 60)
+    told = jury(reopen(run), run)
+    sizes = [len(labels) for labels in told.labels]
+    kept = [len(told.real(client).features) for client in range(3)]
+    assert kept == [math.ceil(60 * size / sum(sizes)) for size in sizes]
+    # sums are of all pictures, whatever is kept
+    assert told.all_real.whole.count == sum(sizes)
+
+
+def test_clients_who_never_trained_are_not_in_what_all_have_made(tmp_path: Path) -> None:
+    table = {**TABLE["federation"], "clients": 4, "newcomers": 1}
+    out = tmp_path / "run"
+    for _ in proceed(create(settings(federation=table), out), out):
+        pass
+    *own, whole = records.lines(out / "distances.jsonl")[:5]
+    assert [row["participated"] for row in own] == [True, True, True, False]
+    assert whole["real"] == sum(row["real"] for row in own[:3])
+    (first, *_) = distances(read(out))
+    assert first.own == pytest.approx(fmean(row["frechet"] for row in own[:3]))
+
+
+def test_few_samples_for_many_clients_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"judging.samples=10 must be at least 12"):
+        build(
+            settings(
+                federation={"clients": 6, "rounds": 1},
+                partition={"by": "iid"},
+                judging={"features": "pixels", "samples": 10},
+            )
+        )
 
 
 def test_a_model_of_text_is_not_judged_by_pictures() -> None:

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
@@ -160,6 +161,23 @@ def test_fedper_keeps_the_last_block_of_each_network_with_its_average() -> None:
     kept = set(names) - all_but_last(1)(names)
     layers = {name.rsplit(".", 2)[0] for name in kept}
     assert layers == {"generator.blocks.1", "critic.blocks.1", "average.generator.blocks.1"}
+
+
+def test_it_trains_and_is_judged_in_bf16() -> None:
+    half = replace(SETTINGS, backbone=replace(SETTINGS.backbone, precision="bf16"))
+    one, two = make(half), make()
+    batch = drawn(two, 4, 0)
+    for phase in (gan.CRITIC, gan.GENERATOR):
+        near, exact = (task.loss(some(two), batch, phase).total.detach() for task in (one, two))
+        torch.testing.assert_close(near, exact, rtol=0.1, atol=0.1)
+    held = one.examples(corpus_for(one, 4, 0), range(4))
+    assert bool(one.evaluate(some(two), held)["total"].isfinite())
+
+
+def test_sides_that_cannot_be_halved_are_refused(tmp_path: Path) -> None:
+    for shape in ((3, 28, 28), (3, 32, 16)):
+        with pytest.raises(ConfigError, match=r"set data.size to a multiple of 8"):
+            gan.fresh("small", shape, 10, tmp_path)
 
 
 def test_another_networks_folder_is_refused(tmp_path: Path) -> None:

@@ -44,6 +44,14 @@ def make(settings: Settings = SETTINGS, *, full: bool = False) -> Vae:
     return vae.build(settings, full=full, device=CPU)
 
 
+def test_fedper_keeps_the_decoders_last_block_in_any_order_of_names() -> None:
+    names = list(make().init(generator(0)))
+    kept = set(names) - all_but_last(1)(sorted(names))
+    assert kept
+    assert kept == set(names) - all_but_last(1)(names)
+    assert all(name.startswith("decoder.blocks.1.") for name in kept)
+
+
 def at(folder: Path) -> Settings:
     return replace(SETTINGS, backbone=replace(SETTINGS.backbone, path=str(folder)))
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from fedgen_edge import leaves
-from fedgen_edge.types import Leaves, Update
+from fedgen_edge.types import AVERAGE, Leaves, Update
 
 
 def mean(updates: Sequence[Update]) -> Leaves:
@@ -22,7 +22,8 @@ def by_agreement(updates: Sequence[Update]) -> Leaves:
     """Mean of each layer's changes, weighted by examples and by agreement.
 
     A client's agreement on a layer is the cosine of its change of the layer with the cohort's mean
-    change of it, and none where that is negative; where nobody agrees, the mean stands.
+    change of it, and none where that is negative; where nobody agrees, the mean stands. A moving
+    average is weighed as what it follows.
 
     Source: Rehman et al. 2023, L-DAWA (arXiv:2307.07393): weights a layer, by angles.
     Differs: their angle is between a client's weights and the global ones, which says nothing of an
@@ -31,11 +32,12 @@ def by_agreement(updates: Sequence[Update]) -> Leaves:
     plain = mean(updates)
     layers: dict[str, list[str]] = {}
     for name in plain:
-        layers.setdefault(name.rpartition(".")[0], []).append(name)
+        layers.setdefault(name.removeprefix(AVERAGE).rpartition(".")[0], []).append(name)
     found = {}
     for names in layers.values():
-        whole = leaves.flat(leaves.select(plain, names.__contains__))
-        own = [leaves.flat(leaves.select(u.delta, names.__contains__)) for u in updates]
+        moved = [name for name in names if not name.startswith(AVERAGE)]
+        whole = leaves.flat(leaves.select(plain, moved.__contains__))
+        own = [leaves.flat(leaves.select(u.delta, moved.__contains__)) for u in updates]
         agreed = torch.stack([torch.cosine_similarity(v, whole, dim=0) for v in own]).clamp(min=0)
         weights = torch.tensor([u.weight for u in updates], dtype=torch.float64) * agreed
         members = [leaves.select(u.delta, names.__contains__) for u in updates]

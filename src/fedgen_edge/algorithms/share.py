@@ -27,10 +27,10 @@ def nothing(names: Sequence[str]) -> set[str]:
 def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
     """Share all leaves but those of the last layers.
 
-    A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`), and layers
-    come in the order of their leaves, a UNet's way up at the end; leaves without a number, such as
-    an embedding's, are shared. A GAN's critic has last layers of its own, and a moving average
-    belongs to the layer that it follows.
+    A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`). Layers come
+    in the order of their numbers, the way in (an encoder, a UNet's way down) before the middle and
+    the way out; leaves without a number, such as an embedding's, are shared. A GAN's critic has
+    last layers of its own, and a moving average belongs to the layer that it follows.
 
     Source: Arivazhagan et al. 2019, FedPer (arXiv:1912.00818), its base layers.
     """
@@ -38,7 +38,7 @@ def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
     def sends(names: Sequence[str]) -> set[str]:
         plain = {n: n.removeprefix(AVERAGE) for n in names}
         layer = {n: m[0] for n in names if (m := re.match(r".*?\.\d+(?=\.)", plain[n]))}
-        there = sorted(dict.fromkeys(layer.values()), key=lambda own: own.startswith("up_blocks"))
+        there = sorted(set(layer.values()), key=_depth)
         critic = [own for own in there if own.startswith("critic.")]
         networks = [critic, [own for own in there if own not in critic]]
         fewest = min(len(network) for network in networks if network or network is not critic)
@@ -51,6 +51,13 @@ def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
         return {n for n in names if layer.get(n) not in kept}
 
     return sends
+
+
+def _depth(layer: str) -> tuple[int, str, int]:
+    """Where a layer comes, whatever the order of names is."""
+    network, _, number = layer.rpartition(".")
+    way = 0 if re.match("encoder|down", network) else 1 if network.startswith("mid") else 2
+    return way, network, int(number)
 
 
 def each_alone(cohort: Sequence[int]) -> list[tuple[int, ...]]:

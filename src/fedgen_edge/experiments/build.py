@@ -133,7 +133,8 @@ def build(settings: Settings) -> Experiment:
     _check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
     task = task_of(settings, device)
-    _check_judging(settings, task, device)
+    _check_judging(settings, task, len(holdings), device)
+    _check_candidates(settings)
     for each in (algorithm, *beside_it):
         _check_method(each, task, settings)
     if settings.engine.name == "stacked" and not task.model.stackable:
@@ -177,7 +178,18 @@ def _check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> Non
     algorithm.sends(list(task.model.leaf_shapes()))
 
 
-def _check_judging(settings: Settings, task: Learnt, device: torch.device) -> None:
+def _check_candidates(settings: Settings) -> None:
+    """Methods in one table see the same batches; each would choose clients by its own losses."""
+    alone = settings.method.name != "centralised" and not settings.evaluation.baselines
+    if settings.federation.candidates is not None and not alone:
+        raise ConfigError(
+            f"federation.candidates={settings.federation.candidates} chooses clients by a method's "
+            "own losses, so methods beside each other would see other batches, and `centralised` "
+            "has but one loss: leave evaluation.baselines out, and run each method by itself"
+        )
+
+
+def _check_judging(settings: Settings, task: Learnt, clients: int, device: torch.device) -> None:
     """Refuse now what judging by samples would refuse after the last round."""
     told = settings.judging
     if told.features is None:
@@ -186,6 +198,10 @@ def _check_judging(settings: Settings, task: Learnt, device: torch.device) -> No
         raise ConfigError(
             f"judging.features={told.features!r} sees pictures, and task={settings.task!r} makes "
             "none: leave it out"
+        )
+    if told.samples < 2 * clients:
+        raise ConfigError(
+            f"judging.samples={told.samples} must be at least {2 * clients}, two for each client"
         )
     extractor(told.features, told.weights, device)
 

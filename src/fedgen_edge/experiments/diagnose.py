@@ -36,7 +36,7 @@ FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begi
 LOPSIDED = 0.5  # share of the training data: above it, one client outvotes all the others
 ALIKE = 0.5  # diversity: half as far apart as real pictures, more than blur alone would do
 MISSED = 0.1  # recall: samples that look real, and leave out nine in ten real ones
-MISPLACED = 0.3  # share of samples of other classes than real pictures have
+MISPLACED = 0.3  # of the samples that far off in their classes, by the nearest class's mean
 DOUBT = 0.067  # standard error, as a share of the number: above it, rounds cannot be told apart
 
 Severity = Literal["problem", "warning", "note", "good"]
@@ -108,7 +108,7 @@ def stuck(run: RunFiles) -> str | None:
     losses = [row["loss"] for row in run.rounds]
     levels = [run.measure.level(loss) for loss in losses]
     helps = any(row.model == GLOBAL and row.over_backbone > 0 for row in judged(run))
-    if len(losses) < 3 or helps or not levels[0] - min(levels) < FLAT:
+    if len(losses) < 3 or helps or run.measure.trained or not levels[0] - min(levels) < FLAT:
         return None
     unit = run.measure.unit
     return f"Training loss is {losses[0]:.3f} {unit} at first, {min(losses):.3f} at its best."
@@ -197,7 +197,7 @@ def agreement(row: Row) -> Number | None:
     pairs = sum(pulls) ** 2 - alone
     if not row["bytes_up"] or not pairs > 1e-9 * alone:
         return None
-    return (row["update_norm"] ** 2 - alone) / pairs
+    return (row.get("mean_norm", row["update_norm"]) ** 2 - alone) / pairs
 
 
 def lopsided(run: RunFiles) -> str | None:
@@ -243,7 +243,9 @@ def collapsed(run: RunFiles) -> str | None:
                 "real pictures"
             )
         if row.misplaced > MISPLACED:
-            signs.append(f"{100 * row.misplaced:.0f} % seem to be of another class than asked")
+            signs.append(
+                f"the classes' shares are {100 * row.misplaced:.0f} % off those of real ones"
+            )
         if signs:
             return f"Of the {row.model} samples, {'; '.join(signs)}."
     return None
@@ -297,8 +299,8 @@ SIGNATURES: tuple[Signature, ...] = (
      "Lower [training.lr], train less in each round (training.steps), or pull towards the global "
      "adapter (method.name=fedprox)."),
     ("warning", "Samples are too much alike (mode collapse)", collapsed,
-     "Penalise the critic more ([gan.r1]), slow it down ([gan.critic_rate]), or train less in each "
-     "round ([training.steps])."),
+     "Look at the grids. Of a GAN, penalise the critic more ([gan.r1]) or slow it down "
+     "([gan.critic_rate]); of another model, train longer, or take [evaluation.sample_steps] up."),
     ("note", "The samples' distance rests on few pictures", too_few_pictures,
      "Raise [judging.samples], or choose [judging.features] of fewer numbers."),
     ("note", "One client outweighs all others", lopsided,

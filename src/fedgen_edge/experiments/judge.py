@@ -1,12 +1,13 @@
 """Models of pictures by their samples: a line a client, and one of all clients together.
 
 Each client's share of the samples is asked for by the classes of its test pictures, from noise that
-is the same for every model, and compared with those pictures.
+is the same for every model, and compared with those pictures. All together are those clients that
+took part: who never trained has the backbone for a local-only model.
 """
 
-import itertools
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
@@ -21,6 +22,7 @@ from fedgen_edge.data.corpus import Images
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside
 from fedgen_edge.experiments.checkpoint import last
+from fedgen_edge.experiments.evaluate import drawn
 from fedgen_edge.experiments.features import Extractor, extractor
 from fedgen_edge.experiments.frechet import (
     NEIGHBOURS,
@@ -34,7 +36,7 @@ from fedgen_edge.experiments.frechet import (
     overlap,
     too_few,
 )
-from fedgen_edge.experiments.models import folder_of
+from fedgen_edge.experiments.models import folders
 from fedgen_edge.seeds import seed
 from fedgen_edge.tasks.task import Pictured
 from fedgen_edge.types import Leaves, ServerState
@@ -42,6 +44,9 @@ from fedgen_edge.types import Leaves, ServerState
 KEPT = 5000
 """Samples of a model whose features are kept for the kernel and for nearest neighbours; of the
 others only sums are, so that memory does not grow with their number."""
+
+TELLING = 10
+"""Pictures of a class from which its diversity can be told."""
 
 
 class Seen(NamedTuple):
@@ -77,6 +82,14 @@ class Jury:
     experiment: Experiment
     settings: Judging
     eyes: Extractor
+    drawn: Collection[str]
+    """Names of the clients that some round drew."""
+
+    @cached_property
+    def fair(self) -> set[int]:
+        """Clients that took part."""
+        drawn = set(self.drawn)
+        return {c for c, name in enumerate(self.experiment.names) if name in drawn}
 
     @cached_property
     def features(self) -> list[Tensor]:
@@ -87,12 +100,15 @@ class Jury:
 
     def real(self, client: int) -> Seen:
         """A client's test pictures."""
-        return self._seen(self.features[client], self.labels[client])
+        return self._seen(self.features[client], self.labels[client], self._total(self.labels))
 
     @cached_property
     def all_real(self) -> Seen:
         """Every client's test pictures."""
-        return reduce(together, map(self.real, range(len(self.labels))))
+        return reduce(together, map(self.real, sorted(self.fair)))
+
+    def _total(self, each: Sequence[Sequence[int]]) -> int:
+        return sum(len(each[client]) for client in self.fair)
 
     @cached_property
     def labels(self) -> list[list[int]]:
@@ -103,23 +119,28 @@ class Jury:
         numbers = {name: number for number, name in enumerate(corpus.examples.classes)}
         return [[numbers[corpus.labels[i]] for i in own.test] for own in self.experiment.holdings]
 
-    def asked(self, client: int) -> list[int]:
-        """Classes of the client's samples: those of its test pictures, again and again."""
-        own, total = self.labels[client], sum(map(len, self.labels))
-        count = max(2, round(self.settings.samples * len(own) / total))
-        return list(itertools.islice(itertools.cycle(own), count))
+    @cached_property
+    def asked(self) -> list[list[int]]:
+        """Classes of each client's samples: those of its test pictures, in their proportions."""
+        total = self._total(self.labels)
+        counts = [max(2, round(self.settings.samples * len(own) / total)) for own in self.labels]
+        return [
+            [own[i * len(own) // count] for i in range(count)]
+            for own, count in zip(self.labels, counts, strict=True)
+        ]
 
     def made(self, task: Pictured, adapter: Leaves, client: int) -> Seen:
         """A client's samples under one adapter."""
-        settings, labels = self.experiment.settings, self.asked(client)
+        settings, labels = self.experiment.settings, self.asked[client]
         key = seed(settings.federation.seed, "judge", client)
         made = task.generate(adapter, labels, key, settings.evaluation)
-        return self._seen(self.eyes.see(made), labels)
+        return self._seen(self.eyes.see(made), labels, self._total(self.asked))
 
-    def _seen(self, features: Tensor, labels: Sequence[int]) -> Seen:
+    def _seen(self, features: Tensor, labels: Sequence[int], total: int) -> Seen:
+        """Of one client; what is kept of it is its share of all, so that no client weighs more."""
         numbers = torch.tensor(labels)
-        most = max(1, KEPT // len(self.experiment.holdings))
-        few = torch.linspace(0, len(labels) - 1, min(most, len(labels))).long()
+        most = math.ceil(len(labels) * min(1, KEPT / total))
+        few = torch.linspace(0, len(labels) - 1, most).long()
         groups = {c: moments(features[numbers == c]) for c in sorted(set(labels))}
         return Seen(groups, features[few], numbers[few])
 
@@ -146,35 +167,43 @@ class Jury:
     def _of_all(self, made: Seen, real: Seen, key: int) -> dict[str, Any]:
         """What only many pictures can say."""
         names = self.experiment.settings.data.names
-        numbers = {c: at for at, c in enumerate(sorted(real.moments))}
-        own = [torch.tensor([numbers[int(c)] for c in seen.labels]) for seen in (real, made)]
-        signs = collapse(real.features, own[0], made.features, own[1], len(numbers))
-        each = {
-            names[c]: frechet(made.moments[c], real.moments[c])
-            for c in numbers
-            if min(made.moments[c].count, real.moments[c].count) > 1
-        }
+        known = real.labels.unique()
+        mine = torch.isin(made.labels, known)
+        own = [torch.searchsorted(known, labels) for labels in (real.labels, made.labels[mine])]
+        signs = collapse(real.features, own[0], made.features[mine], own[1], len(known))
+        told = [bool(min((labels == c).sum() for labels in own) >= TELLING)
+                for c in range(len(known))]  # fmt: skip
+        classes = [names[int(c)] for c in known]
+        half = min(len(made.features), len(real.features) // 2)
+        some = torch.linspace(0, len(real.features) - 1, 2 * half).long()
+        both = sorted(made.moments.keys() & real.moments.keys())
         return {
-            "floor": floor(real.features, key),
+            "floor": floor(real.features[some], key),
             **overlap(real.features, made.features)._asdict(),
-            "diversity": {names[c]: signs.diversity[at] for c, at in numbers.items()},
-            "shares": {names[c]: signs.shares[at] for c, at in numbers.items()},
-            "real_shares": {names[c]: signs.real_shares[at] for c, at in numbers.items()},
-            "classes": each,
+            "diversity": {
+                c: v for c, v, known in zip(classes, signs.diversity, told, strict=True) if known
+            },
+            "shares": dict(zip(classes, signs.shares, strict=True)),
+            "real_shares": dict(zip(classes, signs.real_shares, strict=True)),
+            "classes": {
+                names[c]: frechet(made.moments[c], real.moments[c])
+                for c in both
+                if min(made.moments[c].count, real.moments[c].count) > 1
+            },
         }
 
 
-def jury(experiment: Experiment) -> Jury:
-    """Of a run's settings."""
+def jury(experiment: Experiment, run: Path) -> Jury:
+    """Of a run whose rounds are done."""
     settings = experiment.settings.judging
     assert settings.features is not None
     eyes = extractor(settings.features, settings.weights, experiment.clients.device)
-    return Jury(experiment, settings, eyes)
+    return Jury(experiment, settings, eyes, drawn(run))
 
 
 def judge(experiment: Experiment, run: Path) -> Iterator[str]:
     """Judge what is not judged yet, a model at a time; yields each model's name when it is."""
-    log, told = run / "distances.jsonl", jury(experiment)
+    log, told = run / "distances.jsonl", jury(experiment, run)
     each = len(experiment.holdings) + 1
     done = len(records.lines(log)) // each
     records.truncate(log, done * each)
@@ -183,8 +212,10 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
         lines, pooled = [], None
         for task, adapter, client in _each(experiment, run, model):
             made = told.made(task, adapter, client)
-            lines.append(told.verdict(model, experiment.names[client], made, told.real(client)))
-            pooled = made if pooled is None else together(pooled, made)
+            line = told.verdict(model, experiment.names[client], made, told.real(client))
+            lines.append({**line, "participated": client in told.fair})
+            if client in told.fair:
+                pooled = made if pooled is None else together(pooled, made)
         assert pooled is not None
         whole = told.verdict(model, None, pooled, told.all_real)
         whole["seconds"] = round(time.perf_counter() - began, 3)
@@ -209,8 +240,9 @@ def _each(experiment: Experiment, run: Path, model: str) -> Iterator[tuple[Pictu
         state, memory = ServerState(0, experiment.task.model.backbone()), {}
     task = experiment.task
     assert isinstance(task, Pictured)
+    own = folders(run, experiment.names) if model == "personal" else {}
     for client, name in enumerate(experiment.names):
         if model == "personal":
-            yield task, task.model.load(folder_of(run, name)), client
+            yield task, task.model.load(own[name]), client
         else:
             yield task, experiment.own(state, memory.get(client, {})), client

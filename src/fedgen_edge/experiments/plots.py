@@ -113,7 +113,9 @@ def training_curves(run: RunFiles) -> Figure | None:
     whole = [row for row in run.rounds if row["clients"]]
     losses = [[c["loss"] for c in row["clients"]] for row in whole]
     _band(axes, [row["round"] for row in whole], losses, COLOURS[GLOBAL])
-    return _finished(figure, axes, "round", f"training loss, {run.measure.unit}")
+    return _finished(
+        figure, axes, "round", f"training loss, {run.measure.trained or run.measure.unit}"
+    )
 
 
 def quality_for_bytes(run: RunFiles) -> Figure | None:

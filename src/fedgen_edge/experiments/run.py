@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from fedgen_edge import files, leaves
+from fedgen_edge.algorithms.merge import mean
 from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
@@ -196,7 +197,14 @@ def _line(experiment: Experiment, done: Commit, before: Leaves) -> records.Line:
         "bytes_down": done.bytes_down,
         "clients": clients,
         "update_norm": float(change),
+        "mean_norm": _mean_norm(done),
     }
+
+
+def _mean_norm(done: Commit) -> float:
+    """Of the cohort's mean change, whatever the method made of it."""
+    sent = [update for update in done.updates if update.delta]
+    return float(leaves.norm(mean(sent))) if sent else 0.0
 
 
 def _size(leaf: Tensor) -> float:

@@ -167,7 +167,8 @@ def _facts(path: Path) -> Row:
     found = _parsed(path, json.loads)
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is cut short or altered: it holds no object")
-    if len(found.get("measure", ())) != len(Measure._fields):
+    least = len(Measure._fields) - len(Measure._field_defaults)
+    if not least <= len(found.get("measure", ())) <= len(Measure._fields):
         raise CheckpointError(f"{path} names no measure: another version of fedgen-edge wrote it")
     return found
 
@@ -263,24 +264,24 @@ def _model_row(measure: Measure, model: str, fair: Mapping[str, Mapping[str, Row
 
 def distances(run: RunFiles) -> list[DistanceRow]:
     """Samples against real pictures, a row a model, over the clients that took part."""
-    fair = {row["client"] for row in run.clients if not row.get("newcomer", False)}
     found = []
     for whole in (row for row in run.distances if row["client"] is None):
         mine = [row for row in run.distances if row["model"] == whole["model"]]
-        own = {r["client"]: r["frechet"] for r in mine if r["client"] in fair and r["frechet"]}
+        told = [r for r in mine if r.get("participated") and r["frechet"] is not None]
+        own = {r["client"]: r["frechet"] for r in told}
         worst = max(own, key=lambda c: own[c], default="")
-        told = [v for v in whole.get("diversity", {}).values() if not math.isnan(v)]
+        diverse = [v for v in whole.get("diversity", {}).values() if not math.isnan(v)]
         shares, real = whole.get("shares", {}), whole.get("real_shares", {})
         found.append(
             DistanceRow(
                 model=whole["model"],
-                pooled=whole["frechet"],
+                pooled=math.nan if whole["frechet"] is None else whole["frechet"],
                 own=fmean(own.values()) if own else math.nan,
                 worst_client=worst,
                 worst=own.get(worst, math.nan),
                 kernel=tuple(whole.get("kernel", (math.nan,) * 3)),
                 **{k: whole.get(k, math.nan) for k in OVERLAP},
-                diversity=fmean(told) if told else math.nan,
+                diversity=fmean(diverse) if diverse else math.nan,
                 misplaced=sum(abs(shares[c] - real[c]) for c in shares) / 2,
             )
         )

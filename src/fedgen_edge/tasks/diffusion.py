@@ -258,8 +258,8 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
         classes: how many it is to know.
         folder: filled.
     """
-    channels, side, _ = shape
     widths, layers, attended = SIZES[size]
+    channels, side = shape[0], pictures.halved(shape, len(widths) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed("diffusion", size))
         network = UNet2DModel(

@@ -30,6 +30,7 @@ MEASURE = Measure(
     material="pictures",
     few=20,
     spread=0.5,
+    trained="the generator's loss",
 )
 CRITIC, GENERATOR = "critic.", "generator."
 TARGETS = ("label", "first", "modulate", "conv1", "conv2", "skip")
@@ -47,14 +48,19 @@ class _Generate(nn.Module):
         self.model = model
 
     def forward(self, batch: Batch) -> Tensor:
-        return self.model(batch["noise"], batch["label"].long())
+        noise = batch["noise"].to(self.model.dtype)
+        return self.model(noise, batch["label"].long()).float()
+
+    def score(self, picture: Tensor, label: Tensor) -> Tensor:
+        """What the critic says, float32 `[rows]`."""
+        return self.model.critic(picture.to(self.model.dtype), label.long()).float()
 
 
 class _Fooled(_Generate):
     """The generator's loss of each row."""
 
     def forward(self, batch: Batch) -> Tensor:
-        return -self.model.critic(super().forward(batch), batch["label"].long())
+        return -self.score(super().forward(batch), batch["label"])
 
 
 class _Told(_Generate):
@@ -65,14 +71,14 @@ class _Told(_Generate):
         self.penalty = penalty
 
     def forward(self, batch: Batch) -> Tensor:
-        label = batch["label"].long()
+        label = batch["label"]
         with torch.no_grad():
             made = super().forward(batch)
         real = pictures.values(batch["image"]).requires_grad_()
-        score = self.model.critic(real, label)
+        score = self.score(real, label)
         slope = torch.autograd.grad(score.sum(), real, create_graph=True)[0]
         penalty = self.penalty / 2 * slope.square().sum((1, 2, 3))
-        return F.relu(1 - score) + F.relu(1 + self.model.critic(made, label)) + penalty
+        return F.relu(1 - score) + F.relu(1 + self.score(made, label)) + penalty
 
 
 @dataclass(frozen=True)

@@ -138,7 +138,8 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
         folder: filled.
     """
     widths, noise = SIZES[size]
+    side = pictures.halved(shape, len(widths) - 1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed("gan", size))
-        network = Gan(shape[1], shape[0], widths, noise, classes)
+        network = Gan(side, shape[0], widths, noise, classes)
     pictures.write(network, folder, network.state_dict())

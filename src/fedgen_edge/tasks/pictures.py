@@ -75,6 +75,21 @@ def shape(config: Any) -> tuple[int, int, int]:
     return config.in_channels, height, width
 
 
+def halved(shape: tuple[int, int, int], times: int) -> int:
+    """The side of square pictures that a network halves so many times.
+
+    Raises:
+        ConfigError: they are not square, or cannot be halved so often.
+    """
+    _, height, width = shape
+    if height != width or height % 2**times:
+        raise ConfigError(
+            f"this task's network halves what it works on {times} times, and that is {width} x "
+            f"{height}: set data.size to a multiple of {2**times}, or pretrain.size='tiny'"
+        )
+    return height
+
+
 def summed(
     model: Adapted, module: nn.Module, adapter: Leaves, batch: Batch, names: Sequence[str]
 ) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
-from fedgen_edge.errors import MissingExtraError
+from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.measure import Measure
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted
@@ -113,6 +113,11 @@ class Pictured(Learnt, Protocol):
 
 
 def _learnt(name: str, settings: Settings, *, full: bool, device: torch.device) -> Learnt:
+    if settings.backbone.autoencoder is not None and name != "diffusion":
+        raise ConfigError(
+            f"backbone.autoencoder={str(settings.backbone.autoencoder)!r} makes latents for "
+            f"task='diffusion', and task={name!r} has none: leave it out"
+        )
     return _module(name).build(settings, full=full, device=device)
 
 
