@@ -1,6 +1,6 @@
 """The digits' recipes, whole: what federation and personalisation are worth, seen by samples.
 
-Three seeds each; a seed draws another partition, other cohorts and other noise. The pretrained
+Five seeds each; a seed draws another partition, other cohorts and other noise. The pretrained
 backbone is one, of seed 0.
 """
 
@@ -16,7 +16,7 @@ from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import paired_interval
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-SEEDS = range(3)
+SEEDS = range(5)
 
 
 def own_distances(run: Path) -> dict[str, float]:

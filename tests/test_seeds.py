@@ -1,9 +1,12 @@
 """Where randomness begins: every key has its own, and the same one on every machine."""
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import norm
 
+from fedgen_edge import seeds
 from fedgen_edge.seeds import generator, seed
 
 patient = settings(deadline=None, max_examples=50)
@@ -43,3 +46,15 @@ def test_no_seed_is_global() -> None:
     before = torch.get_rng_state()
     torch.rand(3, generator=generator(0))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("place", [0, 1, 2**23, 2**24 - 1])
+def test_the_outermost_normal_numbers_are_finite(
+    place: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = torch.tensor([place / 2**24])
+    monkeypatch.setattr(seeds, "uniform", lambda *_: drawn)
+    found = float(seeds.normal(torch.tensor(0), 0, (1,)))
+    # the quantile of the middle of one of 2^24 equal steps, by scipy
+    assert found == pytest.approx(float(norm.ppf((place + 0.5) / 2**24)), abs=1e-6)
+    assert abs(found) < 5.5

@@ -47,8 +47,9 @@ def normal(
     seed: Int[Tensor, "*seeds"], stream: int, shape: tuple[int, ...]
 ) -> Float[Tensor, "..."]:
     """The same, of mean 0 and variance 1: none lies beyond 5.4."""
-    middle = uniform(seed, stream, shape) + 0.5 / (1 << BITS)
-    return math.sqrt(2) * torch.erfinv(2 * middle.double() - 1).float()
+    # in float32 the middle of the last of 2^24 steps would be 1, and its normal number infinite
+    middle = uniform(seed, stream, shape).double() + 0.5 / (1 << BITS)
+    return (math.sqrt(2) * torch.erfinv(2 * middle - 1)).float()
 
 
 def _mix(x: Tensor) -> Tensor:
