@@ -145,17 +145,13 @@ class Diffusion:
         """
         device = self.module.kept.device
         own = {k: v.to(device) for k, v in adapter.items()}
-        start = pictures.noise(self.module.shape, key, len(labels)).to(device)
-        asked = torch.tensor(labels, device=device)
-        made: list[Tensor] = []
-        for noisy, label in zip(
-            start.split(pictures.MOST), asked.split(pictures.MOST), strict=True
-        ):
+
+        def draw(noisy: Tensor, label: Tensor) -> Tensor:
             ask = partial(self._told, own, label)
             values = walk(settings.sampler, self.noising, settings.sample_steps, noisy, ask)
-            values = self.latents.decode(values, self.shape) if self.latents else values
-            made.append(pictures.pixels(values).cpu())
-        return torch.cat(made)
+            return self.latents.decode(values, self.shape) if self.latents else values
+
+        return pictures.made(draw, self.module.shape, labels, key, device)
 
     def _told(self, adapter: Leaves, label: Tensor, noisy: Tensor, step: int) -> Tensor:
         """What the network says of noisy pictures of these classes at a step."""

@@ -7,6 +7,7 @@ Source: hinge loss, Lim and Ye 2017 (arXiv:1705.02894); the gradient penalty R1,
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal
 from fedgen_edge.tasks import gan_networks, pictures
-from fedgen_edge.tasks.adapted import Adapted, adapt, follow, served, trained
+from fedgen_edge.tasks.adapted import Adapted, follow, served, trained
 from fedgen_edge.tasks.gan_networks import Gan
 from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
@@ -191,13 +192,8 @@ class Adversaries:
         del settings
         device = next(self.network.parameters()).device
         own = {k: v.to(device) for k, v in served(adapter).items()}
-        noise = pictures.noise((self.network.config["noise"],), key, len(labels)).to(device)
-        asked = torch.tensor(labels, device=device)
-        made = [
-            self._made(own, *part)
-            for part in zip(noise.split(pictures.MOST), asked.split(pictures.MOST), strict=True)
-        ]
-        return torch.cat([pictures.pixels(part).cpu() for part in made])
+        draw = partial(self._made, own)
+        return pictures.made(draw, (self.network.config["noise"],), labels, key, device)
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Adversaries:
@@ -208,17 +204,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Adversarie
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    chosen = pictures.chosen(settings.backbone, "gan")
-    network, folder, digest = pictures.network(chosen, Gan, device)
-    adapted = adapt(
-        network,
-        settings.adapter,
-        TARGETS,
-        full=full,
-        folder=folder,
-        sha256=digest,
-        write=partial(pictures.write, network),
-        weights=pictures.WEIGHTS,
-        averaged=GENERATOR,
+    own = pictures.adapted(
+        "gan", Gan, TARGETS, settings, full=full, device=device, averaged=GENERATOR
     )
-    return Adversaries(adapted, network, settings.data.names, settings.gan)
+    network: Any = own.network
+    return Adversaries(own, network, settings.data.names, settings.gan)

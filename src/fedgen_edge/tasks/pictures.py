@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from fedgen_edge.config import Backbone, Evaluation
+from fedgen_edge.config import Backbone, Evaluation, Settings
 from fedgen_edge.data.batches import parts
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.task import Sample, untrained
 from fedgen_edge.types import Batch, Leaves, PerClient, Statistics
 
@@ -140,6 +141,31 @@ def noise(shape: tuple[int, ...], key: int, count: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
 
+def made(
+    draw: Callable[[Tensor, Tensor], Tensor],
+    shape: tuple[int, ...],
+    labels: Sequence[int],
+    key: int,
+    device: torch.device,
+) -> Tensor:
+    """Pictures of these classes, a few at a time, each from noise that goes by its place.
+
+    Args:
+        draw: from noise and classes to values from -1 to 1.
+        shape: of the noise of one picture.
+        labels: the numbers of the classes.
+        key: of the noise.
+        device: where they are drawn.
+
+    Returns:
+        uint8 `[pictures, channels, height, width]`.
+    """
+    start = noise(shape, key, len(labels)).to(device)
+    asked = torch.tensor(labels, device=device)
+    pairs = zip(start.split(MOST), asked.split(MOST), strict=True)
+    return torch.cat([pixels(draw(*few)).cpu() for few in pairs])
+
+
 def grid(pictures: Tensor, columns: int) -> Tensor:
     """Pictures side by side, two pixels apart.
 
@@ -251,6 +277,24 @@ def whole(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
     if odd := [*loading["missing_keys"], *loading["unexpected_keys"]]:
         raise ValueError(f"{len(odd)} weights are missing or unknown, {sorted(odd)[0]!r} first")
     return made
+
+
+def adapted(
+    name: str, kind: Any, targets: Sequence[str], settings: Settings, *, full: bool, **how: Any
+) -> Adapted:
+    """A network of ours, loaded, frozen and adapted.
+
+    Args:
+        name: of the task.
+        kind: of the network.
+        targets: the layers to adapt where the settings name none.
+        settings: of the run.
+        full: train every weight instead of an adapter.
+        how: `device`, where the network goes; and what else an `Adapted` knows.
+    """
+    net, folder, digest = network(chosen(settings.backbone, name), kind, how.pop("device"))
+    where = {"folder": folder, "sha256": digest, "weights": WEIGHTS, "write": partial(write, net)}
+    return adapt(net, settings.adapter, targets, full=full, **where, **how)
 
 
 def write(network: Any, folder: Path, weights: Leaves) -> None:

@@ -20,7 +20,7 @@ from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal, seed
 from fedgen_edge.tasks import pictures
-from fedgen_edge.tasks.adapted import Adapted, adapt
+from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.tasks.autoencoder import Autoencoder
 from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
@@ -196,15 +196,11 @@ class Vae:
         del settings
         device, asks = self.module.model.device, _Decode(self.module.model)
         own = {k: v.to(device) for k, v in adapter.items()}
-        latent = pictures.noise((self.module.model.config.latent,), key, len(labels)).to(device)
-        asked = torch.tensor(labels, device=device)
-        made = [
-            self.model.adapter.call(asks, own, {"latent": few, "label": told}, None)
-            for few, told in zip(
-                latent.split(pictures.MOST), asked.split(pictures.MOST), strict=True
-            )
-        ]
-        return torch.cat([pictures.pixels(part).cpu() for part in made])
+
+        def draw(latent: Tensor, label: Tensor) -> Tensor:
+            return self.model.adapter.call(asks, own, {"latent": latent, "label": label}, None)
+
+        return pictures.made(draw, (self.module.model.config.latent,), labels, key, device)
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Vae:
@@ -215,19 +211,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Vae:
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    chosen = pictures.chosen(settings.backbone, "vae")
-    network, folder, digest = pictures.network(chosen, Autoencoder, device)
-    adapted = adapt(
-        network,
-        settings.adapter,
-        TARGETS,
-        full=full,
-        folder=folder,
-        sha256=digest,
-        write=partial(pictures.write, network),
-        weights=pictures.WEIGHTS,
-    )
-    return Vae(adapted, Coder(network), settings.data.names)
+    own = pictures.adapted("vae", Autoencoder, TARGETS, settings, full=full, device=device)
+    return Vae(own, Coder(own.network), settings.data.names)
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:
