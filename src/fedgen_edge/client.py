@@ -75,7 +75,7 @@ def descend(
     for batch in batches:
         axes = batch["epoch"].ndim
         seen = len(batch["epoch"]) if axes else None
-        loss = None
+        loss, view = None, now
         for phase in (p for p in task.phases for _ in range(p.repeats)):
             names = _trained(now, batch, phase, recipe)
             view = {k: v[:seen] if axes else v for k, v in now.items()}
@@ -89,10 +89,8 @@ def descend(
                     _apply(optimisers[phase.prefix], now, clipped(grads, recipe.clip, axes), seen)
         assert loss is not None
         with torch.no_grad():
-            for name, value in task.settle(
-                {k: v[:seen] if axes else v for k, v in now.items()}
-            ).items():
-                (now[name][:seen] if axes else now[name]).copy_(value)
+            for name, value in task.settle(view).items():
+                view[name].copy_(value)
         bare = {k: v.detach() for k, v in now.items()}
         yield Step(bare, PerClient(loss.total.detach(), loss.count), batch["last"])
 

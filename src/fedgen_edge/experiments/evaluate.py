@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.experiments.build import Experiment, beside
+from fedgen_edge.experiments.checkpoint import last
 from fedgen_edge.types import Batch, Leaves, ServerState
 
 Sums = dict[str, float]
@@ -33,27 +34,47 @@ def validation(
     return {**total, "clients": {name: s["total"] / s["count"] for name, s in each.items()}}
 
 
-def test(
-    experiment: Experiment,
-    name: str,
-    state: ServerState,
-    memory: Mapping[int, Leaves],
-    drawn: Set[str],
-) -> Iterator[dict[str, Any]]:
-    """Every client's test data under what a method left it.
+class Left(NamedTuple):
+    """What a method left its clients."""
 
-    Args:
-        experiment: of the method.
-        name: of the model, in the record.
-        state: after the last round, or before the first.
-        memory: what clients have kept.
-        drawn: those that some round drew.
-    """
+    model: str
+    """Its name in the records."""
+    experiment: Experiment
+    """Of the method."""
+    state: ServerState
+    """After the last round, or before the first."""
+    memory: Mapping[int, Leaves]
+    """What clients have kept."""
+    drawn: Set[str]
+    """Clients that some round drew."""
+
+
+def models(experiment: Experiment) -> list[str]:
+    """What a run's rounds leave, in the order of its tables; personal models come after them."""
+    shared = ["global"] if experiment.has_global else []
+    return ["backbone", *experiment.settings.evaluation.baselines, *shared]
+
+
+def left(experiment: Experiment, run: Path, model: str) -> Left:
+    """What clients have of one of these models."""
+    if model in experiment.settings.evaluation.baselines:
+        folder = run / "baselines" / model
+        return Left(model, beside(experiment, model), *last(folder), drawn(folder))
+    if model == "backbone":
+        untouched = ServerState(0, experiment.task.model.backbone())
+        return Left(model, experiment, untouched, {}, drawn(run))
+    return Left(model, experiment, *last(run), drawn(run))
+
+
+def test(found: Left) -> Iterator[dict[str, Any]]:
+    """Every client's test data under what a method left it."""
+    experiment = found.experiment
     for c, shard in enumerate(experiment.clients.shards):
         began = time.perf_counter()
-        found = sums(experiment, experiment.own(state, memory.get(c, {})), shard.test)
+        own = experiment.own(found.state, found.memory.get(c, {}))
+        added = sums(experiment, own, shard.test)
         seconds = round(time.perf_counter() - began, 3)
-        yield {**tested(shard.name, name, found, drawn), "seconds": seconds}
+        yield {**tested(shard.name, found.model, added, found.drawn), "seconds": seconds}
 
 
 def tested(client: str, model: str, found: Sums, drawn: Set[str]) -> dict[str, Any]:

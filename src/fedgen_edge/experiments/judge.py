@@ -17,12 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedgen_edge.config import Judging
 from fedgen_edge.data.corpus import Images
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment, beside
-from fedgen_edge.experiments.checkpoint import last
-from fedgen_edge.experiments.evaluate import drawn
+from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.experiments.evaluate import drawn, left, models
 from fedgen_edge.experiments.features import Extractor, extractor
 from fedgen_edge.experiments.frechet import (
     NEIGHBOURS,
@@ -39,7 +37,7 @@ from fedgen_edge.experiments.frechet import (
 from fedgen_edge.experiments.models import folders
 from fedgen_edge.seeds import seed
 from fedgen_edge.tasks.task import Pictured
-from fedgen_edge.types import Leaves, ServerState
+from fedgen_edge.types import Leaves
 
 KEPT = 5000
 """Samples of a model whose features are kept for the kernel and for nearest neighbours; of the
@@ -80,7 +78,6 @@ class Jury:
     """The clients' test pictures, and how samples are held against them."""
 
     experiment: Experiment
-    settings: Judging
     eyes: Extractor
     drawn: Collection[str]
     """Names of the clients that some round drew."""
@@ -122,8 +119,8 @@ class Jury:
     @cached_property
     def asked(self) -> list[list[int]]:
         """Classes of each client's samples: those of its test pictures, in their proportions."""
-        total = self._total(self.labels)
-        counts = [max(2, round(self.settings.samples * len(own) / total)) for own in self.labels]
+        total, most = self._total(self.labels), self.experiment.settings.judging.samples
+        counts = [max(2, round(most * len(own) / total)) for own in self.labels]
         return [
             [own[i * len(own) // count] for i in range(count)]
             for own, count in zip(self.labels, counts, strict=True)
@@ -198,7 +195,7 @@ def jury(experiment: Experiment, run: Path) -> Jury:
     settings = experiment.settings.judging
     assert settings.features is not None
     eyes = extractor(settings.features, settings.weights, experiment.clients.device)
-    return Jury(experiment, settings, eyes, drawn(run))
+    return Jury(experiment, eyes, drawn(run))
 
 
 def judge(experiment: Experiment, run: Path) -> Iterator[str]:
@@ -207,7 +204,7 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
     each = len(experiment.holdings) + 1
     done = len(records.lines(log)) // each
     records.truncate(log, done * each)
-    for model in models(experiment)[done:]:
+    for model in judged(experiment)[done:]:
         began = time.perf_counter()
         lines, pooled = [], None
         for task, adapter, client in _each(experiment, run, model):
@@ -223,26 +220,20 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
         yield model
 
 
-def models(experiment: Experiment) -> list[str]:
+def judged(experiment: Experiment) -> list[str]:
     """What a run has to judge, in the order of its tables."""
-    shared = ["global"] if experiment.has_global else []
-    return ["backbone", *experiment.settings.evaluation.baselines, *shared, "personal"]
+    return [*models(experiment), "personal"]
 
 
 def _each(experiment: Experiment, run: Path, model: str) -> Iterator[tuple[Pictured, Leaves, int]]:
     """Every client's task and adapter under a model."""
-    if model in experiment.settings.evaluation.baselines:
-        experiment = beside(experiment, model)
-        state, memory = last(run / "baselines" / model)
+    if model == "personal":
+        task, own = experiment.task, folders(run, experiment.names)
+        adapters = (task.model.load(own[name]) for name in experiment.names)
     else:
-        state, memory = last(run)
-    if model == "backbone":
-        state, memory = ServerState(0, experiment.task.model.backbone()), {}
-    task = experiment.task
+        found = left(experiment, run, model)
+        task, clients = found.experiment.task, range(len(experiment.names))
+        adapters = (found.experiment.own(found.state, found.memory.get(c, {})) for c in clients)
     assert isinstance(task, Pictured)
-    own = folders(run, experiment.names) if model == "personal" else {}
-    for client, name in enumerate(experiment.names):
-        if model == "personal":
-            yield task, task.model.load(own[name]), client
-        else:
-            yield task, experiment.own(state, memory.get(client, {})), client
+    for client, adapter in enumerate(adapters):
+        yield task, adapter, client

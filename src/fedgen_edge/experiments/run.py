@@ -16,9 +16,16 @@ from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build, remembering
 from fedgen_edge.experiments.checkpoint import commit, last, latest
-from fedgen_edge.experiments.evaluate import drawn, sums, test, tested, validation
-from fedgen_edge.experiments.judge import judge
-from fedgen_edge.experiments.judge import models as judged
+from fedgen_edge.experiments.evaluate import (
+    drawn,
+    left,
+    models,
+    sums,
+    test,
+    tested,
+    validation,
+)
+from fedgen_edge.experiments.judge import judge, judged
 from fedgen_edge.experiments.machine import give_back, peak_memory
 from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
@@ -188,7 +195,9 @@ def _line(experiment: Experiment, done: Commit, before: Leaves) -> records.Line:
                 f"lower training.lr={experiment.settings.training.lr}, or clip by training.clip"
             )
     change = leaves.norm(leaves.subtract(done.state.adapter, before))
+    other = {} if experiment.algorithm.merges is mean else {"mean_norm": _mean_norm(done)}
     return {
+        **other,
         "round": done.state.round,
         "cohort": [names[c] for u in done.updates for c in u.order.clients],
         "loss": mean_loss(done.updates),
@@ -197,12 +206,11 @@ def _line(experiment: Experiment, done: Commit, before: Leaves) -> records.Line:
         "bytes_down": done.bytes_down,
         "clients": clients,
         "update_norm": float(change),
-        "mean_norm": _mean_norm(done),
     }
 
 
 def _mean_norm(done: Commit) -> float:
-    """Of the cohort's mean change, whatever the method made of it."""
+    """Of the cohort's mean change, where the method made something else of it."""
     sent = [update for update in done.updates if update.delta]
     return float(leaves.norm(mean(sent))) if sent else 0.0
 
@@ -266,15 +274,8 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     target = run / "evaluation.jsonl"
     if target.exists():
         return
-    state, memory = last(run)
-    untouched = ServerState(0, experiment.task.model.backbone())
+    found = [row for model in models(experiment) for row in test(left(experiment, run, model))]
     took_part = drawn(run)
-    found = list(test(experiment, "backbone", untouched, {}, took_part))
-    if experiment.has_global:
-        found += list(test(experiment, "global", state, memory, took_part))
-    for name in experiment.settings.evaluation.baselines:
-        folder = run / "baselines" / name
-        found += list(test(beside(experiment, name), name, *last(folder), drawn(folder)))
     found += [
         tested(line["client"], "personal", line["test"], took_part)
         for line in records.lines(run / "personal.jsonl")
@@ -287,9 +288,9 @@ def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Hold samples of every model against the test pictures, where it is asked for."""
     if experiment.settings.judging.features is None:
         return
-    models = list(judged(experiment))
+    there = judged(experiment)
     for model in judge(experiment, run):
-        yield Event("distances", models.index(model) + 1, len(models), {})
+        yield Event("distances", there.index(model) + 1, len(there), {})
 
 
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
@@ -299,9 +300,9 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     if target.exists():
         return
     shared = [("global", None)] if experiment.has_global else []
-    models = [("backbone", None), *shared, *_shown(experiment)]
+    asked_of = [("backbone", None), *shared, *_shown(experiment)]
     found = []
-    for done, (model, client) in enumerate(models):
+    for done, (model, client) in enumerate(asked_of):
         own = task.model
         adapter = own.backbone() if model == "backbone" else own.load(folder_of(run, client))
         asked = task.samples(adapter, settings.evaluation, settings.federation.seed)
@@ -313,7 +314,7 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
                 row["picture"] = f"samples/{done}-{number}.png"
                 files.write(run / row["picture"], png(sample.picture))
             found.append(row)
-        yield Event("samples", done + 1, len(models), {})
+        yield Event("samples", done + 1, len(asked_of), {})
     records.write_lines(target, found)
 
 

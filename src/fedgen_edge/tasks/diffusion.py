@@ -131,8 +131,7 @@ class Diffusion:
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """A grid, a row a class; its noise is the same for every model."""
-        draw = partial(self.generate, adapter, key=key, settings=settings)
-        yield from pictures.samples(draw, self.names, settings)
+        return pictures.samples(self, self.names, adapter, settings, key)
 
     @torch.no_grad()
     def generate(

@@ -21,7 +21,7 @@ from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted, adapt
-from fedgen_edge.tasks.task import Sample, untrained
+from fedgen_edge.tasks.task import Pictured, Sample, untrained
 from fedgen_edge.types import Batch, Leaves, PerClient, Statistics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -183,21 +183,24 @@ def grid(pictures: Tensor, columns: int) -> Tensor:
 
 
 def samples(
-    draw: Callable[[list[int]], Tensor], names: Sequence[str], settings: Evaluation
+    task: Pictured, names: Sequence[str], adapter: Leaves, settings: Evaluation, key: int
 ) -> Iterator[Sample]:
     """One grid of the classes that are asked for, a row each; one class alone fills a square.
 
     Args:
-        draw: makes pictures of classes by their numbers.
+        task: makes pictures of classes by their numbers.
         names: of the classes.
+        adapter: of the model.
         settings: which, and how many of each.
+        key: of the noise, which is the same for every model.
     """
     each = settings.sample_pictures
     if unknown := [name for name in settings.prompts if name not in names]:
         raise ConfigError(f"{unknown[0]!r} is no class of pictures: {', '.join(names)} are")
     asked = [names.index(name) for name in settings.prompts or names]
     if each and asked:
-        made = draw([number for number in asked for _ in range(each)])
+        labels = [number for number in asked for _ in range(each)]
+        made = task.generate(adapter, labels, key, settings)
         columns = each if len(asked) > 1 else math.isqrt(each - 1) + 1
         yield Sample(", ".join(names[n] for n in asked), picture=grid(made, columns))
 

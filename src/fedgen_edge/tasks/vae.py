@@ -6,7 +6,6 @@ Source: Kingma and Welling 2014 (arXiv:1312.6114); conditional: Sohn et al. 2015
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -181,8 +180,7 @@ class Vae:
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """A grid, a row a class; its latents are the same for every model."""
-        draw = partial(self.generate, adapter, key=key, settings=settings)
-        yield from pictures.samples(draw, self.names, settings)
+        return pictures.samples(self, self.names, adapter, settings, key)
 
     @torch.no_grad()
     def generate(
