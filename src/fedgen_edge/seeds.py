@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Int
@@ -20,6 +22,14 @@ def seed(*key: int | str) -> int:
 def generator(*key: int | str) -> torch.Generator:
     """A fresh CPU generator for this key, such as `(seed, "order", round, client)`."""
     return torch.Generator().manual_seed(seed(*key))
+
+
+@contextmanager
+def seeded(*key: int | str) -> Iterator[None]:
+    """What draws from torch's global generator draws the same for this key, and leaves it be."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed(*key))
+        yield
 
 
 def uniform(

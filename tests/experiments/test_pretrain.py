@@ -15,7 +15,7 @@ from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments import pretrain
 from fedgen_edge.experiments.build import build
 from fedgen_edge.tasks.diffusion import Diffusion
-from fedgen_edge.tasks.pictures import WEIGHTS
+from fedgen_edge.tasks.folders import WEIGHTS
 
 SETTINGS = from_table(
     {

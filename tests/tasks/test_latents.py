@@ -15,7 +15,7 @@ from torch import Tensor
 from conftest import SHARED
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import latents, pictures, taef2
+from fedgen_edge.tasks import folders, latents, pictures, taef2
 from fedgen_edge.tasks.latents import scaled
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def of_another_shape(folder: Path) -> None:
 def of_fewer_weights(folder: Path) -> None:
     kl().save_pretrained(folder)
     weights = {k: v for k, v in kl().state_dict().items() if "conv_out" not in k}
-    save_file(weights, folder / pictures.WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / folders.WEIGHTS, metadata={"format": "pt"})
 
 
 def of_another_name(folder: Path) -> None:
@@ -150,7 +150,7 @@ def half(folder: Path) -> None:
 
 def cut_short(folder: Path) -> None:
     kl().save_pretrained(folder)
-    path = folder / pictures.WEIGHTS
+    path = folder / folders.WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])
 
 

@@ -22,7 +22,7 @@ from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments import build, provenance
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import diffusion, pictures, vae
+from fedgen_edge.tasks import diffusion, folders, vae
 from fedgen_edge.tasks.autoencoder import Autoencoder
 from fedgen_edge.tasks.vae import Vae
 from fedgen_edge.types import Leaves
@@ -202,7 +202,7 @@ def test_an_untrained_network_is_equal_wherever_it_is_made(tmp_path: Path) -> No
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         vae.fresh("tiny", (3, 7, 5), 4, tmp_path / name)
-    for file in ("config.json", pictures.WEIGHTS):
+    for file in ("config.json", folders.WEIGHTS):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
     # sides that cannot be halved come back as they were: 7 x 5 by way of 4 x 3
     task = make(at(tmp_path / "one"))
@@ -215,7 +215,7 @@ def test_the_small_one_is_at_most_eight_megabytes(
     shape: tuple[int, int, int], tmp_path: Path
 ) -> None:
     vae.fresh("small", shape, 10, tmp_path)
-    assert (tmp_path / pictures.WEIGHTS).stat().st_size < 8e6
+    assert (tmp_path / folders.WEIGHTS).stat().st_size < 8e6
 
 
 def test_samples_are_fixed_by_their_seed_and_by_the_class() -> None:
@@ -263,12 +263,12 @@ def test_another_architecture_is_refused_both_ways(tmp_path: Path) -> None:
 
 def test_pickles_and_half_a_network_are_refused_in_one_line(tmp_path: Path) -> None:
     vae.fresh("tiny", (1, 8, 8), 10, tmp_path)
-    weights = load_file(tmp_path / pictures.WEIGHTS)
+    weights = load_file(tmp_path / folders.WEIGHTS)
     del weights["decoder.conv_out.bias"]
-    save_file(weights, tmp_path / pictures.WEIGHTS)
+    save_file(weights, tmp_path / folders.WEIGHTS)
     with pytest.raises(ConfigError, match=r"^backbone\.path=.* is no Autoencoder[^\n]*$"):
         make(at(tmp_path))
-    (tmp_path / pictures.WEIGHTS).rename(tmp_path / "diffusion_pytorch_model.bin")
+    (tmp_path / folders.WEIGHTS).rename(tmp_path / "diffusion_pytorch_model.bin")
     with pytest.raises(ConfigError, match=r"no safetensors weights \(pickles are not read\)"):
         make(at(tmp_path))
 

@@ -28,7 +28,7 @@ from transformers.utils import logging
 from fedgen_edge import files
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.seeds import seed
+from fedgen_edge.seeds import seeded
 
 SAFE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WAYS = "give a folder, a GGUF file, package:NAME, tiny, or a hub id"
@@ -177,8 +177,7 @@ def _write_tiny(folder: Path) -> None:
         eos_token_id=1,
         tie_word_embeddings=True,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed("tiny"))
+    with seeded("tiny"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=coder, bos_token="<s>", eos_token="</s>")

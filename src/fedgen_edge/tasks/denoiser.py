@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.tasks import pictures
+from fedgen_edge.tasks import folders, pictures
 from fedgen_edge.types import Batch, Leaves
 
 KINDS: dict[str, Any] = {
@@ -103,14 +103,14 @@ def load(settings: Backbone, device: torch.device) -> tuple[Any, Path, str]:
     Raises:
         ConfigError: there is none, or it is one that no class alone can condition.
     """
-    config = pictures.place(settings) / "config.json"
+    config = folders.place(settings) / "config.json"
     try:
         name = json.loads(config.read_text())["_class_name"] if config.is_file() else "UNet2DModel"
     except (ValueError, KeyError, TypeError):
         raise _fault(settings, "has a config.json that names no network: take another") from None
     if name not in KINDS:
         raise _fault(settings, f"is no {' or '.join(KINDS)} (it holds {name}): take another")
-    network, folder, digest = pictures.network(settings, KINDS[name], device)
+    network, folder, digest = folders.network(settings, KINDS[name], device)
     _check(settings, network.config)
     return network, folder, digest
 
@@ -187,4 +187,4 @@ def schedule(settings: Backbone, folder: Path, *, latent: bool) -> Any:
 def write(network: Any, noising: Any, folder: Path, weights: Leaves) -> None:
     """A folder that diffusers loads, its schedule beside it."""
     noising.save_config(folder)
-    pictures.write(network, folder, weights)
+    folders.write(network, folder, weights)

@@ -19,8 +19,8 @@ from fedgen_edge.config import Backbone, Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
-from fedgen_edge.seeds import normal, seed
-from fedgen_edge.tasks import denoiser, latents, pictures, words
+from fedgen_edge.seeds import normal, seeded
+from fedgen_edge.tasks import denoiser, folders, latents, pictures, words
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.denoiser import Denoiser, Predict
 from fedgen_edge.tasks.latents import Autoencoder
@@ -186,7 +186,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
         folder=folder,
         sha256="+".join([digest, *beside]),
         write=partial(denoiser.write, network, noising),
-        weights=pictures.WEIGHTS,
+        weights=folders.WEIGHTS,
         part="unet" if isinstance(network, PeftAdapterMixin) else None,
     )
     return Diffusion(
@@ -255,8 +255,7 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
     """
     widths, layers, attended = SIZES[size]
     channels, side = shape[0], pictures.halved(shape, len(widths) - 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed("diffusion", size))
+    with seeded("diffusion", size):
         network = UNet2DModel(
             sample_size=side,
             in_channels=channels,

@@ -18,7 +18,7 @@ from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import normal
-from fedgen_edge.tasks import gan_networks, pictures
+from fedgen_edge.tasks import folders, gan_networks, pictures
 from fedgen_edge.tasks.adapted import Adapted, follow, served, trained
 from fedgen_edge.tasks.gan_networks import Gan
 from fedgen_edge.tasks.task import Sample
@@ -203,7 +203,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Adversarie
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    own = pictures.adapted(
+    own = folders.adapted(
         "gan", Gan, TARGETS, settings, full=full, device=device, averaged=GENERATOR
     )
     network: Any = own.network

@@ -14,8 +14,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedgen_edge.seeds import seed
-from fedgen_edge.tasks import pictures
+from fedgen_edge.seeds import seeded
+from fedgen_edge.tasks import folders, pictures
 
 SIZES: dict[str, tuple[tuple[int, ...], int]] = {
     "tiny": ((32, 24, 16), 16),
@@ -139,7 +139,6 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
     """
     widths, noise = SIZES[size]
     side = pictures.halved(shape, len(widths) - 1)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed("gan", size))
+    with seeded("gan", size):
         network = Gan(side, shape[0], widths, noise, classes)
-    pictures.write(network, folder, network.state_dict())
+    folders.write(network, folder, network.state_dict())

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.tasks import backbones, pictures, taef2
+from fedgen_edge.tasks import backbones, folders, pictures, taef2
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 AT_ONCE = 32
@@ -137,7 +137,7 @@ def _of_diffusers(folder: Path, weights: list[Path], device: torch.device) -> Au
     name = json.loads((folder / "config.json").read_text()).get("_class_name")
     if name not in KINDS:
         raise ValueError(f"its config.json names {name!r}, not {' or '.join(KINDS)}")
-    made = pictures.whole(KINDS[name], folder, torch.float32).eval().to(device)
+    made = folders.whole(KINDS[name], folder, torch.float32).eval().to(device)
     made.requires_grad_(False)
     told, is_kl = made.config, name == "AutoencoderKL"
     return Autoencoder(

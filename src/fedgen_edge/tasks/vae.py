@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
-from fedgen_edge.seeds import normal, seed
-from fedgen_edge.tasks import pictures
+from fedgen_edge.seeds import normal, seeded
+from fedgen_edge.tasks import folders, pictures
 from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.tasks.autoencoder import Autoencoder
 from fedgen_edge.tasks.task import Sample
@@ -209,7 +209,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Vae:
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
-    own = pictures.adapted("vae", Autoencoder, TARGETS, settings, full=full, device=device)
+    own = folders.adapted("vae", Autoencoder, TARGETS, settings, full=full, device=device)
     return Vae(own, Coder(own.network), settings.data.names)
 
 
@@ -224,8 +224,7 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
     """
     channels, *sides = shape
     widths, depth, latent = SIZES[size]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed("vae", size))
+    with seeded("vae", size):
         network = Autoencoder(
             sample_size=(sides[0], sides[1]),
             in_channels=channels,
@@ -234,4 +233,4 @@ def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) ->
             layers_per_block=depth,
             latent=latent,
         )
-    pictures.write(network, folder, network.state_dict())
+    folders.write(network, folder, network.state_dict())
