@@ -30,3 +30,15 @@ class MissingExtraError(FedGenError):
 
     def __init__(self, what: str, extra: str) -> None:
         super().__init__(f'{what} needs: pip install "fedgen-edge[{extra}]"')
+
+
+class RefusedError(FedGenError):
+    """A message over a network is not what was agreed; the run goes on without it."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code, self.reason = code, reason
+
+
+class QuorumError(FedGenError):
+    """Too few sites answered a round in time; the model is as it was."""

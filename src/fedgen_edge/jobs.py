@@ -19,7 +19,24 @@ from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Task
 from fedgen_edge.types import Batch, Leaves, Order, Update
-from fedgen_edge.uplink.transform import deliver
+from fedgen_edge.uplink.transform import decode, encode
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What a client sends for an order; and, beside it, what it keeps."""
+
+    order: Order
+    payload: bytes
+    """The change of the leaves that are shared, as it travels."""
+    memory: Leaves
+    """Stays at the client, until it is told that its message counts."""
+    weight: float
+    """Training examples behind the change."""
+    loss: float
+    """Mean training loss."""
+    steps: int
+    """Optimiser steps taken."""
 
 
 class Tuned(NamedTuple):
@@ -124,6 +141,10 @@ class Train:
 
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
         """Train, and return what the server gets; nothing is remembered yet."""
+        return [arrived(sent) for sent in self.send(orders, stacked=stacked)]
+
+    def send(self, orders: Sequence[Order], *, stacked: bool) -> list[Sent]:
+        """Train, and return what leaves each client."""
         given = self.clients.together(orders, self.budget, "train", stacked=stacked)
         start, memory, batches = given
         recipe = self.recipe(orders[0].round)
@@ -131,7 +152,7 @@ class Train:
         losses = (loss.total / loss.count.clamp(min=1)).reshape(-1).tolist()
         rows = [{k: v[i] if stacked else v for k, v in delta.items()} for i in range(len(orders))]
         return [
-            self._update(order, {k: v.cpu() for k, v in own.items()}, mean)
+            self._sent(order, {k: v.cpu() for k, v in own.items()}, mean)
             for order, own, mean in zip(orders, rows, losses, strict=True)
         ]
 
@@ -141,19 +162,30 @@ class Train:
             if update.memory:
                 self.clients.memory[update.order.clients[0]] = update.memory
 
-    def _update(self, order: Order, delta: Leaves, loss: float) -> Update:
+    def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
         shared = algorithm.sends(list(delta))
-        sent, size = deliver(select(delta, shared.__contains__))
-        return Update(
+        return Sent(
             order=order,
-            delta=sent,
+            payload=encode(select(delta, shared.__contains__)),
             memory=algorithm.keeps(start, delta, self.clients.remembered(order)),
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,
             steps=self.steps(order),
-            bytes_up=size,
         )
+
+
+def arrived(sent: Sent) -> Update:
+    """The server's half: what it makes of a client's message."""
+    return Update(
+        order=sent.order,
+        delta=decode(sent.payload),
+        memory=sent.memory,
+        weight=sent.weight,
+        loss=sent.loss,
+        steps=sent.steps,
+        bytes_up=len(sent.payload),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,19 +13,19 @@ from fedgen_edge.types import Leaves
 
 
 def encode(leaves: Leaves) -> bytes:
-    """One safetensors file: names, shapes, types and values."""
+    """One safetensors file: names, shapes, types and values; nothing to send takes no bytes."""
+    if not leaves:
+        return b""
     return save({k: v.detach().contiguous().cpu() for k, v in sorted(leaves.items())})
 
 
 def decode(payload: bytes) -> Leaves:
     """The leaves of a payload, in the order of names, which sums over leaves depend on."""
-    return dict(sorted(load(payload).items()))
+    return dict(sorted(load(payload).items())) if payload else {}
 
 
 def deliver(leaves: Leaves) -> tuple[Leaves, int]:
-    """What arrives, and the bytes that it took; nothing to send takes none."""
-    if not leaves:
-        return {}, 0
+    """What arrives, and the bytes that it took."""
     payload = encode(leaves)
     return decode(payload), len(payload)
 
@@ -35,6 +35,8 @@ def length(shapes: Mapping[str, Sequence[int]]) -> int:
 
     For what was not sent (a full model's update); what was sent is measured.
     """
+    if not shapes:
+        return 0
     header: dict[str, dict[str, object]] = {}
     at = 0
     for name, shape in sorted(shapes.items()):
