@@ -1,0 +1,1 @@
+"""How does a federation run on many machines?"""
