@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ LOSSES = "losses"
 """Where the server keeps every client's last training loss."""
 Engine = Callable[[Sequence[Order], Job], Iterator]
 """Has clients do a job; results come in any order, each with its own order in it."""
+Draw = Callable[[int, Tensor | None], list[int]]
+"""The cohort of a round, in the clients' order, from its number and every client's last loss."""
 
 
 def cohort_size(federation: Federation, clients: int) -> int:
@@ -90,6 +93,7 @@ def rounds(
     engine: Engine,
     job: Training,
     federation: Federation,
+    draw: Draw | None = None,
 ) -> Iterator[Commit]:
     """Yield after each round until the federation's last.
 
@@ -99,10 +103,15 @@ def rounds(
         engine: how clients run.
         job: what they do: `jobs.Train`.
         federation: who takes part; `clients` must be their number.
+        draw: each round's cohort, where it is not `sample`'s.
+
+    Raises:
+        QuorumError: the engine had too few answers; the last commit stands.
     """
     clients = federation.clients or 0
+    draw = draw or partial(sample, federation, clients)
     for r in range(state.round, federation.rounds):
-        cohort = sample(federation, clients, r, state.memory.get(LOSSES))
+        cohort = draw(r, state.memory.get(LOSSES))
         shared = algorithm.sends(list(state.adapter))
         arrived, size = deliver(select(state.adapter, shared.__contains__))
         received = {**state.adapter, **arrived}

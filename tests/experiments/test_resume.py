@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from conftest import sentences
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
-from fedgen_edge.experiments import run as running
+from fedgen_edge.experiments import federate
 from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
 
@@ -103,7 +103,7 @@ def test_between_the_record_and_its_commit_the_line_is_written_once(
 ) -> None:
     folder = tmp_path / "run"
     create(settings(corpus), folder)
-    real = running.commit
+    real = federate.commit
     calls = []
 
     def dies(*args: Any) -> None:
@@ -112,12 +112,12 @@ def test_between_the_record_and_its_commit_the_line_is_written_once(
             raise KeyboardInterrupt
         real(*args)
 
-    monkeypatch.setattr(running, "commit", dies)
+    monkeypatch.setattr(federate, "commit", dies)
     with pytest.raises(KeyboardInterrupt):
         finish(folder)
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == [1, 2, 3]  # the third has no commit
-    monkeypatch.setattr(running, "commit", real)
+    monkeypatch.setattr(federate, "commit", real)
     finish(folder)
     lines = (folder / "rounds.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in lines] == list(range(1, 9))

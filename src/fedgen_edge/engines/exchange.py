@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -85,6 +85,7 @@ class Reply:
     """What the carrier says went wrong, where no answer came."""
 
 
+@runtime_checkable
 class Carrier(Protocol):
     """Brings work to sites and answers back; Flower is one, and a test's loop another."""
 

@@ -1,6 +1,6 @@
 """From settings to the parts of a run; nothing is written, so a mistake costs nothing."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -26,10 +26,13 @@ from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.features import extractor
 from fedgen_edge.jobs import Clients, Personalise, Train
-from fedgen_edge.rounds import Engine, cohort_size
+from fedgen_edge.rounds import Engine, cohort_size, sample
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
 from fedgen_edge.types import Batch, Leaves, ServerState
+
+Sums = dict[str, float]
+"""Held-out statistics, which add up."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +90,33 @@ class Experiment:
         rng = generator(self.settings.federation.seed, "init")
         return self.algorithm.init(self.task.init(rng))
 
+    def remembering(self, memory: MutableMapping[int, Leaves]) -> "Experiment":
+        """The same, with what its clients have kept."""
+        return replace(self, clients=replace(self.clients, memory=memory))
+
+    def cohort(self, round_: int, losses: Tensor | None) -> list[int]:
+        """Who takes part in a round."""
+        return sample(self.settings.federation, len(self.holdings), round_, losses)
+
     def own(self, state: ServerState, memory: Leaves) -> Leaves:
         """A client's model as the rounds left it: the global adapter and what it has kept."""
         return self.algorithm.receives(state.adapter, memory)
+
+    def sums(self, adapter: Leaves, examples: Batch) -> Sums:
+        """A task's statistics of one client's examples under one adapter."""
+        clients = self.clients
+        found = self.task.evaluate(clients.place(adapter), clients.place(examples))
+        return {k: float(v) for k, v in found.items()}
+
+    def validation(self, state: ServerState) -> dict[str, Any]:
+        """Every training client's validation data under its own model, after a round."""
+        able = len(self.holdings) - self.settings.federation.newcomers
+        memory = self.clients.memory
+        each = {
+            shard.name: self.sums(self.own(state, memory.get(c, {})), shard.validation)
+            for c, shard in enumerate(self.clients.shards[:able])
+        }
+        return added(each)
 
     def _recipe(self, round_: int) -> Recipe:
         t, algorithm = self.settings.training, self.algorithm
@@ -101,6 +128,13 @@ class Experiment:
             return algorithm.trains(name, round_, epoch)
 
         return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects)
+
+
+def added(each: Mapping[str, Sums]) -> dict[str, Any]:
+    """Clients' sums together; and the mean of each, by its name."""
+    names = dict.fromkeys(k for own in each.values() for k in own)
+    total = {k: sum(own[k] for own in each.values()) for k in names}
+    return {**total, "clients": {name: s["total"] / s["count"] for name, s in each.items()}}
 
 
 def optimiser(settings: Training, rate: float) -> Callable[[Sequence[Tensor]], Optimizer]:
@@ -214,11 +248,6 @@ def _check_held_out(holdings: Sequence[Holding]) -> None:
                 f"data.{part}=0 leaves {len(lacking)} clients, {lacking[0]!r} first, nothing to be "
                 "judged on: give it a share, such as 0.1"
             )
-
-
-def remembering(experiment: Experiment, memory: MutableMapping[int, Leaves]) -> Experiment:
-    """The same, with what its clients have kept."""
-    return replace(experiment, clients=replace(experiment.clients, memory=memory))
 
 
 def beside(experiment: Experiment, name: str) -> Experiment:

@@ -6,32 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment, beside
+from fedgen_edge.experiments.build import Experiment, Sums, beside
 from fedgen_edge.experiments.checkpoint import last
-from fedgen_edge.types import Batch, Leaves, ServerState
-
-Sums = dict[str, float]
-
-
-def sums(experiment: Experiment, adapter: Leaves, examples: Batch) -> Sums:
-    """A task's statistics of one client's examples under one adapter."""
-    clients = experiment.clients
-    found = experiment.task.evaluate(clients.place(adapter), clients.place(examples))
-    return {k: float(v) for k, v in found.items()}
-
-
-def validation(
-    experiment: Experiment, state: ServerState, memory: Mapping[int, Leaves]
-) -> dict[str, Any]:
-    """Every training client's validation data under its own model, after a round."""
-    able = len(experiment.holdings) - experiment.settings.federation.newcomers
-    each = {
-        shard.name: sums(experiment, experiment.own(state, memory.get(c, {})), shard.validation)
-        for c, shard in enumerate(experiment.clients.shards[:able])
-    }
-    names = dict.fromkeys(k for own in each.values() for k in own)
-    total = {k: sum(own[k] for own in each.values()) for k in names}
-    return {**total, "clients": {name: s["total"] / s["count"] for name, s in each.items()}}
+from fedgen_edge.types import Leaves, ServerState
 
 
 class Left(NamedTuple):
@@ -72,7 +49,7 @@ def test(found: Left) -> Iterator[dict[str, Any]]:
     for c, shard in enumerate(experiment.clients.shards):
         began = time.perf_counter()
         own = experiment.own(found.state, found.memory.get(c, {}))
-        added = sums(experiment, own, shard.test)
+        added = experiment.sums(own, shard.test)
         seconds = round(time.perf_counter() - began, 3)
         yield {**tested(shard.name, found.model, added, found.drawn), "seconds": seconds}
 

@@ -15,10 +15,11 @@ from fedgen_edge.data.corpus import Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.checkpoint import last
+from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.provenance import origin
 from fedgen_edge.experiments.records import locked
-from fedgen_edge.experiments.run import Event, create, federate
+from fedgen_edge.experiments.run import Event, create
 from fedgen_edge.tasks.task import shape_learnt, untrained
 
 STAGE = "pretraining"

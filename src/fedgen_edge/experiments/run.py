@@ -7,32 +7,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fedgen_edge import files, leaves
-from fedgen_edge.algorithms.merge import mean
+from fedgen_edge import files
 from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment, beside, build, remembering
-from fedgen_edge.experiments.checkpoint import commit, last, latest
+from fedgen_edge.experiments.build import Experiment, beside, build
+from fedgen_edge.experiments.checkpoint import last
 from fedgen_edge.experiments.evaluate import (
     drawn,
     left,
     models,
-    sums,
     test,
     tested,
-    validation,
 )
+from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.judge import judge, judged
 from fedgen_edge.experiments.machine import give_back, peak_memory
 from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import holdings, provenance
 from fedgen_edge.jobs import Tuned
-from fedgen_edge.rounds import mean_loss, rounds
 from fedgen_edge.tasks.pictures import png
-from fedgen_edge.types import Commit, Leaves, Order, ServerState
+from fedgen_edge.types import Order, ServerState
 
 CHUNK = 64
 """Clients whose personal adapters are in memory at once."""
@@ -123,106 +118,10 @@ def _federation(experiment: Experiment, folder: Path, stage: str) -> Iterator[Ev
         save(experiment, folder / "adapters" / "global", state, state.adapter, "global")
 
 
-def federate(experiment: Experiment, folder: Path) -> Iterator[records.Line]:
-    """Train from the last commit on; yields each round's record once it is on the disk.
-
-    The record is written before the commit, and lines after the commit are cut off on the way
-    back: so both agree, whenever the run was stopped.
-
-    Raises:
-        TrainingError: a loss is not finite; the last commit stands.
-    """
-    settings = experiment.settings
-    state, memory, refused = latest(folder)
-    state = state or experiment.start()
-    experiment = remembering(experiment, memory)
-    log = folder / "rounds.jsonl"
-    records.truncate(log, state.round)
-    board = records.Board(folder) if settings.evaluation.tensorboard else None
-    loop = rounds(
-        state,
-        experiment.algorithm,
-        experiment.engine,
-        experiment.train,
-        settings.federation,
-    )
-    for message in refused:
-        yield {"round": state.round, "refused": message}
-    began, before = time.perf_counter(), state.adapter
-    for done in loop:
-        trained = time.perf_counter()
-        line = _line(experiment, done, before)
-        if _judged(settings, done.state.round):
-            line["validation"] = validation(experiment, done.state, memory)
-        line["seconds"] = round(trained - began, 3)
-        line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
-        records.append(log, line)
-        commit(folder, done.state, memory, settings.evaluation.keep)
-        if board:
-            board.write(line)
-        yield line
-        began, before = time.perf_counter(), done.state.adapter
-
-
-def _judged(settings: Settings, done: int) -> bool:
-    return done % settings.evaluation.every == 0 or done == settings.federation.rounds
-
-
-def _line(experiment: Experiment, done: Commit, before: Leaves) -> records.Line:
-    """What rounds.jsonl says of a round.
-
-    Raises:
-        TrainingError: a client's loss is not finite.
-    """
-    names = experiment.names
-    clients = [
-        {
-            "client": "+".join(names[c] for c in u.order.clients),
-            "loss": u.loss,
-            "steps": u.steps,
-            "weight": u.weight,
-            "bytes_up": u.bytes_up,
-            "drift": float(leaves.norm(u.delta)) if u.delta else 0.0,
-        }
-        for u in done.updates
-    ]
-    for row, update in zip(clients, done.updates, strict=True):
-        kept = update.memory.values()
-        if not all(map(math.isfinite, (row["loss"], row["drift"], *map(_size, kept)))):
-            raise TrainingError(
-                f"round {done.state.round}, client {row['client']}: training left the finite "
-                f"numbers (its loss was {row['loss']}): "
-                f"lower training.lr={experiment.settings.training.lr}, or clip by training.clip"
-            )
-    change = leaves.norm(leaves.subtract(done.state.adapter, before))
-    other = {} if experiment.algorithm.merges is mean else {"mean_norm": _mean_norm(done)}
-    return {
-        **other,
-        "round": done.state.round,
-        "cohort": [names[c] for u in done.updates for c in u.order.clients],
-        "loss": mean_loss(done.updates),
-        "validation": None,
-        "bytes_up": sum(u.bytes_up for u in done.updates),
-        "bytes_down": done.bytes_down,
-        "clients": clients,
-        "update_norm": float(change),
-    }
-
-
-def _mean_norm(done: Commit) -> float:
-    """Of the cohort's mean change, where the method made something else of it."""
-    sent = [update for update in done.updates if update.delta]
-    return float(leaves.norm(mean(sent))) if sent else 0.0
-
-
-def _size(leaf: Tensor) -> float:
-    return float(leaf.abs().sum())
-
-
 def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Tune every client's own adapter, a chunk at a time; whole chunks are not done again."""
     state, memory = last(run)
-    experiment = remembering(experiment, memory)
+    experiment = experiment.remembering(memory)
     log, total = run / "personal.jsonl", len(experiment.holdings)
     names = records.folder_names(experiment.names)
     done = len(records.lines(log)) // CHUNK * CHUNK
@@ -265,7 +164,7 @@ def _own(
         "folder": names[shard.name],
         "validation": tuned.history,
         "chosen": tuned.chosen,
-        "test": sums(experiment, tuned.adapter, shard.test),
+        "test": experiment.sums(tuned.adapter, shard.test),
     }
 
 

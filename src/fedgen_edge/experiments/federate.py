@@ -1,0 +1,163 @@
+"""The rounds of a run, on the disk: a record and a commit each, wherever its clients are."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from fedgen_edge import leaves
+from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.merge import mean
+from fedgen_edge.config import Settings
+from fedgen_edge.errors import TrainingError
+from fedgen_edge.experiments import records
+from fedgen_edge.experiments.checkpoint import Memory, commit, latest
+from fedgen_edge.jobs import Training
+from fedgen_edge.rounds import Engine, mean_loss, rounds
+from fedgen_edge.types import Commit, Leaves, ServerState
+
+
+@runtime_checkable
+class Federated(Protocol):
+    """What the rounds need to know: an experiment on this machine, or sites on many."""
+
+    @property
+    def settings(self) -> Settings:
+        """Resolved."""
+        ...
+
+    @property
+    def algorithm(self) -> Algorithm:
+        """What the method changes."""
+        ...
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The clients', by their numbers."""
+        ...
+
+    @property
+    def engine(self) -> Engine:
+        """How clients run."""
+        ...
+
+    @property
+    def train(self) -> Training:
+        """What they do in a round."""
+        ...
+
+    def start(self) -> ServerState:
+        """The server before the first round."""
+        ...
+
+    def remembering(self, memory: Memory) -> "Federated":
+        """The same, with what its clients have kept."""
+        ...
+
+    def cohort(self, round_: int, losses: Tensor | None) -> list[int]:
+        """Who takes part in a round."""
+        ...
+
+    def validation(self, state: ServerState) -> dict[str, Any]:
+        """Held-out sums after a round, all together and client by client."""
+        ...
+
+
+def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
+    """Train from the last commit on; yields each round's record once it is on the disk.
+
+    The record is written before the commit, and lines after the commit are cut off on the way
+    back: so both agree, whenever the run was stopped.
+
+    Raises:
+        TrainingError: a loss is not finite; the last commit stands.
+    """
+    settings = experiment.settings
+    state, memory, refused = latest(folder)
+    state = state or experiment.start()
+    experiment = experiment.remembering(memory)
+    log = folder / "rounds.jsonl"
+    records.truncate(log, state.round)
+    board = records.Board(folder) if settings.evaluation.tensorboard else None
+    loop = rounds(
+        state,
+        experiment.algorithm,
+        experiment.engine,
+        experiment.train,
+        settings.federation,
+        experiment.cohort,
+    )
+    for message in refused:
+        yield {"round": state.round, "refused": message}
+    began, before = time.perf_counter(), state.adapter
+    for done in loop:
+        trained = time.perf_counter()
+        line = _line(experiment, done, before)
+        if _judged(settings, done.state.round):
+            line["validation"] = experiment.validation(done.state)
+        line["seconds"] = round(trained - began, 3)
+        line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
+        records.append(log, line)
+        commit(folder, done.state, memory, settings.evaluation.keep)
+        if board:
+            board.write(line)
+        yield line
+        began, before = time.perf_counter(), done.state.adapter
+
+
+def _judged(settings: Settings, done: int) -> bool:
+    return done % settings.evaluation.every == 0 or done == settings.federation.rounds
+
+
+def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
+    """What rounds.jsonl says of a round.
+
+    Raises:
+        TrainingError: a client's loss is not finite.
+    """
+    names = experiment.names
+    clients = [
+        {
+            "client": "+".join(names[c] for c in u.order.clients),
+            "loss": u.loss,
+            "steps": u.steps,
+            "weight": u.weight,
+            "bytes_up": u.bytes_up,
+            "drift": float(leaves.norm(u.delta)) if u.delta else 0.0,
+        }
+        for u in done.updates
+    ]
+    for row, update in zip(clients, done.updates, strict=True):
+        kept = update.memory.values()
+        if not all(map(math.isfinite, (row["loss"], row["drift"], *map(_size, kept)))):
+            raise TrainingError(
+                f"round {done.state.round}, client {row['client']}: training left the finite "
+                f"numbers (its loss was {row['loss']}): "
+                f"lower training.lr={experiment.settings.training.lr}, or clip by training.clip"
+            )
+    change = leaves.norm(leaves.subtract(done.state.adapter, before))
+    other = {} if experiment.algorithm.merges is mean else {"mean_norm": _mean_norm(done)}
+    return {
+        **other,
+        "round": done.state.round,
+        "cohort": [names[c] for u in done.updates for c in u.order.clients],
+        "loss": mean_loss(done.updates),
+        "validation": None,
+        "bytes_up": sum(u.bytes_up for u in done.updates),
+        "bytes_down": done.bytes_down,
+        "clients": clients,
+        "update_norm": float(change),
+    }
+
+
+def _mean_norm(done: Commit) -> float:
+    """Of the cohort's mean change, where the method made something else of it."""
+    sent = [update for update in done.updates if update.delta]
+    return float(leaves.norm(mean(sent))) if sent else 0.0
+
+
+def _size(leaf: Tensor) -> float:
+    return float(leaf.abs().sum())
