@@ -16,7 +16,6 @@ from typing import Any
 from reproduce import RESULTS, settings_of
 
 from fedgen_edge.experiments.build import Experiment, beside, build
-from fedgen_edge.experiments.evaluate import validation
 from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.records import lines, write_lines
 from fedgen_edge.rounds import rounds
@@ -29,7 +28,7 @@ def trained(experiment: Experiment) -> tuple[ServerState, float]:
     plan = experiment.settings.federation
     for done in rounds(state, experiment.algorithm, experiment.engine, experiment.train, plan):
         state = done.state
-    held = validation(experiment, state, experiment.clients.memory)["clients"]
+    held = experiment.validation(state)["clients"]
     return state, fmean(experiment.task.measure.shown(loss, 1) for loss in held.values())
 
 

@@ -5,7 +5,7 @@ A message is a line of JSON and one flat buffer: a safetensors file, whose heade
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -93,7 +93,7 @@ class Carrier(Protocol):
         """Names of the sites that could be asked now, sorted."""
         ...
 
-    def exchange(self, work: Mapping[str, Work], seconds: float) -> Iterator[Reply]:
+    def exchange(self, work: Mapping[str, Work], seconds: float) -> Generator[Reply]:
         """Ask each site; yield replies as they come, until all have, or time is up.
 
         Closing the iterator gives up the others. What comes late is never brought.
