@@ -1,0 +1,207 @@
+"""How far honest training can take an adapter, by the settings alone: it needs nobody's data.
+
+What moved farther was not made by the recipe. A bound says nothing of which way it moved.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fedgen_edge import leaves
+from fedgen_edge.config import Training
+from fedgen_edge.types import AVERAGE, Leaves, Phase
+
+ROUNDING = 2.0**-21
+"""Relative error of float32 that a step adds, at most, to a leaf and to the optimiser's moments."""
+COUNTED = 100_000
+"""Steps that are summed one by one; the rest are all taken for the largest."""
+UNKNOWN = 50.0
+"""Above e to this power a bound says nothing."""
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+"""Endings of the names of two factors of one product."""
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a phase's leaves can move: `gained`, and `decayed` times the size of their start."""
+
+    gained: float
+    decayed: float
+    each: bool
+    """Whether sizes are of each element (AdamW), or one norm over all the leaves (SGD)."""
+    steps: int
+    """Optimiser steps."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an honest answer of one round keeps to."""
+
+    weight: int
+    """Most training examples that a site may have."""
+    training: Training | None = None
+    """How the sites train; none bounds neither steps nor movement."""
+    rate: float = 0.0
+    """Learning rate of the round: `config.learning_rate`'s, of `lr_full` where that counts."""
+    phases: tuple[Phase, ...] = (Phase(),)
+    """The task's."""
+    spectrum: float | None = None
+    """Largest singular value of the change of a product; none is any."""
+
+    def steps(self, weight: int) -> int | None:
+        """Batches that a site with so many examples trains on in the round."""
+        t = self.training
+        return (t.steps or t.epochs * -(-weight // t.batch)) if t else None
+
+    def reach(self, phase: Phase, steps: int) -> Reach | None:
+        """How far so many batches can move the leaves of a phase; none where no bound is known."""
+        t = self.training
+        return reach(t, self.rate * phase.rate, steps * phase.repeats) if t else None
+
+
+def reach(training: Training, rate: float, steps: int) -> Reach | None:
+    """The longest way that the optimiser can take in so many steps, whatever the gradients are.
+
+    AdamW divides a mean m of gradients by the root of a mean v of their squares. By the inequality
+    of Cauchy and Schwarz, step t moves an element by at most the rate times
+
+        (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1^2 / b2)^j, j < t) * sqrt(1 - b2^t) / (1 - b1^t),
+
+    and gradients that grow by b2 / b1 from step to step reach it in every step. So the sum over
+    steps is sound, and the smallest that is. Weight decay takes away a share of the element in each
+    step, together at most `decayed` of its start.
+
+    SGD with clipped gradients adds a vector no longer than `clip`, and `weight_decay` times the
+    leaves, to a momentum that is at most 1 / (1 - momentum) times the longest of them.
+
+    Args:
+        training: the optimiser and its parameters.
+        rate: its learning rate.
+        steps: that it takes.
+
+    Returns:
+        None where no bound is known: SGD without clipping; AdamW with b1^2 >= b2; and weight decay
+        that takes more than all in a step, or could make leaves grow without end.
+
+    Differs: Kingma & Ba 2015 (arXiv:1412.6980, section 2.1) say max(1, (1 - b1) / sqrt(1 - b2)) of
+    a step, the size for one gradient after many that are zero; growing gradients exceed it.
+    """
+    return (_adamw if training.optimiser == "adamw" else _sgd)(training, rate, steps)
+
+
+def _adamw(training: Training, rate: float, steps: int) -> Reach | None:
+    (first, second), fades = training.betas, rate * training.weight_decay
+    if fades > 1 or (first and first**2 >= second):
+        return None
+    return Reach(rate * _moments(first, second, steps), 1 - (1 - fades) ** steps, True, steps)
+
+
+@lru_cache
+def _moments(first: float, second: float, steps: int) -> float:
+    """Sum over the steps of the largest quotient of AdamW's two moments."""
+    ratio = first**2 / second if first else 0.0
+    most = (1 - first) / math.sqrt((1 - second) * (1 - ratio))
+    t = np.arange(1, min(steps, COUNTED) + 1, dtype=np.float64)
+    each = most * np.sqrt((1 - ratio**t) * (1 - second**t)) / (1 - first**t)
+    return float(each.sum()) + max(0, steps - COUNTED) * most / (1 - first**COUNTED)
+
+
+def _sgd(training: Training, rate: float, steps: int) -> Reach | None:
+    step, decay = rate / (1 - training.momentum), training.weight_decay
+    power = steps * math.log1p(step * decay)
+    if not training.clip or power > UNKNOWN:
+        return None
+    grown = math.expm1(power)
+    return Reach(training.clip * (grown / decay if decay else step * steps), grown, False, steps)
+
+
+def strayed(bounds: Bounds, steps: int, start: Leaves, delta: Leaves) -> str | None:
+    """Why a change is none that so many batches can make; none where it may be.
+
+    Args:
+        bounds: of the round.
+        steps: batches that the site trained on.
+        start: the leaves that it began from.
+        delta: how they changed.
+    """
+    for phase in bounds.phases:
+        found = bounds.reach(phase, steps)
+        own = [k for k in delta if k.removeprefix(AVERAGE).startswith(phase.prefix)]
+        if found is not None:
+            told = (_excess(found, group, start, delta) for group in _groups(own, each=found.each))
+            excess = next(filter(None, told), None)
+            if excess:
+                return excess
+    return None
+
+
+def _groups(names: Sequence[str], *, each: bool) -> list[list[str]]:
+    """Leaves whose sizes are bounded together: averages apart from what they follow."""
+    if each:
+        return [[name] for name in names]
+    parts = ([k for k in names if k.startswith(AVERAGE) == follows] for follows in (False, True))
+    return [part for part in parts if part]
+
+
+def _excess(found: Reach, names: Sequence[str], start: Leaves, delta: Leaves) -> str | None:
+    """A moving average lies between its start and what it follows, wherever that has been.
+
+    So it moves as far as that one at most, and the gap that there was between them.
+    """
+    led = [name.removeprefix(AVERAGE) for name in names]
+    if any(name not in start for name in led):
+        return None
+    size = torch.abs if found.each else torch.linalg.vector_norm
+    moved, begun, led_from = _flat(delta, names), _flat(start, names), _flat(start, led)
+    slack = found.steps * ROUNDING
+    limit = found.gained * (1 + slack) + (found.decayed + slack) * size(led_from)
+    limit = limit + size(led_from - begun) + slack * size(begun)
+    over = (size(moved) - limit).reshape(-1)
+    if not bool((over > 0).any()):
+        return None
+    worst = int(over.argmax())
+    what = ("an element of " + names[0]) if found.each else f"the norm of {len(names)} leaves"
+    far, most = float(size(moved).reshape(-1)[worst]), float(limit.reshape(-1)[worst])
+    return f"{what} changed by {far:.3g}, and {found.steps} steps reach at most {most:.3g}"
+
+
+def _flat(values: Leaves, names: Sequence[str]) -> Float[Tensor, " values"]:
+    return leaves.flat({name: values[name] for name in names})
+
+
+def spectrum(start: Leaves, delta: Leaves) -> float:
+    """Largest singular value of the change of any layer's product B A, without alpha / rank.
+
+    The change is dB (A + dA) + B dA = [dB, B] [A + dA; dA]: of rank 2r, so the dense matrix is not
+    needed. A convolution's A is taken as a matrix, as `adapters/lora.py` does. Leaves whose partner
+    is not sent are skipped; without a pair it is 0.
+
+    Args:
+        start: the factors before.
+        delta: how they changed; finite.
+    """
+    found = [0.0]
+    for name in delta:
+        for a, b in PAIRS:
+            other = name.removesuffix(a) + b
+            if name.endswith(f".{a}") and other in delta:
+                pair = (start[name], start[other], delta[name], delta[other])
+                found.append(_largest(*(v.double().flatten(1) for v in pair)))
+    return max(found)
+
+
+def _largest(
+    a: Float[Tensor, "rank in_"],
+    b: Float[Tensor, "out rank"],
+    da: Float[Tensor, "rank in_"],
+    db: Float[Tensor, "out rank"],
+) -> float:
+    left, right = torch.cat([db, b], 1), torch.cat([a + da, da])
+    core = torch.linalg.qr(left).R @ torch.linalg.qr(right.mT).R.mT
+    return float(torch.linalg.matrix_norm(core, 2))
