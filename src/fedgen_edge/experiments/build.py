@@ -120,9 +120,7 @@ class Experiment:
 
     def _recipe(self, round_: int) -> Recipe:
         t, algorithm = self.settings.training, self.algorithm
-        if algorithm.adapts == "full" and t.lr_full is not None:
-            t = replace(t, lr=t.lr_full)
-        rate = learning_rate(t, round_, self.settings.federation.rounds)
+        rate = rate_of(self.settings, algorithm, round_)
 
         def trains(name: str, epoch: int) -> bool:
             return algorithm.trains(name, round_, epoch)
@@ -135,6 +133,14 @@ def added(each: Mapping[str, Sums]) -> dict[str, Any]:
     names = dict.fromkeys(k for own in each.values() for k in own)
     total = {k: sum(own[k] for own in each.values()) for k in names}
     return {**total, "clients": {name: s["total"] / s["count"] for name, s in each.items()}}
+
+
+def rate_of(settings: Settings, algorithm: Algorithm, round_: int) -> float:
+    """The learning rate of a round, counted from 0."""
+    t = settings.training
+    if algorithm.adapts == "full" and t.lr_full is not None:
+        t = replace(t, lr=t.lr_full)
+    return learning_rate(t, round_, settings.federation.rounds)
 
 
 def optimiser(settings: Training, rate: float) -> Callable[[Sequence[Tensor]], Optimizer]:

@@ -11,7 +11,7 @@ from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import machine, records, summary
 from fedgen_edge.experiments.build import Experiment, build, task_of
-from fedgen_edge.experiments.provenance import data_digest, origin
+from fedgen_edge.experiments.provenance import Made, data_digest, origin
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, ServerState
 
@@ -101,12 +101,9 @@ def folder_of(run: Path, client: str | None) -> Path:
     return folders(run, [client])[client]
 
 
-def save(
-    experiment: Experiment, target: Path, state: ServerState, adapter: Leaves, client: str
-) -> None:
+def save(made: Made, target: Path, state: ServerState, adapter: Leaves, client: str) -> None:
     """Write one adapter, with where it came from beside it."""
-    beside_it = origin(experiment, state, client)
-    experiment.task.model.save(target, adapter, experiment.settings, beside_it)
+    made.task.model.save(target, adapter, made.settings, origin(made, state, client))
 
 
 def export(run: Path, out: Path, client: str | None, *, merge: bool) -> list[Path]:

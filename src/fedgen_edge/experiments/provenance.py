@@ -5,14 +5,31 @@ import json
 import math
 from collections import Counter
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from fedgen_edge.config import Settings
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.machine import hardware
+from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import ServerState
 from fedgen_edge.uplink.transform import length
+
+
+@runtime_checkable
+class Made(Protocol):
+    """What an adapter comes from."""
+
+    @property
+    def settings(self) -> Settings:
+        """Resolved."""
+        ...
+
+    @property
+    def task(self) -> Learnt:
+        """With its backbone."""
+        ...
 
 
 def holdings(experiment: Experiment) -> list[dict[str, Any]]:
@@ -36,13 +53,21 @@ def holdings(experiment: Experiment) -> list[dict[str, Any]]:
 
 
 def provenance(experiment: Experiment) -> dict[str, Any]:
-    """Versions, hardware, backbone, and the sizes of what can be sent."""
-    task, settings = experiment.task, experiment.settings
+    """Versions, hardware, backbone, data, and the sizes of what can be sent."""
+    return {
+        **facts(experiment.task, experiment.settings, experiment.clients.device),
+        "data_sha256": data_digest(experiment),
+        "duplicates": experiment.corpus.duplicates,
+    }
+
+
+def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, Any]:
+    """The same, but for the data, which may be elsewhere."""
     adapter = task.model.leaf_shapes()
     return {
         "version": version("fedgen-edge"),
         "torch": torch.__version__,
-        "hardware": hardware(experiment.clients.device),
+        "hardware": hardware(device),
         "backbone": {
             "path": str(task.model.folder),
             "sha256": task.model.sha256,
@@ -51,8 +76,6 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         "adapter_parameters": sum(math.prod(s) for s in adapter.values()),
         "adapter_bytes": length(adapter),
         "full_bytes": length(task.model.shapes()),
-        "data_sha256": data_digest(experiment),
-        "duplicates": experiment.corpus.duplicates,
         "precision": settings.backbone.precision,
         "device": settings.engine.device,
         "threads": settings.engine.threads,
@@ -71,9 +94,9 @@ def data_digest(experiment: Experiment) -> str:
     return found.hexdigest()
 
 
-def origin(experiment: Experiment, state: ServerState, client: str) -> dict[str, Any]:
+def origin(made: Made, state: ServerState, client: str) -> dict[str, Any]:
     """What stands beside an adapter."""
-    task, settings = experiment.task, experiment.settings
+    task, settings = made.task, made.settings
     return {
         "backbone": str(task.model.folder),
         "backbone_sha256": task.model.sha256,

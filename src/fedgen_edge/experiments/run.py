@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.judge import judge, judged
 from fedgen_edge.experiments.machine import give_back, peak_memory
 from fedgen_edge.experiments.models import folder_of, save
-from fedgen_edge.experiments.provenance import holdings, provenance
+from fedgen_edge.experiments.provenance import Made, holdings, provenance
 from fedgen_edge.jobs import Tuned
 from fedgen_edge.tasks.pictures import png
 from fedgen_edge.types import Order, ServerState
@@ -194,14 +194,19 @@ def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
 
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     """What each model makes of the prompts, before and after."""
-    settings, task = experiment.settings, experiment.task
+    shown = [("personal", name) for name in experiment.names[:SHOWN]]
+    shared = [("global", None)] if experiment.has_global else []
+    yield from sampled(experiment, run, [("backbone", None), *shared, *shown])
+
+
+def sampled(made: Made, run: Path, models: Sequence[tuple[str, str | None]]) -> Iterator[Event]:
+    """What models of a run make of the prompts, each told by its name and whose it is."""
+    settings, task = made.settings, made.task
     target = run / "samples.jsonl"
     if target.exists():
         return
-    shared = [("global", None)] if experiment.has_global else []
-    asked_of = [("backbone", None), *shared, *_shown(experiment)]
     found = []
-    for done, (model, client) in enumerate(asked_of):
+    for done, (model, client) in enumerate(models):
         own = task.model
         adapter = own.backbone() if model == "backbone" else own.load(folder_of(run, client))
         asked = task.samples(adapter, settings.evaluation, settings.federation.seed)
@@ -213,9 +218,5 @@ def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
                 row["picture"] = f"samples/{done}-{number}.png"
                 files.write(run / row["picture"], png(sample.picture))
             found.append(row)
-        yield Event("samples", done + 1, len(asked_of), {})
+        yield Event("samples", done + 1, len(models), {})
     records.write_lines(target, found)
-
-
-def _shown(experiment: Experiment) -> list[tuple[str, str]]:
-    return [("personal", name) for name in experiment.names[:SHOWN]]

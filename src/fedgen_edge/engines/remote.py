@@ -1,0 +1,145 @@
+"""Sites as an engine: orders go out to other machines, and what comes back in time is judged."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.engines.bounds import Bounds
+from fedgen_edge.engines.exchange import Carrier, Reply, Terms, Work, digest
+from fedgen_edge.engines.gate import Asked, Gate, Open
+from fedgen_edge.errors import QuorumError, RefusedError
+from fedgen_edge.leaves import select
+from fedgen_edge.types import Order, Update
+from fedgen_edge.uplink.transform import encode
+
+
+class Note(Protocol):
+    """Writes a line of the audit log."""
+
+    def __call__(self, event: str, **fields: str | int) -> None:
+        """Say what happened: to whom, when, and the hash of what they sent."""
+        ...
+
+
+@dataclass(frozen=True)
+class Called:
+    """One attempt at a round: who was asked for what, and what was sent to whom."""
+
+    orders: Mapping[str, Order]
+    work: Mapping[str, Work]
+    gate: Gate
+    note: Note
+
+    def update(self, reply: Reply) -> Update | None:
+        """What a reply counts for: none where it is refused, or said before, or failed."""
+        asked = self.gate.open.asked
+        said = {"site": reply.site, "round": asked.round, "attempt": asked.attempt}
+        if reply.failed is not None:
+            self.note("failed", **said)
+            return None
+        try:
+            taken = self.gate.take(reply)
+        except RefusedError as error:
+            # a site that says itself that it cannot, offends nobody
+            event = "declined" if error.code == "declined" else "refused"
+            self.note(event, code=error.code, payload=digest(reply.payload), **said)
+            return None
+        if taken is None:
+            return None
+        self.note("accepted", payload=taken.sha256, **said)
+        return Update(
+            order=self.orders[reply.site],
+            delta=taken.leaves,
+            memory={},
+            weight=float(taken.weight),
+            loss=taken.loss,
+            steps=taken.steps,
+            bytes_up=len(reply.payload),
+        )
+
+
+@dataclass(frozen=True)
+class Distant:
+    """A round's job, done by sites: how it is put to them, and what their answers must be."""
+
+    algorithm: Algorithm
+    terms: Terms
+    names: Sequence[str]
+    """Sites by their numbers."""
+    weights: Callable[[], Mapping[str, int]]
+    """Training examples of each site that has joined."""
+    bounds: Callable[[int], Bounds]
+    """Of a round."""
+    attempt: Callable[[int], int]
+    """Which attempt at a round this is, counted from 0."""
+    counted: Callable[[int], Mapping[str, str]]
+    """SHA-256 of each site's last payload that counts, after so many rounds."""
+    note: Note
+
+    def steps(self, order: Order) -> int:
+        """Unknown here, and the same for all."""
+        del order
+        return 0
+
+    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
+        """Never done on this machine."""
+        raise NotImplementedError("sites do this job: the engine is Remote")
+
+    def accepted(self, updates: Sequence[Update]) -> None:
+        """Sites are told with the work that follows."""
+        del updates
+
+    def call(self, orders: Sequence[Order]) -> Called:
+        """Word a round's orders; the attempt is on the record before anybody is asked."""
+        first = orders[0]
+        shared = self.algorithm.sends(list(first.received))
+        sent = select(first.received, shared.__contains__)
+        payload, attempt = encode(sent), self.attempt(first.round)
+        asked = Asked("train", self.terms, first.round, attempt, digest(payload))
+        schema = {k: tuple(v.shape) for k, v in sent.items()}
+        found = Open(asked, schema, first.received, self.bounds(first.round), self.weights())
+        self.note("opened", round=first.round, attempt=attempt)
+        counted = self.counted(first.round)
+        by_name = {self.names[order.clients[0]]: order for order in orders}
+        work = {
+            name: Work("train", self.terms, order.clients[0], first.round, attempt,
+                       counted.get(name), payload)
+            for name, order in by_name.items()
+        }  # fmt: skip
+        return Called(by_name, work, Gate(found), self.note)
+
+
+@dataclass(frozen=True)
+class Remote:
+    """An engine whose clients are sites: it waits for as many as are wanted, and not for ever."""
+
+    carrier: Carrier
+    wanted: int
+    """Updates after which nobody is waited for."""
+    quorum: int
+    """Updates without which the round is abandoned."""
+    seconds: float
+    """That a round waits."""
+
+    def __call__(self, orders: Sequence[Order], job: Distant) -> Iterator[Update]:
+        """Yield what counts.
+
+        Raises:
+            QuorumError: it is too little; nothing counts, and the model is as it was.
+        """
+        called, came = job.call(orders), 0
+        with closing(self.carrier.exchange(called.work, self.seconds)) as replies:
+            for reply in replies:
+                update = called.update(reply)
+                if update is not None:
+                    came += 1
+                    yield update
+                if came == self.wanted:
+                    break
+        if came < self.quorum:
+            raise QuorumError(
+                f"round {orders[0].round + 1} had {came} of the {self.quorum} updates that it "
+                f"needs, from {len(orders)} sites asked"
+            )
