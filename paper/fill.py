@@ -64,6 +64,7 @@ PARTS = {
     "quality": lambda: (PAPER / "quickstart.md").read_text().strip(),
     "tuning": lambda: (PAPER / "quickstart-tuning.md").read_text().strip(),
     "tuned": lambda: (PAPER / "local-only-tuned.md").read_text().strip(),
+    "cifar10-diffusion": lambda: (PAPER / "cifar10-diffusion.md").read_text().strip(),
     "cifar10-vae": lambda: (PAPER / "cifar10-vae.md").read_text().strip(),
     "speed": speed,
     "memory": memory,
