@@ -60,6 +60,9 @@ class Federation:
     """Seconds that a round waits for its updates."""
     attempts: Count = 6
     """Times that a round is tried before the server stops; `fedgen resume` goes on."""
+    gather: Positive = 60.0
+    """Seconds that the first round waits for the sites that it wants, and a later one for its
+    quorum."""
     back_off: Positive = 5.0
     """Seconds before a second attempt; doubled for each further one, up to ten minutes."""
     offences: Count = 3

@@ -10,6 +10,7 @@ from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Carrier, Reply, Terms, Work, digest
 from fedgen_edge.engines.gate import Asked, Gate, Open
 from fedgen_edge.errors import QuorumError, RefusedError
+from fedgen_edge.jobs import Job
 from fedgen_edge.leaves import select
 from fedgen_edge.types import Order, Update
 from fedgen_edge.uplink.transform import encode
@@ -123,12 +124,14 @@ class Remote:
     seconds: float
     """That a round waits."""
 
-    def __call__(self, orders: Sequence[Order], job: Distant) -> Iterator[Update]:
+    def __call__(self, orders: Sequence[Order], job: Job) -> Iterator[Update]:
         """Yield what counts.
 
         Raises:
             QuorumError: it is too little; nothing counts, and the model is as it was.
         """
+        if not isinstance(job, Distant):
+            raise TypeError("sites do a Distant job, and no other")
         called, came = job.call(orders), 0
         with closing(self.carrier.exchange(called.work, self.seconds)) as replies:
             for reply in replies:

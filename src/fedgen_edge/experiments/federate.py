@@ -61,8 +61,8 @@ class Federated(Protocol):
         """Who takes part in a round."""
         ...
 
-    def validation(self, state: ServerState) -> dict[str, Any]:
-        """Held-out sums after a round, all together and client by client."""
+    def validation(self, state: ServerState) -> dict[str, Any] | None:
+        """Held-out sums after a round, all together and client by client; none if unknown."""
         ...
 
 
