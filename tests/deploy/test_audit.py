@@ -118,7 +118,9 @@ def test_what_a_failed_write_left_is_overwritten(tmp_path: Path) -> None:
     made = log(tmp_path)
     attempt(made, 0, 0, a="11")
     with made.path.open("ab") as file:
-        file.write(b'{"event": "acc')  # as a full disk leaves it
+        file.write(
+            b'{"event": "accepted", ' + b"x" * 500 + b"\n"
+        )  # written, and not seen on the disk
     made.write("committed", round=0, attempt=0)
     assert [x["event"] for x in log(tmp_path).lines] == ["opened", "accepted", "committed"]
 

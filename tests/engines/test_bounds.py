@@ -51,12 +51,23 @@ def moves(training: Training, gradients: Sequence[float], start: float = 0.0) ->
     gradients=st.lists(slopes, min_size=1, max_size=40),
     betas=st.sampled_from(BETAS),
     decay=st.sampled_from((0.0, 0.1, 30.0)),
-    start=st.floats(-10, 10, width=32),
+    start=st.floats(-1e6, 1e6, width=32),
 )
 def test_adamw_never_exceeds_its_bound(
     gradients: list[float], betas: tuple[float, float], decay: float, start: float
 ) -> None:
     assert moves(Training(betas=betas, weight_decay=decay), gradients, start)[1]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_the_rounding_of_a_large_number_is_not_taken_for_movement(kind: str) -> None:
+    # near 2e5 float32 are 1/64 apart: ten steps of 0.01, each rounded up, move 0.156 and not 0.1
+    training = Training(optimiser=kind)  # pyright: ignore[reportArgumentType]
+    assert moves(training, [-1.0] * 10, 2e5) == (pytest.approx(10 / 64), True)
+    # nor in an average that began at 0, and took its place
+    start = {"w": torch.tensor(2e5), "average.w": torch.tensor(0.0)}
+    delta = {"w": torch.tensor(10 / 64), "average.w": torch.tensor(2e5 + 10 / 64)}
+    assert strayed(Bounds(9, training, 0.01), 10, start, delta) is None
 
 
 @pytest.mark.parametrize("betas", BETAS)
@@ -87,7 +98,7 @@ def test_the_paper_of_adam_understates_how_far_it_can_go() -> None:
     gradients=st.lists(slopes, min_size=1, max_size=40),
     momentum=st.sampled_from((0.0, 0.5, 0.9)),
     decay=st.sampled_from((0.0, 0.1, 3.0)),
-    start=st.floats(-10, 10, width=32),
+    start=st.floats(-1e6, 1e6, width=32),
 )
 def test_sgd_with_clipped_gradients_never_exceeds_its_bound(
     gradients: list[float], momentum: float, decay: float, start: float

@@ -113,15 +113,13 @@ class Gate:
         Raises:
             RefusedError: with one of `CODES`.
         """
-        said = reply.line.encode("utf-8", "surrogatepass")
-        own = digest(digest(said).encode() + reply.payload)
-        if self.taken.get(reply.site, own) != own:
+        if reply.site not in self.taken:
+            accepted = judged(self.open, reply)
+            self.taken[reply.site] = _bytes(reply)
+            return accepted
+        if self.taken[reply.site] != _bytes(reply):
             raise RefusedError("duplicate", "the site has sent another answer to this work before")
-        if reply.site in self.taken:
-            return None
-        accepted = judged(self.open, reply)
-        self.taken[reply.site] = own
-        return accepted
+        return None
 
 
 def judged(open_: Open, reply: Reply) -> Accepted:
@@ -224,6 +222,11 @@ def weighed(value: object, largest: int) -> int:
         said = f"weight is {shown(value)}, and must be a whole number from 1 to {largest}"
         raise RefusedError("bad-weight", said)
     return int(number)
+
+
+def _bytes(reply: Reply) -> str:
+    """SHA-256 of all that a site sent."""
+    return digest(digest(reply.line.encode("utf-8", "surrogatepass")).encode() + reply.payload)
 
 
 def _number(value: object) -> int | float | None:

@@ -34,7 +34,7 @@ def opened(payload: bytes, schema: Schema) -> Leaves:
     _manifest(payload, schema)
     try:
         found = decode(payload)
-    except SafetensorError:
+    except SafetensorError:  # it may be stricter than we are, in this version or another
         raise RefusedError("bad-header", "the payload is no safetensors file") from None
     for name, leaf in found.items():
         if not bool(leaf.isfinite().all()):
