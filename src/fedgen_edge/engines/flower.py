@@ -86,12 +86,14 @@ class FlowerCarrier:
         for site in sorted(work.keys() - waiting.values()):
             yield Reply(site, "", b"", failed="it could not be asked: it is away")
         while waiting:
-            for message in self.grid.pull_messages(list(waiting)):
+            found = self.grid.pull_messages(list(waiting))
+            left = ends - time.monotonic()
+            for message in found:
                 # An error says which message failed; its sender is Flower's server, not the site.
                 site = waiting.pop(message.metadata.reply_to_message_id, None)
-                if site is not None:
+                # Once time is up, Flower's server says of each message that its time is up.
+                if site is not None and (left > 0 or message.has_content()):
                     yield _reply(site, message)
-            left = ends - time.monotonic()
             if left <= 0:
                 return
             time.sleep(min(self.poll, left) if waiting else 0)

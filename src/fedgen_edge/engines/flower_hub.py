@@ -106,8 +106,13 @@ class Registry:
     def _let_in(self, name: str, pub: Path, known: set[bytes]) -> None:
         key = public_key(pub)
         if key not in known:
-            with self.server.asked():
-                self.control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+            try:
+                with self.server.asked():
+                    self.control.RegisterNode(RegisterNodeRequest(public_key=key, name=name))
+            except CarrierError as error:
+                if "already in use" not in str(error):
+                    raise
+                raise ConfigError(f"{pub} was taken back before: make a new key") from None
         self.names[key] = name
 
     def _nodes(self) -> dict[bytes, tuple[int, str]]:
@@ -181,7 +186,12 @@ def hub(
         client = stack.enter_context(server.client(RuntimeHttpClient, token=token))
         link = Link(_grid(server, client, token), server, pulse, largest + 2**20)
         stack.push(lambda kind, *_: _ended(server, token, kind is None))
-        yield Hub(FlowerCarrier(link, registry.online), registry)
+
+        def online() -> dict[int, str]:
+            pulse.check()
+            return registry.online()
+
+        yield Hub(FlowerCarrier(link, online), registry)
 
 
 def public_key(pub: Path) -> bytes:

@@ -130,7 +130,10 @@ class Link:
         for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
             head = message_from_proto(proto)
             parts = list(dict.fromkeys(each.object_id for each in iterate_object_tree(tree)))
-            self._coming.append(Coming(head, parts))
+            coming = Coming(head, parts)
+            self._coming.append(coming)
+            # The server brings each once, and forgets what was asked.
+            self._open.discard(coming.answers)
 
     def _fetched(self, until: float) -> list[Message]:
         whole = []
@@ -167,7 +170,6 @@ class Link:
 
     def _done(self, coming: Coming) -> None:
         self._coming.remove(coming)
-        self._open.discard(coming.answers)
         self._grid._runtime_client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
                 node=self._grid.node,

@@ -38,8 +38,8 @@ LOG = getLogger(__name__)
 Handler = Callable[[str, bytes], tuple[str, bytes]]
 """Makes an answer of some work: line and payload, both ways."""
 FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
-PATIENCE = 30.0
-"""Seconds that a SuperNode may be away while it is talked to."""
+PATIENCE = 5.0
+"""Seconds that a SuperNode may be away in a task; one that starts anew knows nothing of it."""
 POLL = 0.25
 """Seconds between two looks for work."""
 AWAY = 1.0
