@@ -16,6 +16,7 @@ import fedgen_edge.engines.flower_guard  # noqa: F401 - says which Flower is nee
 # isort: split
 from flwr.app import Array, Error, Message, RecordDict
 from flwr.app.message import make_message
+from flwr.app.message.arraychunk import ArrayChunk
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest
 from flwr.proto.runtime_pb2 import PullAppMessagesRequest
@@ -31,6 +32,8 @@ from fedgen_edge.engines.flower_client import Pulse, Server
 
 SPELL = 1.0
 """Seconds that one look for replies may fetch for."""
+SMALL = 2**20
+"""Bytes of an object of a reply, at most, but for chunks of the payload."""
 LOST, MALFORMED = 4, 0
 """Flower's codes of an error: a reply that is no more, and any other."""
 
@@ -70,10 +73,16 @@ class Coming:
 
 
 def expanded(held: Mapping[str, bytes]) -> int:
-    """Bytes that the arrays among objects have once put together: one may repeat a chunk."""
+    """Bytes that the arrays among objects have once put together: one may repeat a chunk.
+
+    Raises:
+        ValueError: an object that holds no payload is as long as if it did.
+    """
     total = 0
     for content in held.values():
         kind, parts, _ = get_object_head_values_from_object_content(content)
+        if kind != ArrayChunk.__qualname__ and len(content) > SMALL:
+            raise ValueError(kind)
         if kind == Array.__qualname__:
             order = json.loads(get_object_body(content, Array))["arraychunk_ids"]
             total += sum(len(held[parts[place]]) for place in order)
