@@ -42,3 +42,7 @@ class RefusedError(FedGenError):
 
 class QuorumError(FedGenError):
     """Too few sites answered a round in time; the model is as it was."""
+
+
+class CarrierError(FedGenError):
+    """Messages cannot be carried: what carries them is away, refuses, or has given the run up."""

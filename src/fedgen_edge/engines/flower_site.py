@@ -1,0 +1,149 @@
+"""A site's side of Flower: takes what its SuperNode received, and hands it to installed code."""
+
+import threading
+import time
+from collections.abc import Callable
+from logging import getLogger
+from pathlib import Path
+from typing import cast
+
+import fedgen_edge.engines.flower_guard  # noqa: F401 - says which Flower is needed
+
+# isort: split
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.common.serde import context_from_proto, message_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PullAppMessagesRequest,
+    PullAppMessagesResponse,
+    PullTaskInputRequest,
+    PushTaskOutputRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import push_message
+
+from fedgen_edge.engines.flower import unwrap, wrap
+from fedgen_edge.engines.flower_client import Pulse, Server
+from fedgen_edge.errors import CarrierError, ConfigError
+
+LOG = getLogger(__name__)
+Handler = Callable[[str, bytes], tuple[str, bytes]]
+"""Makes an answer of some work: line and payload, both ways."""
+FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+PATIENCE = 5.0
+"""Seconds that a SuperNode may be away in a task; one that starts anew knows nothing of it."""
+POLL = 0.25
+"""Seconds between two looks for work."""
+AWAY = 1.0
+"""Seconds before a SuperNode that is away is asked again."""
+
+
+def serve(address: str, secret: Path, handler: Handler, stop: threading.Event) -> None:
+    """Answer each message that a SuperNode of this machine receives, until told to stop.
+
+    Work in hand is done first. A SuperNode that is away is waited for. Messages whose time is past
+    are not handled, and of a handler's error the server learns the name alone.
+
+    Args:
+        address: host and port of the SuperNode, which speaks plainly to this machine alone.
+        secret: the file that `supernode` names.
+        handler: of this program; what a server says cannot choose another.
+        stop: ends it, when set.
+
+    Raises:
+        ConfigError: the secret cannot be read.
+        CarrierError: the SuperNode has another secret.
+    """
+    try:
+        signing = secret.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{secret} cannot be read: {error.strerror}") from None
+    server = Server(address, None, PATIENCE)
+    with server.client(RuntimeHttpClient, secret=signing, patience=0.0) as client:
+        while not stop.is_set():
+            try:
+                token = _task(client, secret)
+            except httpx.HTTPError:
+                stop.wait(AWAY)
+                continue
+            if not token:
+                stop.wait(POLL)
+                continue
+            try:
+                _carried_out(server, token, handler)
+            except Exception as error:  # whatever it is, the next message is another
+                # Without a heartbeat the SuperNode answers for us, after a minute.
+                LOG.warning("a message was not answered: %s", error)
+                stop.wait(AWAY)
+
+
+def _task(client: RuntimeHttpClient, secret: Path) -> str:
+    """The token of a task that waits; an empty one where none does."""
+    try:
+        wanted = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+        return client.AcquireTask(wanted).token
+    except httpx.HTTPStatusError as error:
+        if error.response.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+            raise CarrierError(
+                f"the SuperNode has another secret than {secret}: start both with the same"
+            ) from None
+        raise
+
+
+def _carried_out(server: Server, token: str, handler: Handler) -> None:
+    with server.client(RuntimeHttpClient, token=token) as client, Pulse(server, token):
+        context = context_from_proto(client.PullTaskInput(PullTaskInputRequest()).context)
+        found = _message(client)
+        asked = message_from_proto(found.messages_list[0])
+        content = _content(client, context, found)
+        push_message(client, _answer(asked, content, handler), context)
+        client.PushTaskOutput(PushTaskOutputRequest(sub_status=SubStatus.COMPLETED))
+
+
+def _message(client: RuntimeHttpClient) -> PullAppMessagesResponse:
+    """The task's message; a SuperNode offers the task shortly before it has the message."""
+    until = time.monotonic() + PATIENCE
+    while time.monotonic() < until:
+        found = client.PullMessages(PullAppMessagesRequest())
+        if found.messages_list:
+            return found
+        time.sleep(POLL)
+    raise CarrierError("the SuperNode has a task without a message")
+
+
+def _content(
+    client: RuntimeHttpClient, context: Context, found: PullAppMessagesResponse
+) -> RecordDict:
+    """What is in the message, once the SuperNode has all of it."""
+    node, tree = Node(node_id=context.node_id), found.message_object_trees[0]
+    pull = make_pull_object_fn_protobuf(client.PullObject, node, context.run_id)
+    ids = list(dict.fromkeys(each.object_id for each in iterate_object_tree(tree)))
+    parts = pull_objects(ids, pull, initial_backoff=POLL, backoff_cap=2)
+    whole = inflate_object_from_contents(tree.object_id, parts)
+    client.ConfirmMessageReceived(
+        ConfirmMessageReceivedRequest(
+            node=node, run_id=context.run_id, message_object_id=tree.object_id
+        )
+    )
+    return cast(Message, whole).content
+
+
+def _answer(asked: Message, content: RecordDict, handler: Handler) -> Message:
+    left = asked.metadata.created_at + asked.metadata.ttl - time.time()
+    if left <= 0:
+        # The server no longer waits; but its clock may not be ours.
+        return Message(Error(FAILED, "its time was past: do the clocks agree?"), reply_to=asked)
+    try:
+        return Message(wrap(*handler(*unwrap(content))), reply_to=asked)
+    except Exception as error:
+        # What it says may be of the data, and stays here.
+        LOG.warning("a message could not be handled", exc_info=True)
+        return Message(Error(FAILED, type(error).__name__), reply_to=asked)
