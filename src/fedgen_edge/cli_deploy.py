@@ -28,9 +28,9 @@ class Init:
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
-    sites: str
+    sites: str = ""
     """Names with commas between them, or how many: 3 is site-1, site-2 and site-3."""
-    address: str
+    address: str = ""
     """HOST:PORT by which sites reach this server's proxy."""
     out: Path = Path("federation")
     """Folder to make."""
@@ -81,9 +81,12 @@ def deploy(args: list[str]) -> None:
 def init(args: list[str]) -> None:
     """`fedgen deploy init RECIPE --sites 3 --address HOST:PORT [--out FOLDER]`."""
     name, settings = recipe(args)
-    told = parse(Init, args, "deploy init", Init(settings, tyro.MISSING, tyro.MISSING))
+    told = parse(Init, args, "deploy init", Init(settings))
     if name is None:
         raise ConfigError("fedgen deploy init needs a recipe first, such as recipes/folder.toml")
+    for flag, example in (("sites", "3, or --sites north,south"), ("address", "HOST:PORT")):
+        if not getattr(told, flag):
+            raise ConfigError(f"--{flag} is missing: say --{flag} {example}")
     from fedgen_edge.deploy import kits
 
     made = kits.init(told.settings, kits.sites(told.sites), told.address, told.out, told.port)

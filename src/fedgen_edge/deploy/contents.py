@@ -35,7 +35,10 @@ def server(
     about = _about(settings, federation.address) | {
         "names": names,
         "user": _account(),
-        "owner": f"{os.getuid()}:{os.getgid()}",
+        "owner": os.getuid(),
+        "uid": os.getuid() or "${FEDGEN_USER:?see the first lines of compose.yaml}",
+        "gid": os.getgid() if os.getuid() else "${FEDGEN_GROUP:?see the first lines}",
+        "hidden": [f"-{folder}/{path}" for path in ("ca/ca.key", "secret", "kits")],
         "folder": str(folder),
         "shell": shlex.quote(str(folder)),
         "fedgen": str(Path(sys.executable).with_name("fedgen")),
@@ -126,7 +129,9 @@ def _yaml(text: str) -> str:
 
 
 def _account() -> str:
-    """Who runs this, as a service's user."""
+    """Who runs this, as a service's user; root makes services, and runs none."""
+    if os.getuid() == 0:
+        return "fedgen"
     try:
         return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
