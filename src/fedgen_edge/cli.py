@@ -3,24 +3,20 @@
 Heavy imports wait until a command needs them, so that `fedgen --help` answers at once.
 """
 
-import contextlib
-import io
 import os
-import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 from fedgen_edge import files
-from fedgen_edge.config import Evaluation, Settings, load, unknown
+from fedgen_edge.arguments import parse, recipe
+from fedgen_edge.cli_deploy import deploy
+from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.errors import ConfigError, FedGenError
-
-Told = TypeVar("Told")
 
 COMMANDS = {
     "run": "train a federation, personalise it, and report",
@@ -30,6 +26,7 @@ COMMANDS = {
     "pretrain": "train a backbone of pictures on their public part",
     "export": "copy out a run's adapters, or merge one into the backbone",
     "methods": "list the methods",
+    "deploy": "set up a federation on many machines: its server, and a kit for each site",
 }
 
 
@@ -157,11 +154,12 @@ def _dispatch(args: list[str]) -> None:
     table: dict[str, Callable[[list[str]], None]] = {
         "run": run,
         "pretrain": pretrain,
-        "resume": lambda rest: resume(_parse(Resume, rest, "resume")),
-        "report": lambda rest: report(_parse(Report, rest, "report")),
-        "generate": lambda rest: generate(_parse(Generate, rest, "generate")),
-        "export": lambda rest: export(_parse(Export, rest, "export")),
-        "methods": lambda rest: methods(_parse(Methods, rest, "methods")),
+        "resume": lambda rest: resume(parse(Resume, rest, "resume")),
+        "report": lambda rest: report(parse(Report, rest, "report")),
+        "generate": lambda rest: generate(parse(Generate, rest, "generate")),
+        "export": lambda rest: export(parse(Export, rest, "export")),
+        "methods": lambda rest: methods(parse(Methods, rest, "methods")),
+        "deploy": deploy,
     }
     if name not in table:
         raise ConfigError(f"unknown command {name!r}: there are {', '.join(table)}")
@@ -183,78 +181,21 @@ def _usage() -> str:
     )
 
 
-def _parse(kind: type[Told], args: list[str], name: str, default: Told | None = None) -> Told:
-    """Read arguments with tyro, whose page-long complaints become one line."""
-    os.environ.setdefault("COLUMNS", "100")
-    said = io.StringIO()
-    read = partial(tyro.cli, kind, args=args, prog=f"fedgen {name}")
-    if default is not None:
-        read = partial(read, default=default)
-    if "--help" in args or "-h" in args:
-        return read()
-    try:
-        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _wide():
-            return read()
-    except SystemExit:
-        raise ConfigError(_one_line(said.getvalue(), name)) from None
-
-
-@contextlib.contextmanager
-def _wide() -> Iterator[None]:
-    """No line breaks in what is read back."""
-    before = os.environ["COLUMNS"]
-    os.environ["COLUMNS"] = "5000"
-    try:
-        yield
-    finally:
-        os.environ["COLUMNS"] = before
-
-
-def _one_line(page: str, command: str) -> str:
-    text = " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}", " ", page).split())
-    if missing := re.search(r"Unrecognized options: --([^\s,=]+)", text):
-        name = missing[1].replace("-", "_")
-        return (
-            unknown(name)
-            if command in {"run", "pretrain"}
-            else f"fedgen {command} has no option --{missing[1]}"
-        )
-    refused = re.search(
-        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\S+ "
-        r"input_value=(.*?), input_type",
-        text,
-    )
-    if refused:
-        part, key, reason, value = refused.groups()
-        name = f"{part.removeprefix('settings.')}.{key}"
-        reason = reason[0].lower() + reason[1:]
-        return f"{name}={value}: {reason}; `fedgen run --help` explains it"
-    text = re.sub(r"^(Required options|Missing argument|Invalid choice|Value error) ", "", text)
-    text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
-    return f"{text} (`fedgen {command} --help` explains it)"
-
-
 def run(args: list[str]) -> None:
     """`fedgen run [RECIPE] [--out FOLDER] [--part.setting value ...]`."""
-    recipe, settings = _recipe(args)
-    told = _parse(Run, args, "run", Run(settings))
-    out = told.out or Path("runs") / _fresh_name(recipe)
+    name, settings = recipe(args)
+    told = parse(Run, args, "run", Run(settings))
+    out = told.out or Path("runs") / _fresh_name(name)
     from fedgen_edge.experiments.run import create
 
     experiment = create(told.settings, out)
     _finish(experiment, out)
 
 
-def _recipe(args: list[str]) -> tuple[str | None, Settings]:
-    """The recipe that comes first, taken off the arguments, and its settings."""
-    recipe = args.pop(0) if args and not args[0].startswith("-") else None
-    return recipe, load(Path(recipe)) if recipe else Settings()
-
-
 def pretrain(args: list[str]) -> None:
     """`fedgen pretrain RECIPE [--out FOLDER] [--part.setting value ...]`."""
-    _, settings = _recipe(args)
-    told = _parse(Pretrain, args, "pretrain", Pretrain(settings))
+    _, settings = recipe(args)
+    told = parse(Pretrain, args, "pretrain", Pretrain(settings))
     out = told.out or Path(told.settings.backbone.path)
     from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.pretrain import STAGE, begin, train

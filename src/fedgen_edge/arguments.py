@@ -1,0 +1,77 @@
+"""From a command's arguments to what they ask for; every mistake is one line."""
+
+import contextlib
+import io
+import os
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from fedgen_edge.config import Settings, load, unknown
+from fedgen_edge.errors import ConfigError
+
+Told = TypeVar("Told")
+
+TAKE_SETTINGS = frozenset(("run", "pretrain", "deploy init"))
+"""Commands that every setting of a run can be given to."""
+
+
+def parse(kind: type[Told], args: list[str], name: str, default: Told | None = None) -> Told:
+    """Read arguments with tyro, whose page-long complaints become one line."""
+    os.environ.setdefault("COLUMNS", "100")
+    said = io.StringIO()
+    read = partial(tyro.cli, kind, args=args, prog=f"fedgen {name}")
+    if default is not None:
+        read = partial(read, default=default)
+    if "--help" in args or "-h" in args:
+        return read()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _wide():
+            return read()
+    except SystemExit:
+        raise ConfigError(_one_line(said.getvalue(), name)) from None
+
+
+@contextlib.contextmanager
+def _wide() -> Iterator[None]:
+    """No line breaks in what is read back."""
+    before = os.environ["COLUMNS"]
+    os.environ["COLUMNS"] = "5000"
+    try:
+        yield
+    finally:
+        os.environ["COLUMNS"] = before
+
+
+def _one_line(page: str, command: str) -> str:
+    text = " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}", " ", page).split())
+    if missing := re.search(r"Unrecognized options: --([^\s,=]+)", text):
+        name = missing[1].replace("-", "_")
+        return (
+            unknown(name)
+            if command in TAKE_SETTINGS
+            else f"fedgen {command} has no option --{missing[1]}"
+        )
+    refused = re.search(
+        r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\S+ "
+        r"input_value=(.*?), input_type",
+        text,
+    )
+    if refused:
+        part, key, reason, value = refused.groups()
+        name = f"{part.removeprefix('settings.')}.{key}"
+        reason = reason[0].lower() + reason[1:]
+        return f"{name}={value}: {reason}; `fedgen run --help` explains it"
+    text = re.sub(r"^(Required options|Missing argument|Invalid choice|Value error) ", "", text)
+    text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
+    return f"{text} (`fedgen {command} --help` explains it)"
+
+
+def recipe(args: list[str]) -> tuple[str | None, Settings]:
+    """The recipe that comes first, taken off the arguments, and its settings."""
+    name = args.pop(0) if args and not args[0].startswith("-") else None
+    return name, load(Path(name)) if name else Settings()

@@ -1,0 +1,111 @@
+"""The commands of a federation on many machines: parse, call, print, as `cli` does."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fedgen_edge.arguments import parse, recipe
+from fedgen_edge.config import Settings
+from fedgen_edge.errors import ConfigError
+
+DEPLOY = {
+    "init": "make the server's folder, with a kit for each site",
+    "add": "make a kit for one more site",
+    "revoke": "let a site take part no more",
+}
+
+
+@dataclass(frozen=True)
+class Init:
+    """Make the server's folder, with keys, certificates, the proxy's settings and sites' kits.
+
+    `fedgen deploy init RECIPE.toml` takes its settings from a file; every one can be overridden
+    here.
+    """
+
+    settings: Annotated[Settings, tyro.conf.arg(name="")]
+    sites: str = ""
+    """Names with commas between them, or how many: 3 is site-1, site-2 and site-3."""
+    address: str = ""
+    """HOST:PORT by which sites reach this server's proxy."""
+    out: Path = Path("federation")
+    """Folder to make."""
+    port: int = 18443
+    """Of Flower's server, on its machine alone."""
+
+
+@dataclass(frozen=True)
+class Add:
+    """Make a kit for one more site; a running server knows it within seconds."""
+
+    site: tyro.conf.Positional[str]
+    """Its name."""
+    folder: tyro.conf.Positional[Path]
+    """The server's."""
+
+
+@dataclass(frozen=True)
+class Revoke:
+    """Let a site take part no more."""
+
+    site: tyro.conf.Positional[str]
+    """Its name."""
+    folder: tyro.conf.Positional[Path]
+    """The server's."""
+
+
+def deploy(args: list[str]) -> None:
+    """`fedgen deploy init|add|revoke ...`."""
+    name = args[0] if args else "--help"
+    if name in {"-h", "--help"}:
+        rows = "\n".join(f"  fedgen deploy {name:<7} {about}" for name, about in DEPLOY.items())
+        print(
+            f"usage: fedgen deploy COMMAND ...\n\n{rows}\n\n"
+            "`fedgen deploy COMMAND --help` explains one, and docs/deploy.md all."
+        )
+        sys.exit()
+    table: dict[str, Callable[[list[str]], None]] = {
+        "init": init,
+        "add": lambda rest: add(parse(Add, rest, "deploy add")),
+        "revoke": lambda rest: revoke(parse(Revoke, rest, "deploy revoke")),
+    }
+    if name not in table:
+        raise ConfigError(f"unknown command 'deploy {name}': there are {', '.join(table)}")
+    table[name](args[1:])
+
+
+def init(args: list[str]) -> None:
+    """`fedgen deploy init RECIPE --sites 3 --address HOST:PORT [--out FOLDER]`."""
+    name, settings = recipe(args)
+    told = parse(Init, args, "deploy init", Init(settings))
+    if name is None:
+        raise ConfigError("fedgen deploy init needs a recipe first, such as recipes/folder.toml")
+    for flag, example in (("sites", "3, or --sites north,south"), ("address", "HOST:PORT")):
+        if not getattr(told, flag):
+            raise ConfigError(f"--{flag} is missing: say --{flag} {example}")
+    from fedgen_edge.deploy import kits
+
+    made = kits.init(told.settings, kits.sites(told.sites), told.address, told.out, told.port)
+    print(f"server    {told.out}")
+    for kit in made:
+        print(f"kit       {kit}")
+    print(f"next      {told.out / 'README.md'}")
+
+
+def add(told: Add) -> None:
+    """`fedgen deploy add SITE FOLDER`."""
+    from fedgen_edge.deploy import kits
+
+    print(f"kit       {kits.add(told.site, told.folder)}")
+
+
+def revoke(told: Revoke) -> None:
+    """`fedgen deploy revoke SITE FOLDER`."""
+    from fedgen_edge.deploy import kits
+
+    kits.revoke(told.site, told.folder)
+    print(f"revoked   {told.site}: a running server lets go of it within a few seconds")
