@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fedgen_edge.deploy.processes import Ended, Kept
 from fedgen_edge.deploy.settings import Site, read, settings_of
@@ -77,6 +77,7 @@ QUIET = {
 """Has Flower talk to nobody but the server."""
 
 
+@runtime_checkable
 class Runtime(Protocol):
     """Flower at a site: `engines.flower_runtime` is one."""
 
