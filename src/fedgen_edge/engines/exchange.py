@@ -138,3 +138,16 @@ def read(kind: type[Message], text: str, payload: bytes) -> Message:
 def digest(payload: bytes) -> str:
     """SHA-256, in hexadecimal."""
     return hashlib.sha256(payload).hexdigest()
+
+
+def refusal(work: Work, code: str, reason: str) -> Answer:
+    """What a site says that did not do the work."""
+    return Answer(
+        work.kind,
+        work.terms,
+        work.round,
+        work.attempt,
+        digest(work.payload),
+        {"reason": reason},
+        refused=code,
+    )

@@ -168,15 +168,15 @@ def build(settings: Settings) -> Experiment:
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     federation, seed = settings.federation, settings.federation.seed
     corpus = labelled(sources.read(settings.data), settings.partition, seed)
-    settings = _named(settings, corpus)
+    settings = named(settings, corpus)
     holdings = partition(corpus, settings.data, settings.partition, federation.clients, seed)
-    _check_held_out(holdings)
+    check_held_out(holdings)
     cohort = cohort_size(federation, len(holdings))
     task = task_of(settings, device)
     _check_judging(settings, task, len(holdings), device)
     _check_candidates(settings)
     for each in (algorithm, *beside_it):
-        _check_method(each, task, settings)
+        check_method(each, task, settings)
     if settings.engine.name == "stacked" and not task.model.stackable:
         raise ConfigError(
             f"engine.name='stacked' cannot carry method.name={settings.method.name!r}, which "
@@ -187,7 +187,7 @@ def build(settings: Settings) -> Experiment:
     return replace(experiment, settings=_resolved(experiment, cohort))
 
 
-def _named(settings: Settings, corpus: Corpus) -> Settings:
+def named(settings: Settings, corpus: Corpus) -> Settings:
     """The settings with the pictures' size, and the names of their classes: samples have both."""
     if not isinstance(corpus.examples, Images):
         return settings
@@ -208,7 +208,7 @@ def task_of(settings: Settings, device: torch.device) -> Learnt:
     return TASKS[settings.task](settings, full=full, device=device)
 
 
-def _check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None:
+def check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None:
     """Refuse now what a method would refuse in its first round."""
     if algorithm.adapts == "full" and settings.adapter.initial:
         raise ConfigError(
@@ -246,7 +246,8 @@ def _check_judging(settings: Settings, task: Learnt, clients: int, device: torch
     extractor(told.features, told.weights, device)
 
 
-def _check_held_out(holdings: Sequence[Holding]) -> None:
+def check_held_out(holdings: Sequence[Holding]) -> None:
+    """Refuse holdings on which nothing could be judged."""
     for part in ("validation", "test"):
         lacking = [holding.name for holding in holdings if not getattr(holding, part)]
         if lacking:

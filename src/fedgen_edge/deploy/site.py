@@ -1,0 +1,277 @@
+"""What a site does with the server's work: everything but processes and the network.
+
+What it does not do, for whatever reason, it answers too: `refused` has a code, and `said` why.
+"""
+
+import math
+import re
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.share import each_alone
+from fedgen_edge.config import Settings
+from fedgen_edge.data import sources
+from fedgen_edge.data.partition import hold
+from fedgen_edge.deploy import settings as deployed
+from fedgen_edge.deploy.payload import finite, fitting
+from fedgen_edge.deploy.store import Asked, Said, State, Trained, open_state
+from fedgen_edge.engines.exchange import Answer, Terms, Work, digest, line, read, refusal
+from fedgen_edge.errors import ConfigError, DataError, RefusedError
+from fedgen_edge.experiments import machine
+from fedgen_edge.experiments.build import (
+    Experiment,
+    check_held_out,
+    check_method,
+    named,
+    remembering,
+    shards,
+    task_of,
+)
+from fedgen_edge.experiments.evaluate import sums
+from fedgen_edge.experiments.models import save
+from fedgen_edge.experiments.provenance import holdings
+from fedgen_edge.jobs import Clients, Sent
+from fedgen_edge.seeds import generator
+from fedgen_edge.types import Leaves, Order, ServerState
+from fedgen_edge.uplink.transform import decode, length
+
+MOST = 100_000
+"""Sites of a federation, at most."""
+RUN, HASH = re.compile("[0-9a-f]{32}"), re.compile("[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Site:
+    """A site, its data read and its backbone in memory."""
+
+    experiment: Experiment
+    """Of one client, who holds all that is here."""
+    recipe: str
+    """SHA-256 of the settings that all share."""
+    start: Leaves
+    """The adapter before the first round: what no server sends begins so."""
+    shared: Mapping[str, tuple[int, ...]]
+    """Leaves that travel, and their shapes."""
+    state: State
+
+    @property
+    def name(self) -> str:
+        """As the server knows it."""
+        return self.experiment.names[0]
+
+    @property
+    def largest(self) -> int:
+        """Bytes of a payload, at most."""
+        return length(self.shared)
+
+    def handle(self, text: str, payload: bytes) -> tuple[str, bytes]:
+        """The answer to a message, as a line and a payload: whatever it says, nothing is raised."""
+        work = Work(
+            "join", Terms("", self.recipe, self.experiment.task.model.sha256), 0, 0, 0, None
+        )
+        try:
+            work = read(Work, text, payload)
+            self._check(work)
+            said, sent = WAYS[work.kind](self, work)
+        except RefusedError as error:
+            return line(refusal(work, error.code, error.reason)), b""
+        except Exception as error:
+            traceback.print_exc(file=sys.stderr)
+            return line(refusal(work, "failed", _told(error))), b""
+        base = digest(work.payload)
+        return line(Answer(work.kind, work.terms, work.round, work.attempt, base, said)), sent
+
+    def _check(self, work: Work) -> None:
+        """Refuse work that is not for this site, its settings, its backbone and its run."""
+        terms, bound = work.terms, self.state.bound()
+        if not RUN.fullmatch(terms.run) or not 0 <= work.client < MOST or work.round < 0:
+            raise RefusedError("malformed", "its run, client or round cannot be")
+        if work.accepted is not None and not HASH.fullmatch(work.accepted):
+            raise RefusedError("malformed", "its accepted payload is no SHA-256")
+        if terms.recipe != self.recipe:
+            raise RefusedError(
+                "wrong-recipe",
+                "recipe.toml, or site.toml's own settings, differ from the server's: fetch a new "
+                "kit from the server",
+            )
+        if terms.backbone != self.experiment.task.model.sha256:
+            raise RefusedError(
+                "wrong-backbone",
+                "the weights at backbone.path are not the server's: copy those here",
+            )
+        if work.kind != "join" and terms.run != bound:
+            raise RefusedError("wrong-run", "this site has not joined that run: ask it to join")
+
+    def at(self, work: Work) -> Experiment:
+        """The experiment as this work finds it: the site's number, and what counts of its past."""
+        experiment, number = self.experiment, work.client
+        remembered = self.state.past(work.terms.run).remembered(work.accepted)
+        if remembered is None:
+            print(
+                f"round {work.round}: the server counts an update that is not in "
+                f"{self.state.folder}: going on as a site that kept nothing",
+                file=sys.stderr,
+            )
+        clients = replace(experiment.clients, shards=[experiment.clients.shards[0]] * (number + 1))
+        memory = {number: remembered} if remembered else {}
+        return remembering(replace(experiment, clients=clients), memory)
+
+    def received(self, payload: bytes) -> Leaves:
+        """The global adapter of a payload.
+
+        Raises:
+            RefusedError: it is not one of this backbone.
+        """
+        return {**self.start, **fitting(payload, self.shared)}
+
+
+def _told(error: Exception) -> str:
+    """Why work failed, without paths or values of this site where they are not ours to tell."""
+    if isinstance(error, OSError):
+        why = error.strerror or ""
+    else:
+        why = str(error).partition("\n")[0] if isinstance(error, RuntimeError) else ""
+    return f"{type(error).__name__}: {why[:200]}" if why else type(error).__name__
+
+
+def _asked(work: Work) -> Asked:
+    return Asked(work.round, work.client, digest(work.payload), work.accepted)
+
+
+def _join(site: Site, work: Work) -> tuple[Said, bytes]:
+    """Enter the run, and say how much there is to learn from."""
+    site.state.bind(work.terms.run)
+    held = holdings(site.experiment)[0]
+    told = {key: held[key] for key in ("train", "validation", "test", "items")}
+    return {"weight": int(site.experiment.clients.shards[0].weight), **told}, b""
+
+
+def _train(site: Site, work: Work) -> tuple[Said, bytes]:
+    """A round's update, on the disk with what is kept if it counts before it leaves."""
+    past, asked = site.state.past(work.terms.run), _asked(work)
+    if (found := past.again(asked)) is not None:
+        return found
+    order = Order((work.client,), work.round, site.received(work.payload))
+    sent = site.at(work).train.send([order], stacked=False)[0]
+    _check_sent(site, sent)
+    said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
+    past.keep(Trained(asked, sent.payload, sent.memory, said))
+    return said, sent.payload
+
+
+def _check_sent(site: Site, sent: Sent) -> None:
+    """The last look at what leaves: the shared leaves and no other, all finite."""
+    delta = decode(sent.payload)
+    if {k: tuple(v.shape) for k, v in delta.items()} != site.shared:
+        raise RefusedError("private-leaf", "the update is not of the shared leaves alone")
+    if not math.isfinite(sent.loss) or not finite(delta) or not finite(sent.memory):
+        raise RefusedError(
+            "diverged", "training left the finite numbers: lower training.lr, or set training.clip"
+        )
+
+
+def _evaluate(site: Site, work: Work) -> tuple[Said, bytes]:
+    """Held-out sums of the site's model as the rounds left it; of the test after the last alone."""
+    experiment = site.at(work)
+    state = ServerState(work.round, site.received(work.payload))
+    own = experiment.own(state, experiment.clients.memory.get(work.client, {}))
+    shard = experiment.clients.shards[0]
+    parts = {"validation": shard.validation}
+    if work.round >= experiment.settings.federation.rounds:
+        parts["test"] = shard.test
+    return {name: sums(experiment, own, part) for name, part in parts.items()}, b""
+
+
+def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
+    """The site's own adapter, which stays here: only numbers are said of it."""
+    past, asked = site.state.past(work.terms.run), _asked(work)
+    if (found := past.tuned_again(asked)) is not None:
+        return found, b""
+    began, experiment = time.perf_counter(), site.at(work)
+    received = site.received(work.payload)
+    order = Order((work.client,), work.round, received)
+    tuned = experiment.tune([order], stacked=False)[0]
+    if not math.isfinite(tuned.history[tuned.chosen]) or not finite(tuned.adapter):
+        raise RefusedError(
+            "diverged",
+            "tuning left the finite numbers: lower personal.lr, or say personal.fallback=true",
+        )
+    past.begin_tuning()
+    save(experiment, past.personal, ServerState(work.round, received), tuned.adapter, site.name)
+    said = {
+        "validation": tuned.history,
+        "chosen": tuned.chosen,
+        "test": sums(experiment, tuned.adapter, experiment.clients.shards[0].test),
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    past.tuned(asked, said)
+    return said, b""
+
+
+WAYS: dict[str, Callable[[Site, Work], tuple[Said, bytes]]] = {
+    "join": _join,
+    "train": _train,
+    "evaluate": _evaluate,
+    "personalise": _personalise,
+}
+
+
+def open_site(folder: Path) -> Site:
+    """Read a site's settings and data, and load its backbone.
+
+    Args:
+        folder: the site's kit.
+
+    Raises:
+        FedGenError: anything in the settings, or in the data, that cannot be carried out.
+    """
+    told = deployed.read(deployed.Site, folder / "site.toml")
+    settings = deployed.settings_of(folder, told)
+    recipe = deployed.digest(settings)
+    torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
+    experiment = _alone(told.name, settings)
+    algorithm, task = experiment.algorithm, experiment.task
+    start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
+    shapes = task.model.leaf_shapes()
+    names = algorithm.sends(list(shapes))
+    if not names or algorithm.groups is not each_alone:
+        raise ConfigError(
+            f"method.name={settings.method.name!r} has nothing that sites could share: take another"
+        )
+    shared = {k: v for k, v in shapes.items() if k in names}
+    return Site(experiment, recipe, start, shared, open_state(folder / "state"))
+
+
+def _alone(name: str, settings: Settings) -> Experiment:
+    """An experiment whose one client holds all that is here.
+
+    Topics are not sought: they divide data among clients, and here is but one.
+    """
+    if settings.data.source == "images" and not settings.data.names:
+        raise ConfigError(
+            "data.names=() would number classes by the folders of each site: name them in "
+            "recipe.toml, for all sites alike"
+        )
+    corpus = sources.read(settings.data)
+    settings = named(settings, corpus)
+    if (count := len(corpus.examples)) < settings.partition.minimum:
+        raise DataError(
+            f"data.path={settings.data.path!r} has {count} examples, fewer than "
+            f"partition.minimum={settings.partition.minimum}: bring more"
+        )
+    holding = hold(name, list(range(count)), corpus.splits, settings.data)
+    check_held_out([holding])
+    device = machine.device(settings.engine.device)
+    task = task_of(settings, device)
+    algorithm = method(settings.method)
+    check_method(algorithm, task, settings)
+    own = shards(task, corpus, [holding], settings)
+    clients = Clients(task, algorithm, own, settings.federation.seed, device)
+    return Experiment(settings, task, corpus, [holding], clients)

@@ -1,0 +1,104 @@
+"""Kits, sites and a server in a loop, that tests of a deployment share."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from conftest import sentences
+from fedgen_edge.config import Settings, from_table, to_toml
+from fedgen_edge.deploy import settings as deployed
+from fedgen_edge.deploy.site import Site
+from fedgen_edge.engines.exchange import Answer, Kind, Terms, Work, digest, line, read
+from fedgen_edge.leaves import select
+from fedgen_edge.types import Leaves
+from fedgen_edge.uplink.transform import encode
+
+RUN = "0123456789abcdef" * 2
+NAMES = ("east", "north", "west")
+"""In the order of their numbers."""
+
+
+def recipe(path: Path | None, **more: dict[str, Any]) -> Settings:
+    """A quick run of three sites; FedPer, so that they keep something."""
+    table: dict[str, Any] = {
+        "backbone": {"path": "tiny", "precision": "float32"},
+        "adapter": {"dropout": 0.1},
+        "data": {"source": "jsonl", "client_field": "who", "length": 32},
+        "federation": {"rounds": 3, "cohort": 2},
+        "method": {"name": "fedper"},
+        "training": {"batch": 2, "schedule": "cosine"},
+        "personal": {"epochs": 2},
+        "engine": {"name": "serial", "threads": 1, "device": "cpu"},
+    }
+    if path:
+        table["data"]["path"] = str(path)
+    return from_table({k: {**table.get(k, {}), **more.get(k, {})} for k in {*table, *more}})
+
+
+def rows(names: Sequence[str] = NAMES) -> list[dict[str, str]]:
+    """Texts of some sites, of unequal number."""
+    return [
+        {"text": text, "who": name}
+        for c, name in enumerate(NAMES)
+        if name in names
+        for text in sentences(10 + 3 * c, c)
+    ]
+
+
+def write_rows(path: Path, lines: Sequence[Mapping[str, str]]) -> Path:
+    """The same as a file."""
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def kit(folder: Path, name: str, **more: dict[str, Any]) -> Path:
+    """A site's kit, and its data beside it."""
+    folder.mkdir(parents=True)
+    path = write_rows(folder / "texts.jsonl", rows([name]))
+    (folder / "recipe.toml").write_text(to_toml(recipe(None, **more)))
+    site = deployed.Site(name, "localhost:19443", own={"data.path": str(path)})
+    (folder / "site.toml").write_bytes(deployed.told(site))
+    for file in ("ca.crt", "key", "key.pub", "secret"):
+        (folder / file).write_bytes(b"0123456789abcdef" * 4)
+        (folder / file).chmod(0o600)
+    return folder
+
+
+def terms(site: Site, run: str = RUN) -> Terms:
+    """What this site and its server agree on."""
+    return Terms(run, site.recipe, site.experiment.task.model.sha256)
+
+
+def work(site: Site, kind: Kind, adapter: Leaves | None = None, **more: Any) -> Work:
+    """Some work for the first site, in the first round."""
+    payload = encode(select(adapter, site.shared.__contains__)) if adapter else b""
+    plain = Work(kind, terms(site), 0, 0, 0, None, payload)
+    return replace(plain, **more)
+
+
+def ask(site: Site, asked: Work) -> Answer:
+    """What the site answers, over lines and bytes."""
+    return read(Answer, *site.handle(line(asked), asked.payload))
+
+
+@dataclass
+class Server:
+    """What a server remembers of its sites."""
+
+    sites: Sequence[Site]
+    accepted: dict[int, str | None] = field(default_factory=dict)
+    attempt: int = 0
+
+    def ask(self, number: int, kind: Kind, round_: int, adapter: Leaves | None = None) -> Answer:
+        """Ask one site; no refusal is expected."""
+        site, counts = self.sites[number], self.accepted.get(number)
+        more = {"client": number, "round": round_, "accepted": counts, "attempt": self.attempt}
+        answer = ask(site, work(site, kind, adapter, **more))
+        assert answer.refused is None, answer.said
+        return answer
+
+    def count(self, number: int, answer: Answer) -> None:
+        """The site's update counts."""
+        self.accepted[number] = digest(answer.payload)
