@@ -23,8 +23,7 @@ from fedgen_edge.deploy.site import Site, open_site
 from fedgen_edge.engines.exchange import Answer, digest, line, read
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.errors import ConfigError, DataError
-from fedgen_edge.experiments.build import Experiment, build, remembering
-from fedgen_edge.experiments.evaluate import sums, validation
+from fedgen_edge.experiments.build import Experiment, build
 from fedgen_edge.rounds import rounds, sample
 from fedgen_edge.types import Leaves, Order, ServerState, Update
 from fedgen_edge.uplink.transform import decode, encode
@@ -105,26 +104,26 @@ def test_sites_that_train_and_tune_end_as_the_simulation_bit_for_bit(
     sites: list[Site], simulation: Experiment
 ) -> None:
     memory: dict[int, Leaves] = {}
-    simulated = remembering(simulation, memory)
+    simulated = simulation.remembering(memory)
     federation = simulation.settings.federation
     *_, commit = rounds(simulated.start(), simulated.algorithm, serial, simulated.train, federation)
     server = Server(sites)
     state = federate(server, simulation)
     assert equal(state.adapter, commit.state.adapter)
     assert len(memory) > 1  # what they kept was asked for again
-    judged = validation(simulated, commit.state, memory)
+    judged = simulated.validation(commit.state)
     answers = [server.ask(c, "evaluate", state.round, state.adapter) for c in range(3)]
     assert sum(a.said["validation"]["total"] for a in answers) == judged["total"]
     for number, site in enumerate(sites):
         own = simulated.own(commit.state, memory.get(number, {}))
         shard = simulated.clients.shards[number]
-        assert answers[number].said["test"] == sums(simulated, own, shard.test)
+        assert answers[number].said["test"] == simulated.sums(own, shard.test)
         order = Order((number,), state.round, commit.state.adapter)
         tuned = simulated.tune([order], stacked=False)[0]
         said = server.ask(number, "personalise", state.round, state.adapter).said
         assert said["validation"] == tuned.history
         assert said["chosen"] == tuned.chosen
-        assert said["test"] == sums(simulated, tuned.adapter, shard.test)
+        assert said["test"] == simulated.sums(tuned.adapter, shard.test)
         folder = site.state.past(RUN).personal
         assert equal(simulation.task.model.load(folder), tuned.adapter)
 
@@ -279,21 +278,21 @@ def harmed(harm: str, adapter: Leaves) -> bytes:
     """The adapter, not as it must be."""
     name = sorted(adapter)[0]
     changed = dict(adapter)
-    if harm == "wrong-leaves":
+    if harm == "extra-leaf":
         changed["x" * len(name)] = changed.pop(name)
     elif harm == "not-finite":
         changed[name] = torch.full_like(changed[name], torch.inf)
     elif harm == "wrong-type":  # as long as it was
         changed[name] = changed[name].view(torch.int32)
-    elif harm == "wrong-size":
+    elif harm == "wrong-shape":
         changed[name] = changed[name][..., :-1]
     payload = save({k: v.contiguous() for k, v in sorted(changed.items())})
-    return payload[:8] + b"\0" * (len(payload) - 8) if harm == "malformed" else payload
+    return payload[:8] + b"\0" * (len(payload) - 8) if harm == "bad-header" else payload
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "personalise"])
 @pytest.mark.parametrize(
-    "harm", ["wrong-leaves", "not-finite", "wrong-type", "wrong-size", "malformed"]
+    "harm", ["extra-leaf", "not-finite", "wrong-type", "wrong-shape", "bad-header"]
 )
 def test_an_adapter_that_does_not_fit_is_never_loaded(
     site: Site, simulation: Experiment, kind: Any, harm: str
@@ -301,9 +300,11 @@ def test_an_adapter_that_does_not_fit_is_never_loaded(
     whole = simulation.start().adapter
     shared = {k: v for k, v in whole.items() if k in site.shared}
     assert ask(site, work(site, kind, payload=harmed(harm, shared))).refused == harm
-    assert ask(site, work(site, kind)).refused == "wrong-size"  # nothing is no adapter
+    if kind != "evaluate":  # which is of the backbone then
+        assert ask(site, work(site, kind)).refused == "wrong-length"
     everything = ask(site, work(site, kind, payload=encode(whole)))
-    assert everything.refused == "wrong-size"  # a private leaf is not the server's to set
+    # a private leaf is not the server's to set
+    assert everything.refused == "payload-too-long"
 
 
 def test_an_update_with_a_private_leaf_never_leaves(site: Site, simulation: Experiment) -> None:

@@ -20,9 +20,9 @@ from fedgen_edge.config import Settings
 from fedgen_edge.data import sources
 from fedgen_edge.data.partition import hold
 from fedgen_edge.deploy import settings as deployed
-from fedgen_edge.deploy.payload import finite, fitting
 from fedgen_edge.deploy.store import Asked, Said, State, Trained, open_state
 from fedgen_edge.engines.exchange import Answer, Terms, Work, digest, line, read, refusal
+from fedgen_edge.engines.payload import opened
 from fedgen_edge.errors import ConfigError, DataError, RefusedError
 from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.build import (
@@ -30,11 +30,9 @@ from fedgen_edge.experiments.build import (
     check_held_out,
     check_method,
     named,
-    remembering,
     shards,
     task_of,
 )
-from fedgen_edge.experiments.evaluate import sums
 from fedgen_edge.experiments.models import save
 from fedgen_edge.experiments.provenance import holdings
 from fedgen_edge.jobs import Clients, Sent
@@ -121,7 +119,7 @@ class Site:
             )
         clients = replace(experiment.clients, shards=[experiment.clients.shards[0]] * (number + 1))
         memory = {number: remembered} if remembered else {}
-        return remembering(replace(experiment, clients=clients), memory)
+        return replace(experiment, clients=clients).remembering(memory)
 
     def received(self, payload: bytes) -> Leaves:
         """The global adapter of a payload.
@@ -129,7 +127,14 @@ class Site:
         Raises:
             RefusedError: it is not one of this backbone.
         """
-        return {**self.start, **fitting(payload, self.shared)}
+        if len(payload) > self.largest:
+            raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
+        return {**self.start, **opened(payload, self.shared)}
+
+
+def finite(found: Leaves) -> bool:
+    """Whether every value is a finite number."""
+    return all(bool(v.isfinite().all()) for v in found.values())
 
 
 def _told(error: Exception) -> str:
@@ -178,15 +183,21 @@ def _check_sent(site: Site, sent: Sent) -> None:
 
 
 def _evaluate(site: Site, work: Work) -> tuple[Said, bytes]:
-    """Held-out sums of the site's model as the rounds left it; of the test after the last alone."""
+    """Held-out sums of the site's model as the rounds left it; of the test after the last alone.
+
+    Without a payload, of the backbone as it came.
+    """
     experiment = site.at(work)
-    state = ServerState(work.round, site.received(work.payload))
-    own = experiment.own(state, experiment.clients.memory.get(work.client, {}))
+    if work.payload:
+        state = ServerState(work.round, site.received(work.payload))
+        own = experiment.own(state, experiment.clients.memory.get(work.client, {}))
+    else:
+        own = experiment.task.model.backbone()
     shard = experiment.clients.shards[0]
     parts = {"validation": shard.validation}
     if work.round >= experiment.settings.federation.rounds:
         parts["test"] = shard.test
-    return {name: sums(experiment, own, part) for name, part in parts.items()}, b""
+    return {name: experiment.sums(own, part) for name, part in parts.items()}, b""
 
 
 def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
@@ -208,7 +219,7 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
     said = {
         "validation": tuned.history,
         "chosen": tuned.chosen,
-        "test": sums(experiment, tuned.adapter, experiment.clients.shards[0].test),
+        "test": experiment.sums(tuned.adapter, experiment.clients.shards[0].test),
         "seconds": round(time.perf_counter() - began, 3),
     }
     past.tuned(asked, said)

@@ -131,7 +131,7 @@ def read(kind: type[Message], text: str, payload: bytes) -> Message:
         return replace(TypeAdapter(kind).validate_json(text), payload=payload)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])[:60]
+        where = ascii(".".join(str(part) for part in first["loc"])[:60])[1:-1]
         raise RefusedError("malformed", f"the message's {where}: {first['msg'][:100]}") from None
 
 
