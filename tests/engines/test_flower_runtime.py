@@ -1,200 +1,29 @@
 """Flower as it really runs: its servers as processes, with TLS and keys, and our ends of them."""
 
 import contextlib
-import datetime
-import ipaddress
-import os
 import secrets
-import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from flwr.proto.control_pb2 import ListRunsRequest, StopRunRequest
+from flwr.proto.control_pb2 import ListRunsRequest
 from flwr.proto.message_pb2 import PushObjectRequest, PushObjectResponse
 from flwr.supercore.runtime import RuntimeHttpClient
 
 from fedgen_edge.engines import flower_client
-from fedgen_edge.engines.exchange import Reply, Terms, Work, line
+from fedgen_edge.engines.exchange import Reply, line
 from fedgen_edge.engines.flower_guard import FLOWER, check
 from fedgen_edge.engines.flower_hub import public_key
-from fedgen_edge.engines.flower_runtime import Hub, environment, hub, serve, superlink, supernode
+from fedgen_edge.engines.flower_runtime import Hub, hub, serve
 from fedgen_edge.errors import CarrierError, ConfigError, MissingExtraError
+from flower_network import LONG, Network, certificates, free_port, private, until
 
 SUPERLINK = 1
 """Its number among nodes."""
-WORK = Work("train", Terms("r", "s", "b"), 0, 0, 0, None, b"")
-LONG = 60.0
-"""Seconds that nothing here takes unless it is broken."""
-
-
-def private(path: Path) -> ec.EllipticCurvePrivateKey:
-    """A key pair as OpenSSH writes it."""
-    key = ec.generate_private_key(ec.SECP384R1())
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.OpenSSH,
-            serialization.NoEncryption(),
-        )
-    )
-    public = key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
-    )
-    path.with_suffix(".pub").write_bytes(public)
-    return key
-
-
-def certificates(folder: Path) -> tuple[Path, Path, Path]:
-    """Files of a CA's certificate, a server's own for this machine, and its key."""
-    now = datetime.datetime.now(datetime.UTC)
-    ca_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
-    ca_name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "test CA")])
-
-    def begun(name: x509.Name, public: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-        return (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(ca_name)
-            .public_key(public)
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=1))
-        )
-
-    ca = (
-        begun(ca_name, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(ca_key, hashes.SHA256())
-    )
-    hosts = [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    server = (
-        begun(name, key.public_key())
-        .add_extension(x509.SubjectAlternativeName(hosts), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    files = folder / "ca.crt", folder / "server.pem", folder / "server.key"
-    files[0].write_bytes(ca.public_bytes(serialization.Encoding.PEM))
-    files[1].write_bytes(server.public_bytes(serialization.Encoding.PEM))
-    files[2].write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-    )
-    return files
-
-
-def free_port() -> int:
-    with socket.socket() as opened:
-        opened.bind(("127.0.0.1", 0))
-        return opened.getsockname()[1]
-
-
-def until(holds: Callable[[], bool], seconds: float = LONG) -> None:
-    """Wait for what must come true."""
-    ends = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < ends, "it did not come true"
-        time.sleep(0.1)
-
-
-@dataclass
-class Network:
-    """A SuperLink, and sites with a SuperNode and an echo each."""
-
-    folder: Path
-    port: int = field(default_factory=free_port)
-    started: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    keys: dict[str, Path] = field(default_factory=dict)
-    ports: dict[str, str] = field(default_factory=dict)
-    heard: list[tuple[str, str, bytes]] = field(default_factory=list)
-    """Site, line and payload of what was handled."""
-    hold: threading.Event = field(default_factory=threading.Event)
-    """Handlers wait until this is set."""
-    quick: str = ""
-    """A site that does not."""
-    stop: threading.Event = field(default_factory=threading.Event)
-    threads: list[threading.Thread] = field(default_factory=list)
-
-    @property
-    def address(self) -> str:
-        return f"127.0.0.1:{self.port}"
-
-    @property
-    def secret(self) -> Path:
-        return self.folder / "secret"
-
-    def run(self, name: str, command: list[str]) -> None:
-        home = self.folder / "home" / name
-        program = str(Path(sys.executable).parent / command[0])
-        with (self.folder / f"{name}.log").open("ab") as log:
-            self.started[name] = subprocess.Popen(
-                [program, *command[1:]],
-                env={**os.environ, **environment(home)},
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def begin(self) -> None:
-        tls = self.folder / "ca.crt", self.folder / "server.pem", self.folder / "server.key"
-        command = superlink(self.port, tls, self.folder / "state.db", self.secret)
-        self.run("superlink", command)
-
-    def kill(self, name: str) -> None:
-        process = self.started.pop(name)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(LONG)
-
-    def log(self, name: str) -> str:
-        return (self.folder / f"{name}.log").read_text("utf-8", "replace")
-
-    def node(self, name: str) -> int:
-        """Run a SuperNode; its port."""
-        port, key = free_port(), self.folder / name
-        if not key.exists():
-            private(key)
-        command = supernode(self.address, self.folder / "ca.crt", key, port, self.secret)
-        self.run(name, command)
-        return port
-
-    def site(self, name: str) -> None:
-        """Run a SuperNode, and an echo beside it."""
-        address = self.ports[name] = f"127.0.0.1:{self.node(name)}"
-        self.keys[name] = self.folder / f"{name}.pub"
-
-        def echo(said: str, payload: bytes) -> tuple[str, bytes]:
-            self.heard.append((name, said, payload))
-            assert name == self.quick or self.hold.wait(LONG)
-            if payload == b"fail at " + name.encode():
-                raise ValueError("secret of the data")
-            return said, payload
-
-        thread = threading.Thread(target=serve, args=(address, self.secret, echo, self.stop))
-        thread.start()
-        self.threads.append(thread)
-
-    def hub(self, **how: float) -> contextlib.AbstractContextManager:
-        ca = self.folder / "ca.crt"
-        return hub(self.address, ca, self.secret, self.keys, **how)  # pyright: ignore
-
-    def everyone(self, payload: bytes = b"") -> dict[str, Work]:
-        return {name: replace(WORK, client=i, payload=payload) for i, name in enumerate(self.keys)}
 
 
 @pytest.fixture(scope="module")
@@ -300,11 +129,12 @@ def test_of_a_handler_s_error_the_server_learns_its_name_alone(
     assert [failed for _, _, failed in found.values()] == [None, None]
 
 
-def test_a_run_that_was_stopped_is_told_of_by_the_next_call(network: Network, opened: Hub) -> None:
-    control = opened.registry.control
-    for run in control.ListRuns(ListRunsRequest()).run_dict.values():
-        if run.status.status != "finished":
-            control.StopRun(StopRunRequest(run_id=run.run_id))
+def test_a_second_hub_ends_the_run_of_the_first_whose_next_call_says_so(
+    network: Network, opened: Hub
+) -> None:
+    with network.hub():
+        runs = opened.registry.control.ListRuns(ListRunsRequest()).run_dict.values()
+        assert [run.status.status for run in runs].count("running") == 1
     with pytest.raises(CarrierError, match=r"127\.0\.0\.1") as caught:
         list(opened.carrier.exchange(network.everyone(), LONG))
     assert "\n" not in str(caught.value)
@@ -332,8 +162,6 @@ def test_a_new_hub_brings_nothing_of_the_one_before_it(network: Network) -> None
             assert next(replies).payload == b"new"
             network.hold.set()
             assert {(r.site, r.payload) for r in replies} == {("south", b"new"), ("west", b"new")}
-            runs = second.registry.control.ListRuns(ListRunsRequest()).run_dict.values()
-            assert [run.status.status for run in runs].count("running") == 1
 
 
 def test_a_server_that_is_killed_and_started_again_loses_no_reply(
@@ -351,11 +179,24 @@ def test_a_server_that_is_killed_and_started_again_loses_no_reply(
     assert found == [{site: (line(each), each.payload, None) for site, each in work.items()}]
 
 
-def test_a_stranger_s_supernode_is_turned_away(network: Network, opened: Hub) -> None:
+def test_a_supernode_is_let_in_by_its_key_and_by_nothing_else(
+    network: Network, opened: Hub
+) -> None:
     network.node("stranger")
     assert network.started.pop("stranger").wait(LONG) != 0
     assert "Failed to activate SuperNode" in network.log("stranger")
     assert opened.carrier.present() == ["north", "south", "west"]
+
+    pub = network.folder / "stranger.pub"
+    opened.register("east", pub)
+    network.node("stranger")
+    until(lambda: opened.carrier.present() == ["east", "north", "south", "west"])
+
+    opened.unregister("east")
+    assert opened.carrier.present() == ["north", "south", "west"]
+    network.started.pop("stranger").wait(LONG)
+    with pytest.raises(ConfigError, match="taken back"):
+        opened.register("east", pub)
 
 
 def test_a_server_that_is_not_there_or_not_ours_is_one_line(
@@ -406,14 +247,3 @@ def test_a_site_whose_supernode_dies_is_missed_and_the_others_are_not(
     asking.join(LONG)
     assert set(found[0]) == {"north", "south"}
     assert 15 <= time.monotonic() - started < LONG
-
-
-def test_a_key_that_is_taken_back_ends_its_supernode_for_ever(
-    network: Network, opened: Hub
-) -> None:
-    pub = network.keys.pop("south")
-    opened.unregister("south")
-    assert "south" not in opened.carrier.present()
-    network.started.pop("south").wait(LONG)
-    with pytest.raises(ConfigError, match="taken back"):
-        opened.register("south", pub)
