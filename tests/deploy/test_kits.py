@@ -433,6 +433,22 @@ def test_services_are_hardened_and_never_roots(fed: Path) -> None:
         assert told["Restart"] in {"always", "on-failure"}
 
 
+@pytest.mark.parametrize(
+    ("number", "service", "container"),
+    [(0, "fedgen", "${FEDGEN_USER:?"), (2**31 - 5, str(2**31 - 5), f"{2**31 - 5}:")],
+    ids=["made by root", "made by an account without a name"],
+)
+def test_services_run_as_who_made_the_folder_but_root_runs_none(
+    number: int, service: str, container: str, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: number)
+    fed = init(recipe)
+    assert {options(p.read_text())["User"] for p in (fed / "systemd").iterdir()} == {service}
+    services = yaml.safe_load((fed / "compose.yaml").read_text())["services"]
+    assert [each["user"].startswith(container) for each in services.values()] == [True, True]
+    assert ("useradd" in (fed / "README.md").read_text()) == (number == 0)
+
+
 def test_only_a_proxy_on_a_low_port_gets_a_privilege(recipe: str) -> None:
     told = [recipe, "--sites", "2", "--address", "fed.example.org:443", "--out", "low"]
     cli.main(["deploy", "init", *told])
