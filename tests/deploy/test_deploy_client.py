@@ -104,6 +104,14 @@ class Client:
         text, payload = answer.read_bytes().split(b"\n", 1)
         return heard(Answer, text.decode(), payload)
 
+    def ended(self) -> int:
+        """Its exit status."""
+        try:
+            return self.process.wait(BOUND)
+        finally:
+            self.process.kill()
+            self.process.wait()
+
     def children(self) -> list[int]:
         """The trainer and the SuperNode."""
         own = self.process.pid
@@ -136,7 +144,7 @@ def test_a_site_takes_part_from_joining_to_its_own_adapter_and_leaves_nobody(
 
     # the kit is one process's
     second = Client(client.folder, "second")
-    assert second.process.wait(BOUND) == 2
+    assert second.ended() == 2
     assert "in use by another process" in second.lines()[0]
 
     # the trainer is killed; asked again, another answers from what it wrote
@@ -148,7 +156,7 @@ def test_a_site_takes_part_from_joining_to_its_own_adapter_and_leaves_nobody(
     after = {"round": 1, "accepted": digest(first.payload)}
     assert client.ask(work(site, "personalise", site.start, **after)).refused is None
     client.process.send_signal(signal.SIGTERM)
-    assert client.process.wait(BOUND) == 0
+    assert client.ended() == 0
     state = client.folder / "state"
     assert client.lines() == [
         "east: data read, backbone loaded; joining localhost:19443",
@@ -183,7 +191,7 @@ def test_data_that_are_not_there_are_one_line_before_the_site_joins(tmp_path: Pa
     folder = kit(tmp_path / "east", "east")
     (folder / "texts.jsonl").unlink()
     client = Client(folder)
-    assert client.process.wait(BOUND) == 2
+    assert client.ended() == 2
     (mistake, heavy) = client.lines()
     assert mistake.startswith("fedgen: data.path=")
     assert mistake.endswith("give what data.source='jsonl' reads")

@@ -1,9 +1,6 @@
 """A site does what a simulation's client does, bit for bit, and nothing else that it is told."""
 
 import json
-import os
-import signal
-import stat
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +17,7 @@ from fedgen_edge.deploy import site as sites_room
 from fedgen_edge.deploy import store
 from fedgen_edge.deploy.settings import digest as recipe_digest
 from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.engines.exchange import Answer, digest, line, read
+from fedgen_edge.engines.exchange import Answer, line, read
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.errors import ConfigError, DataError
 from fedgen_edge.experiments.build import Experiment, build
@@ -147,79 +144,6 @@ def test_joining_says_counts_and_no_labels(site: Site, simulation: Experiment) -
         "items": int(shard.train["mask"].sum()),
     }
     assert answer.payload == b""
-
-
-def test_what_is_asked_again_is_answered_from_the_disk(
-    site: Site, simulation: Experiment, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked = work(site, "train", simulation.start().adapter)
-    first = ask(site, asked)
-    monkeypatch.setattr(sites_room, "WAYS", {**sites_room.WAYS})
-    monkeypatch.setattr(sites_room, "_check_sent", None)  # a second training would fail
-    again = ask(site, replace(asked, attempt=1))
-    assert (again.payload, again.said, again.attempt) == (first.payload, first.said, 1)
-    for other in ({"round": 1}, {"client": 1}, {"accepted": digest(first.payload)}):
-        assert ask(site, replace(asked, **other)).refused == "failed"  # it would train
-
-
-def remembered(site: Site, accepted: str | None) -> Leaves | None:
-    return site.state.past(RUN).remembered(accepted)
-
-
-def test_memory_is_that_of_the_last_update_that_counts(site: Site, simulation: Experiment) -> None:
-    adapter = simulation.start().adapter
-    server = Server([site])
-    first = server.ask(0, "train", 0, adapter)
-    # the server crashed before its commit: nothing counts yet
-    assert remembered(site, None) == {}
-    server.count(0, first)
-    second = server.ask(0, "train", 1, adapter)
-    kept = [remembered(site, digest(a.payload)) or {} for a in (first, second)]
-    assert kept[0].keys() == kept[1].keys()
-    assert all(name.startswith("kept:") for name in kept[0])
-    assert not equal(*kept)
-    # the second did not count, and two rounds went by without this site
-    late = server.ask(0, "train", 4, adapter)
-    assert equal(remembered(site, server.accepted[0]) or {}, kept[0])
-    assert remembered(site, digest(second.payload)) is None  # it can never count now
-    # what was made from the first update's memory differs from what is made of none
-    fresh = ask(site, work(site, "train", adapter, round=4))
-    assert fresh.payload != late.payload
-
-
-def test_updates_that_can_no_longer_count_are_deleted(site: Site, simulation: Experiment) -> None:
-    adapter, server = simulation.start().adapter, Server([site])
-    answers = []
-    for r in range(5):
-        answers.append(server.ask(0, "train", r, adapter))
-        server.count(0, answers[-1])
-    there = {p.name[:5] for p in site.state.past(RUN).folder.glob("trained/*")}
-    assert there == {"00002", "00003", "00004"}
-    # a server whose last commit was damaged goes on from the one before
-    server.accepted[0] = digest(answers[2].payload)
-    assert server.ask(0, "train", 3, adapter).payload == answers[3].payload
-
-
-def test_a_site_that_lost_its_disk_goes_on_as_one_that_kept_nothing(
-    site: Site, simulation: Experiment, capsys: pytest.CaptureFixture[str]
-) -> None:
-    adapter = simulation.start().adapter
-    lost = ask(site, work(site, "train", adapter, round=2, accepted="0" * 64))
-    assert "going on as a site that kept nothing" in capsys.readouterr().err
-    assert lost.payload == ask(site, work(site, "train", adapter, round=2)).payload
-
-
-def test_damaged_memory_is_refused_by_its_name(
-    site: Site, simulation: Experiment, capsys: pytest.CaptureFixture[str]
-) -> None:
-    server, adapter = Server([site]), simulation.start().adapter
-    server.count(0, server.ask(0, "train", 0, adapter))
-    (path,) = site.state.past(RUN).folder.glob("trained/*/memory.safetensors")
-    path.write_bytes(path.read_bytes()[:-1] + b"x")
-    more = {"round": 1, "accepted": server.accepted[0]}
-    answer = ask(site, work(site, "train", adapter, **more))
-    assert (answer.refused, answer.said) == ("failed", {"reason": "CheckpointError"})
-    assert str(path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["train", "evaluate", "personalise"])
@@ -373,59 +297,6 @@ def test_the_personal_adapter_is_pefts_and_is_said_of_again_from_the_disk(
     before = load_file(folder / "adapter_model.safetensors")
     assert ask(site, replace(asked, round=2)).said["validation"] != first.said["validation"]
     assert not equal(load_file(folder / "adapter_model.safetensors"), before)
-
-
-def test_only_its_owner_may_look_into_a_sites_state(site: Site) -> None:
-    assert stat.S_IMODE(site.state.folder.stat().st_mode) == 0o700
-
-
-def story(site: Site, adapter: Leaves) -> list[Any]:
-    """Two rounds, of which the first does not count; then all the rest."""
-    server = Server([site])
-    told = [server.ask(0, "join", 0)]
-    told += [server.ask(0, "train", 0, adapter), server.ask(0, "train", 1, adapter)]
-    server.count(0, told[-1])
-    told += [server.ask(0, kind, 2, adapter) for kind in ("train", "evaluate", "personalise")]
-    shown = [({k: v for k, v in a.said.items() if k != "seconds"}, a.payload) for a in told]
-    personal = site.state.past(RUN).personal / "adapter_model.safetensors"
-    return [*shown, personal.read_bytes()]
-
-
-def killed_at(point: int, play: Callable[[], object]) -> bool:
-    """Play in a child that is killed when it would make its nth write sure."""
-    child = os.fork()
-    if not child:
-        real, seen = os.fsync, [0]
-
-        def dies(handle: int) -> None:
-            seen[0] += 1
-            if seen[0] == point:
-                os.kill(os.getpid(), signal.SIGKILL)
-            real(handle)
-
-        os.fsync = dies
-        try:
-            play()
-        finally:
-            os._exit(0)
-    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
-
-
-def test_killed_at_any_write_and_asked_again_a_site_answers_the_same(tmp_path: Path) -> None:
-    short = {"steps": 1}
-    site = open_site(kit(tmp_path / "kit", "east", training=short, personal={**short, "epochs": 1}))
-    adapter = site.start
-    expected = story(site, adapter)
-    assert story(site, adapter) == expected  # from the disk
-    point, alive = 0, True
-    while alive:
-        point += 1
-        own = replace(site, state=store.open_state(tmp_path / f"{point}"))
-        alive = killed_at(point, lambda own=own: story(own, adapter))
-        back = replace(own, state=store.open_state(own.state.folder))
-        assert story(back, adapter) == expected, point
-        assert not list(back.state.folder.rglob(".*"))
-    assert point > 20  # every write of join, train and personalise was one
 
 
 def test_the_recipes_digest_is_the_simulations(sites: list[Site], simulation: Experiment) -> None:

@@ -126,17 +126,27 @@ def attend(state: Path, handle: Handler) -> None:
     """Answer whoever has the key, one message at a time, until the process ends."""
     (state / SOCKET).unlink(missing_ok=True)
     key = (state / KEY).read_bytes()
-    with reachable(state / SOCKET) as address, Listener(address, "AF_UNIX", authkey=key) as door:
+    with reachable(state / SOCKET) as address:
+        door = Listener(address, "AF_UNIX", authkey=key)
+    try:
         (state / SOCKET).chmod(0o600)
         while True:
-            try:
-                with door.accept() as connection:
-                    text = connection.recv_bytes().decode(errors="replace")
-                    said, sent = handle(text, connection.recv_bytes())
-                    connection.send_bytes(said.encode())
-                    connection.send_bytes(sent)
-            except BROKEN:  # who asked has gone; what was done for it is on the disk
-                time.sleep(0.01)
+            _answer(door, handle)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it knows the socket by the name it had
+            door.close()
+        (state / SOCKET).unlink(missing_ok=True)
+
+
+def _answer(door: Listener, handle: Handler) -> None:
+    try:
+        with door.accept() as connection:
+            text = connection.recv_bytes().decode(errors="replace")
+            said, sent = handle(text, connection.recv_bytes())
+            connection.send_bytes(said.encode())
+            connection.send_bytes(sent)
+    except BROKEN:  # who asked has gone; what was done for it is on the disk
+        time.sleep(0.01)
 
 
 def main() -> None:
