@@ -14,7 +14,7 @@ import tyro
 
 from fedgen_edge import files
 from fedgen_edge.arguments import parse, recipe
-from fedgen_edge.cli_deploy import deploy
+from fedgen_edge.cli_deploy import Client, Server, Status, client, deploy, server, status
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.errors import ConfigError, FedGenError
 
@@ -27,6 +27,9 @@ COMMANDS = {
     "export": "copy out a run's adapters, or merge one into the backbone",
     "methods": "list the methods",
     "deploy": "set up a federation on many machines: its server, and a kit for each site",
+    "server": "run such a federation",
+    "client": "take part in one, with a site's kit",
+    "status": "say how far one is, and how its sites fare",
 }
 
 
@@ -160,6 +163,9 @@ def _dispatch(args: list[str]) -> None:
         "export": lambda rest: export(parse(Export, rest, "export")),
         "methods": lambda rest: methods(parse(Methods, rest, "methods")),
         "deploy": deploy,
+        "server": lambda rest: server(parse(Server, rest, "server")),
+        "client": lambda rest: client(parse(Client, rest, "client")),
+        "status": lambda rest: status(parse(Status, rest, "status")),
     }
     if name not in table:
         raise ConfigError(f"unknown command {name!r}: there are {', '.join(table)}")
@@ -199,12 +205,12 @@ def pretrain(args: list[str]) -> None:
     out = told.out or Path(told.settings.backbone.path)
     from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.pretrain import STAGE, begin, train
-    from fedgen_edge.experiments.progress import follow
+    from fedgen_edge.experiments.progress import follow, heading
 
     experiment = begin(told.settings, out)
     steady_allocations()
     try:
-        follow(train(experiment, out), experiment, STAGE)
+        follow(train(experiment, out), experiment, heading(experiment), STAGE)
     except KeyboardInterrupt:
         print("fedgen: stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
@@ -220,7 +226,10 @@ def _fresh_name(recipe: str | None) -> str:
 
 
 def resume(told: Resume) -> None:
-    """`fedgen resume RUN`."""
+    """`fedgen resume RUN`, or a server's folder."""
+    if (told.run / "federation.toml").exists():
+        server(Server(told.run))
+        return
     from fedgen_edge.experiments.models import reopen
 
     _finish(reopen(told.run), told.run)
@@ -228,14 +237,14 @@ def resume(told: Resume) -> None:
 
 def _finish(experiment, out: Path) -> None:
     from fedgen_edge.experiments.machine import steady_allocations
-    from fedgen_edge.experiments.progress import follow
+    from fedgen_edge.experiments.progress import follow, heading
     from fedgen_edge.experiments.report import headline, table_for_terminal, write
     from fedgen_edge.experiments.run import proceed
     from fedgen_edge.experiments.summary import read
 
     steady_allocations()
     try:
-        follow(proceed(experiment, out), experiment)
+        follow(proceed(experiment, out), experiment, heading(experiment))
     except KeyboardInterrupt:
         print(f"fedgen: stopped; `fedgen resume {out}` goes on", file=sys.stderr)
         sys.exit(130)

@@ -1,5 +1,6 @@
 """The commands of a federation on many machines: parse, call, print, as `cli` does."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,6 +59,30 @@ class Revoke:
     """The server's."""
 
 
+@dataclass(frozen=True)
+class Server:
+    """Run the federation of a server's folder; the same command goes on with one that stopped."""
+
+    folder: tyro.conf.Positional[Path]
+    """What `fedgen deploy init` made."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Take part with a site's kit, until it is stopped."""
+
+    kit: tyro.conf.Positional[Path]
+    """The folder that the server's operator gave this site."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Say how far a federation is, and how its sites fare; it may be running."""
+
+    folder: tyro.conf.Positional[Path]
+    """The server's."""
+
+
 def deploy(args: list[str]) -> None:
     """`fedgen deploy init|add|revoke ...`."""
     name = args[0] if args else "--help"
@@ -109,3 +134,46 @@ def revoke(told: Revoke) -> None:
 
     kits.revoke(told.site, told.folder)
     print(f"revoked   {told.site}: a running server lets go of it within a few seconds")
+
+
+def server(told: Server) -> None:
+    """`fedgen server FOLDER`."""
+    from fedgen_edge.deploy.server import begin, conduct, heading
+    from fedgen_edge.experiments.progress import follow
+    from fedgen_edge.experiments.report import headline, write
+    from fedgen_edge.experiments.summary import read
+
+    home = begin(told.folder)
+    try:
+        follow(conduct(home), home, heading(home))
+    except KeyboardInterrupt:
+        print(f"fedgen: stopped; `fedgen resume {told.folder}` goes on", file=sys.stderr)
+        sys.exit(130)
+    print(headline(read(home.run)))
+    print(f"report    {write([home.run], home.run / 'report.html')}")
+    print(f"adapter   {home.run / 'adapters' / 'global'}")
+    print("          sites keep their own, in KIT/state/runs")
+
+
+def client(told: Client) -> None:
+    """`fedgen client KIT`."""
+    from fedgen_edge.deploy.client import checked, join
+    from fedgen_edge.engines.flower_environment import environment
+
+    checked(told.kit)
+    os.environ.update(environment(told.kit / "state" / "flower"))
+    from fedgen_edge.engines import flower_runtime
+
+    join(told.kit, flower_runtime)
+
+
+def status(told: Status) -> None:
+    """`fedgen status FOLDER`."""
+    from rich.console import Console
+
+    from fedgen_edge.deploy.status import lines, table
+
+    console = Console()
+    for line in lines(told.folder):
+        console.print(line, markup=False, soft_wrap=True)
+    console.print(table(told.folder))

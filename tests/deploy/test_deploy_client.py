@@ -31,11 +31,11 @@ from fedgen_edge.errors import FedGenError
 class Runtime:
     """Flower's stand-in: messages are files."""
 
-    def supernode(self, kit, server, port):
+    def supernode(self, address, ca, key, port, secret):
         node = "echo node $$ $FLWR_TELEMETRY_ENABLED; echo SuperNode ID: 7; exec sleep 600"
         return ["/bin/sh", "-c", node]
 
-    def serve(self, port, secret, handler, stop):
+    def serve(self, address, secret, handler, stop):
         assert secret.read_bytes()
         mail = secret.parent / "mail"
         mail.mkdir(exist_ok=True)

@@ -20,6 +20,7 @@ from fedgen_edge.deploy.settings import Site, read, settings_of
 from fedgen_edge.deploy.trainer import Forward, Handler, make_key
 from fedgen_edge.engines import exchange
 from fedgen_edge.engines.exchange import Answer, Work
+from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import ConfigError, RefusedError
 from fedgen_edge.experiments import records
 
@@ -69,23 +70,17 @@ ADVICE = (
     ),
 )
 """What Flower's SuperNode says when it is not let in, and the way out."""
-QUIET = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-"""Has Flower talk to nobody but the server."""
 
 
 @runtime_checkable
 class Runtime(Protocol):
     """Flower at a site: `engines.flower_runtime` is one."""
 
-    def supernode(self, kit: Path, server: str, port: int) -> list[str]:
+    def supernode(self, address: str, ca: Path, key: Path, port: int, secret: Path) -> list[str]:
         """The command of a SuperNode, whose apps' side listens at a port of this machine."""
         ...
 
-    def serve(self, port: int, secret: Path, handler: Handler, stop: threading.Event) -> None:
+    def serve(self, address: str, secret: Path, handler: Handler, stop: threading.Event) -> None:
         """Have the handler answer every message that the SuperNode gets, until it is stopped."""
         ...
 
@@ -153,17 +148,18 @@ def join(kit: Path, runtime: Runtime) -> None:
 
 
 def _serve(site: Site, watch: "Watch", runtime: Runtime, forward: Forward) -> None:
-    port = site.port or _free_port()
+    port, kit = site.port or _free_port(), watch.kit.resolve()
+    ca, key, secret = kit / "ca.crt", kit / "key", kit / "secret"
     node = Kept(
-        runtime.supernode(watch.kit, site.server, port),
+        runtime.supernode(site.server, ca, key, port, secret),
         watch.kit / "state" / "supernode.log",
         watch.node_ended,
         watch.node_said,
-        {**QUIET, "FLWR_HOME": str((watch.kit / "state" / "flower").resolve())},
+        environment(kit / "state" / "flower"),
     )
     node.start()
     try:
-        runtime.serve(port, watch.kit / "secret", Told(forward, watch), watch.stop)
+        runtime.serve(f"127.0.0.1:{port}", secret, Told(forward, watch), watch.stop)
     finally:
         node.stop()
 

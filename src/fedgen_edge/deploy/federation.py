@@ -4,8 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,8 +29,15 @@ from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, ServerState
 from fedgen_edge.uplink.transform import encode
 
+AGAIN = 30.0
+"""Seconds after which a site that did not join is asked to again."""
 GLANCE = 0.5
 """Seconds between two looks at who is there."""
+
+
+def unwatched(there: Sequence[str]) -> None:
+    """Nobody wants to know."""
+    del there
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,12 @@ class Deployment:
     """Names of the sites that may take part now."""
     tell: Callable[[str], None] = print
     """Shows the operator a line."""
+    watched: Callable[[Sequence[str]], None] = unwatched
+    """Told who is there."""
+    greeted: set[str] = field(default_factory=set)
+    """Sites that have joined since they came, or since the server did."""
+    invited: dict[str, float] = field(default_factory=dict)
+    """When each was asked to, by a clock that only goes on."""
 
     @property
     def names(self) -> list[str]:
@@ -110,7 +122,7 @@ class Deployment:
         del losses
         until = time.monotonic() + self.plan.gather
         enough = self.wanted if round_ == 0 else self.quorum
-        while len(there := self._ready()) < enough and time.monotonic() < until:
+        while len(there := self.ready()) < enough and time.monotonic() < until:
             time.sleep(GLANCE)
         if len(there) < self.quorum:
             raise QuorumError(
@@ -122,25 +134,30 @@ class Deployment:
 
     def validation(self, state: ServerState) -> dict[str, Any] | None:
         """Held-out sums of the sites that are there, together and site by site; none of nobody."""
-        found = {name: said["validation"] for name, said in self.evaluated(state).items()}
+        found = {
+            name: said["validation"] for name, said in self.evaluated(state, self.ready()).items()
+        }
         return added(found) if found else None
 
-    def evaluated(self, state: ServerState, *, bare: bool = False) -> dict[str, dict[str, Sums]]:
-        """What each site that is there says of its model: sums of validation, at the end of test.
+    def evaluated(
+        self, state: ServerState, names: Sequence[str], *, bare: bool = False
+    ) -> dict[str, dict[str, Sums]]:
+        """What sites say of their models: sums of validation data, after the last round of test.
 
         Args:
             state: of the global adapter.
+            names: whom to ask.
             bare: judge the backbone as it came instead.
         """
-        payload = b"" if bare else self._payload(state.adapter)
-        said = self.ask("evaluate", state.round, payload, self._ready())
+        payload = b"" if bare else self.payload(state.adapter)
+        said = self.ask("evaluate", state.round, payload, names)
         parts = {"validation"} | ({"test"} if self._over(state.round) else set())
         found = {}
         for name, answer in said:
             try:
-                found[name] = {part: _sums(answer.said.get(part)) for part in parts}
+                found[name] = {part: sums(answer.said.get(part)) for part in parts}
             except RefusedError as error:
-                self._offended(name, state.round, error)
+                self.offended(name, state.round, error)
         return found
 
     def ask(
@@ -169,20 +186,18 @@ class Deployment:
                 try:
                     yield reply.site, answered(asked, reply)
                 except RefusedError as error:
-                    self._offended(reply.site, round_, error)
+                    self.offended(reply.site, round_, error)
 
-    def shared(self, adapter: Leaves) -> Leaves:
-        """The leaves that travel."""
-        return select(adapter, self.algorithm.sends(list(adapter)).__contains__)
-
-    def _payload(self, adapter: Leaves) -> bytes:
-        return encode(self.shared(adapter))
+    def payload(self, adapter: Leaves) -> bytes:
+        """The leaves that travel, encoded."""
+        shared = self.algorithm.sends(list(adapter))
+        return encode(select(adapter, shared.__contains__))
 
     def _over(self, round_: int) -> bool:
         return round_ >= self.settings.federation.rounds
 
-    def _ready(self) -> list[str]:
-        """Sites that are there, may take part, and have joined; those that have not are asked to.
+    def ready(self) -> list[str]:
+        """Sites that are there, may take part, and have joined; who has come (back) is asked to.
 
         A site that offended too often is left out.
         """
@@ -192,21 +207,42 @@ class Deployment:
             for name in self.carrier.present()
             if name in may and offences[name] < self.plan.offences
         ]
-        self.roll.enrol(there)
-        new = [name for name in there if name not in self.roll.weights()]
-        for name, answer in self.ask("join", 0, b"", new) if new else ():
-            try:
-                weight = weighed(answer.said.get("weight"), self.plan.largest_weight)
-                counts = numbers({k: answer.said.get(k) for k in COUNTS}, (), COUNTS)
-            except RefusedError as error:
-                self._offended(name, 0, error)
-            else:
-                self.roll.joined(name, weight, {k: int(v) for k, v in counts.items()})
-                self.audit.write("joined", site=name)
-                self.tell(f"{name} joined with {weight} training examples")
-        return [name for name in there if name in self.roll.weights()]
+        self.greeted.intersection_update(there)
+        now = time.monotonic()
+        new = [
+            name
+            for name in there
+            if name not in self.greeted and now - self.invited.get(name, -math.inf) > AGAIN
+        ]
+        if new:
+            self.roll.enrol(new)
+            self.invited.update(dict.fromkeys(new, now))
+            for name, answer in self.ask("join", 0, b"", new):
+                self._join(name, answer)
+        self.watched(there)
+        return [name for name in there if name in self.greeted]
 
-    def _offended(self, name: str, round_: int, error: RefusedError) -> None:
+    def _join(self, name: str, answer: Answer) -> None:
+        """Let a site in that says how much it has: as much as before, if it was in before."""
+        try:
+            weight, counts = self._entry(answer, self.roll.weights().get(name))
+        except RefusedError as error:
+            self.offended(name, 0, error)
+            return
+        self.roll.joined(name, weight, counts)
+        self.greeted.add(name)
+        self.audit.write("joined", site=name)
+        self.tell(f"{name} joined, with {weight} training examples")
+
+    def _entry(self, answer: Answer, before: int | None) -> tuple[int, dict[str, int]]:
+        weight = weighed(answer.said.get("weight"), self.plan.largest_weight)
+        counts = numbers({k: answer.said.get(k) for k in COUNTS}, (), COUNTS)
+        if before not in {None, weight}:
+            raise RefusedError("bad-weight", f"it has {weight} training examples, had {before}")
+        return weight, {k: int(v) for k, v in counts.items()}
+
+    def offended(self, name: str, round_: int, error: RefusedError) -> None:
+        """Write down that a site's answer does not count."""
         event = "declined" if error.code == "declined" else "refused"
         self.audit.write(event, site=name, round=round_, code=error.code)
         self.tell(f"{name}: {event}: {error}")
@@ -241,7 +277,7 @@ def chosen(
     return sorted([number for number in order if number in able][:count])
 
 
-def _sums(said: object) -> Sums:
+def sums(said: object) -> Sums:
     """Held-out sums as a site says them.
 
     Raises:
@@ -250,8 +286,3 @@ def _sums(said: object) -> Sums:
     if not isinstance(said, dict) or not {"total", "count"} <= said.keys() or len(said) > 8:
         raise RefusedError("bad-numbers", "an evaluation is told by sums, total and count of them")
     return numbers(said, said.keys() - {"count"})
-
-
-def path_of(folder: Path) -> Path:
-    """Where a server keeps its run."""
-    return folder / "run"

@@ -75,7 +75,7 @@ def add(name: str, folder: Path) -> Path:
     """
     federation = read(Federation, folder / "federation.toml")
     _check_name(name, members(folder))
-    for old in _names(folder / "revoked"):
+    for old in revoked(folder):
         if old.casefold() == name.casefold():
             raise ConfigError(
                 f"site={name!r} was revoked as {old!r}, and stays so: add it by another name, "
@@ -99,7 +99,7 @@ def revoke(name: str, folder: Path) -> None:
     read(Federation, folder / "federation.toml")
     path = folder / "sites" / f"{name}.pub"
     if name not in _names(folder / "sites"):
-        gone = "was revoked already" if name in _names(folder / "revoked") else "is no site here"
+        gone = "was revoked already" if name in revoked(folder) else "is no site here"
         raise ConfigError(
             f"site={name!r} {gone}: those that take part are {', '.join(members(folder)) or 'none'}"
         )
@@ -110,7 +110,7 @@ def revoke(name: str, folder: Path) -> None:
 
 def members(folder: Path) -> dict[str, bytes]:
     """Who may take part: public keys in OpenSSH's form by name, sorted; a revoked name never."""
-    gone = {name.casefold() for name in _names(folder / "revoked")}
+    gone = {name.casefold() for name in revoked(folder)}
     return {
         name: (folder / "sites" / f"{name}.pub").read_bytes()
         for name in _names(folder / "sites")
@@ -130,6 +130,11 @@ def sites(asked: str) -> list[str]:
     if len(asked) > 9 or not 1 <= int(asked) <= MOST:
         raise ConfigError(f"sites={asked[:20]} must be from 1 to {MOST}, or names with commas")
     return [f"site-{number + 1}" for number in range(int(asked))]
+
+
+def revoked(folder: Path) -> list[str]:
+    """Who took part once, sorted."""
+    return _names(folder / "revoked")
 
 
 def deployable(settings: Settings, sites: int) -> None:

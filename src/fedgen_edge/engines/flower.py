@@ -4,7 +4,7 @@ A message of Flower's holds two records here: the line of JSON, and one flat arr
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -73,7 +73,7 @@ class FlowerCarrier:
         """Names of the sites that could be asked now, sorted."""
         return sorted(self.online().values())
 
-    def exchange(self, work: Mapping[str, Work], seconds: float) -> Iterator[Reply]:
+    def exchange(self, work: Mapping[str, Work], seconds: float) -> Generator[Reply]:
         """Ask each site; yield replies as they come, until all have, or time is up.
 
         Closing the iterator gives up the others. What comes late is never brought.

@@ -5,25 +5,13 @@ processes of ours, `hub` beside the SuperLink and `serve` beside each SuperNode,
 a secret that each shares with its neighbour.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
+from fedgen_edge.engines.flower_environment import ENVIRONMENT, environment
 from fedgen_edge.engines.flower_hub import Hub, hub
 from fedgen_edge.engines.flower_site import Handler, serve
 
 __all__ = ["ENVIRONMENT", "Handler", "Hub", "environment", "hub", "serve", "superlink", "supernode"]
-
-ENVIRONMENT: Mapping[str, str] = {
-    "FLWR_TELEMETRY_ENABLED": "0",
-    "FLWR_DISABLE_UPDATE_CHECK": "1",
-    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-}
-"""What keeps Flower from the internet; for every process that imports it."""
-
-
-def environment(home: Path) -> dict[str, str]:
-    """`ENVIRONMENT`, and the folder where Flower keeps what it likes."""
-    return {**ENVIRONMENT, "FLWR_HOME": str(home)}
 
 
 def superlink(port: int, tls: tuple[Path, Path, Path], database: Path, secret: Path) -> list[str]:

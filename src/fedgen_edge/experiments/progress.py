@@ -6,15 +6,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fedgen_edge.experiments.build import Experiment
+from fedgen_edge.experiments.provenance import Made
 from fedgen_edge.experiments.run import Event
 from fedgen_edge.experiments.summary import number, printable
 from fedgen_edge.measure import Measure
 
 
-def follow(events: Iterable[Event], experiment: Experiment, stage: str = "federation") -> None:
-    """Show each event as it comes, `stage` the first; the run goes on as they are asked for."""
+def follow(events: Iterable[Event], made: Made, told_first: str, stage: str = "federation") -> None:
+    """Show each event as it comes; the run goes on as they are asked for.
+
+    Args:
+        events: of a run.
+        made: by it.
+        told_first: one line on what is about to run.
+        stage: the first.
+    """
     console = Console(markup=False)
-    console.print(_heading(experiment))
+    console.print(told_first)
     bars = (
         TextColumn("{task.description:<24}"),
         BarColumn(bar_width=24),
@@ -26,12 +34,15 @@ def follow(events: Iterable[Event], experiment: Experiment, stage: str = "federa
     )
     tasks = {}
     with Progress(*bars, console=console) as progress:
-        total = experiment.settings.federation.rounds
+        total = made.settings.federation.rounds
         tasks[stage] = progress.add_task(stage, total=total, said="")
-        measure = experiment.task.measure
+        measure = made.task.measure
         for event in events:
             if "refused" in event.line:
                 console.print(f"refused {event.line['refused']}; going on from the last good one")
+                continue
+            if "said" in event.line:
+                console.print(event.line["said"])
                 continue
             if event.stage not in tasks:
                 tasks[event.stage] = progress.add_task(event.stage, total=event.total, said="")
@@ -57,7 +68,8 @@ def told(event: Event, measure: Measure) -> str:
     return f"{said}, {line['bytes_up'] / 1e6:.1f} MB up"
 
 
-def _heading(experiment: Experiment) -> str:
+def heading(experiment: Experiment) -> str:
+    """One line on what is about to run."""
     s = experiment.settings
     shared = sum(v.numel() for v in experiment.start().adapter.values())
     return (

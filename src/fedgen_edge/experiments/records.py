@@ -41,6 +41,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def held(folder: Path) -> bool:
+    """Whether some process writes to this run now."""
+    try:
+        with (folder / ".lock").open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    return False
+
+
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Add one line of JSON, and see it on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)

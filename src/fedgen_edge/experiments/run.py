@@ -74,7 +74,7 @@ def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
             give_back()
         told = records.read_json(run / "run.json")
         peak = max(peak_memory(), told.get("peak_bytes", 0))
-        found = {"seconds": _seconds(run), "peak_bytes": peak, "finished": True}
+        found = {"seconds": spent(run), "peak_bytes": peak, "finished": True}
         records.write_json(run / "run.json", {**told, **found})
 
 
@@ -89,7 +89,7 @@ def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
     yield _samples(experiment, run)
 
 
-def _seconds(run: Path) -> dict[str, Any]:
+def spent(run: Path) -> dict[str, Any]:
     """Seconds of each stage, summed over its records: a stop in between does not count."""
     spent = {
         log: sum(line.get("seconds", 0.0) for line in records.lines(run / log))

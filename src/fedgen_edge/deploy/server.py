@@ -1,0 +1,262 @@
+"""What `fedgen server FOLDER` runs: Flower's SuperLink, the proxy before it, and the rounds."""
+
+import os
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+import torch
+
+from fedgen_edge import files
+from fedgen_edge.algorithms.methods import method
+from fedgen_edge.config import Settings, load, to_toml
+from fedgen_edge.deploy.audit import Audit
+from fedgen_edge.deploy.federation import Deployment
+from fedgen_edge.deploy.kits import deployable, members, revoked
+from fedgen_edge.deploy.processes import Ended, Kept
+from fedgen_edge.deploy.roll import opened
+from fedgen_edge.deploy.settings import Federation, digest, read
+from fedgen_edge.deploy.stages import proceed, waits
+from fedgen_edge.engines.exchange import Carrier, Terms
+from fedgen_edge.engines.flower_environment import environment
+from fedgen_edge.errors import CarrierError, CheckpointError, FedGenError
+from fedgen_edge.experiments import machine, records
+from fedgen_edge.experiments.build import task_of
+from fedgen_edge.experiments.provenance import facts
+from fedgen_edge.experiments.run import Event
+from fedgen_edge.tasks.task import Learnt
+
+WATCH = 2.0
+"""Seconds between two looks at who may take part."""
+
+
+@runtime_checkable
+class Door(Protocol):
+    """Lets sites in and out while the run goes on."""
+
+    @property
+    def carrier(self) -> Carrier:
+        """Reaches them."""
+        ...
+
+    def register(self, name: str, pub: Path) -> None:
+        """Let one in."""
+        ...
+
+    def unregister(self, name: str) -> None:
+        """Let one out, for ever."""
+        ...
+
+
+@dataclass(frozen=True)
+class Home:
+    """A server's folder, its backbone loaded."""
+
+    folder: Path
+    plan: Federation
+    settings: Settings
+    """Of the run, resolved."""
+    task: Learnt
+    terms: Terms
+
+    @property
+    def run(self) -> Path:
+        """Where the run is, as `fedgen run` would write it."""
+        return self.folder / "run"
+
+    def keys(self) -> dict[str, Path]:
+        """Public keys of the sites that may take part."""
+        return {name: self.folder / "sites" / f"{name}.pub" for name in members(self.folder)}
+
+
+def begin(folder: Path) -> Home:
+    """Read a server's folder, load its backbone, and make the run or take it up again.
+
+    Raises:
+        FedGenError: something in the folder cannot be carried out, or the run rests on something
+            else; nothing was written.
+    """
+    plan, recipe = read(Federation, folder / "federation.toml"), load(folder / "recipe.toml")
+    deployable(recipe, len(members(folder)) + len(revoked(folder)))
+    device = machine.device(recipe.engine.device)
+    torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
+    task = task_of(recipe, device)
+    settings = _resolved(recipe, task, device, len(members(folder)))
+    run = folder / "run"
+    told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
+    terms = Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256)
+    if not told:
+        run.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.write(run / "settings.toml", to_toml(settings).encode())
+        records.write_json(run / "clients.json", [])
+        made = {"run": terms.run, "recipe": terms.recipe, "data_sha256": None, "duplicates": 0}
+        records.write_json(run / "run.json", {**facts(task, settings, device), **made})
+    elif (told["recipe"], told["backbone"]["sha256"]) != (terms.recipe, terms.backbone):
+        raise CheckpointError(
+            f"{run} was begun with another recipe.toml or another backbone: restore it, or move "
+            f"{run} away to begin another run"
+        )
+    return Home(folder, plan, settings, task, terms)
+
+
+def _resolved(recipe: Settings, task: Learnt, device: torch.device, sites: int) -> Settings:
+    """The settings with what this machine decided."""
+    precision = "bf16" if task.model.dtype == torch.bfloat16 else "float32"
+    federation = recipe.federation
+    cohort = federation.cohort
+    if cohort is None:
+        cohort = max(1, round((federation.fraction or 1.0) * sites))
+    return replace(
+        recipe,
+        backbone=replace(recipe.backbone, precision=precision),
+        federation=replace(federation, clients=sites, cohort=cohort, fraction=None),
+        engine=replace(
+            recipe.engine,
+            name="serial",
+            stack=None,
+            device=str(device),
+            threads=torch.get_num_threads(),
+        ),
+    )
+
+
+def deployment(
+    home: Home, carrier: Carrier, audit: Audit, tell: Callable[[str], None]
+) -> Deployment:
+    """The run, over a carrier."""
+    return Deployment(
+        home.plan,
+        home.settings,
+        home.task,
+        method(home.settings.method),
+        home.terms,
+        carrier,
+        audit,
+        opened(home.run / "sites.json"),
+        lambda: list(members(home.folder)),
+        tell,
+        _Seen(home.run / "now.json"),
+    )
+
+
+@dataclass
+class _Seen:
+    """Writes down who is there, when that changes."""
+
+    path: Path
+    last: Sequence[str] | None = None
+
+    def __call__(self, there: Sequence[str]) -> None:
+        if there != self.last:
+            records.write_json(self.path, {"time": time.time(), "there": list(there)})
+            self.last = list(there)
+
+
+def conduct(home: Home, tell: Callable[[str], None] = print) -> Iterator[Event]:
+    """Run the federation from its last commit to its end, with Flower's server and the proxy.
+
+    Raises:
+        QuorumError: too few sites, too often; the same command goes on.
+        CarrierError: Flower's server is gone for long.
+        CheckpointError: another process runs it, or what it wrote was altered.
+    """
+    os.environ.update(environment(home.folder / "flower"))
+    from fedgen_edge.engines import flower_runtime
+
+    with records.locked(home.run), ExitStack() as stack:
+        files.sweep(home.run)
+        audit = Audit(home.run / "audit.jsonl")
+        for child in _children(home, tell):
+            child.start()
+            stack.callback(child.stop)
+        address, pauses = f"127.0.0.1:{home.plan.port}", waits(home.plan)
+        ca, secret = home.folder / "ca" / "ca.crt", home.folder / "secret"
+        while True:
+            try:
+                with (
+                    flower_runtime.hub(address, ca, secret, home.keys()) as door,
+                    _kept_in_step(door, home, tell),
+                ):
+                    run = deployment(home, door.carrier, audit, tell)
+                    for event in proceed(run, home.run):
+                        pauses = waits(home.plan)
+                        yield event
+            except CarrierError as error:
+                pause = next(pauses, None)
+                if pause is None:
+                    raise
+                tell(f"{error}: trying again in {pause:g} s")
+                time.sleep(pause)
+            else:
+                return
+
+
+def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:
+    """Flower's server, and the proxy where it is this command's to run."""
+    from fedgen_edge.engines import flower_runtime
+
+    state, tls = home.folder / "flower", home.folder / "tls"
+    state.mkdir(mode=0o700, exist_ok=True)
+    certificates = (home.folder / "ca" / "ca.crt", tls / "server.crt", tls / "server.key")
+    command = flower_runtime.superlink(
+        home.plan.port, certificates, state / "superlink.db", home.folder / "secret"
+    )
+    children = [Kept(command, state / "superlink.log", _ends("SuperLink", tell))]
+    if home.plan.proxy == "nginx":
+        proxy = home.folder / "proxy"
+        command = ["nginx", "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
+        children.append(Kept(command, state / "proxy.log", _ends("proxy", tell)))
+    return children
+
+
+def _ends(name: str, tell: Callable[[str], None]) -> Callable[[Ended], bool]:
+    def ended(how: Ended) -> bool:
+        tell(f"the {name} ended (status {how.code}: {how.line[:200]}): starting it again")
+        return True
+
+    return ended
+
+
+@contextmanager
+def _kept_in_step(door: Door, home: Home, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let sites in and out within seconds of their keys' coming and going."""
+    stop = threading.Event()
+
+    def watch(known: Mapping[str, Path]) -> None:
+        while not stop.wait(WATCH):
+            now = home.keys()
+            try:
+                for name in now.keys() - known.keys():
+                    door.register(name, now[name])
+                    tell(f"{name} may take part")
+                for name in known.keys() - now.keys():
+                    door.unregister(name)
+                    tell(f"{name} is revoked")
+            except FedGenError as error:
+                tell(str(error))
+            else:
+                known = now
+
+    thread = threading.Thread(target=watch, args=(home.keys(),), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10 * WATCH)
+
+
+def heading(home: Home) -> str:
+    """One line on what is about to run."""
+    s, shapes = home.settings, home.task.model.leaf_shapes()
+    shared = sum(torch.Size(v).numel() for v in shapes.values())
+    return (
+        f"{s.method.name}: {len(home.keys())} sites, {s.federation.cohort} a round, "
+        f"{s.federation.rounds} rounds; {shared:,} trained parameters; sites reach it at "
+        f"{home.plan.address}"
+    )
