@@ -93,7 +93,7 @@ class Deployment:
         return Distant(
             self.algorithm,
             self.terms,
-            self.names,
+            lambda: self.names,
             self.roll.weights,
             self._bounds,
             self._attempt,

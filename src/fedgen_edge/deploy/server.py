@@ -128,7 +128,9 @@ def _resolved(recipe: Settings, task: Learnt, device: torch.device, sites: int) 
 def deployment(
     home: Home, carrier: Carrier, audit: Audit, tell: Callable[[str], None]
 ) -> Deployment:
-    """The run, over a carrier."""
+    """The run, over a carrier; sites that may take part now have their numbers."""
+    roll = opened(home.run / "sites.json")
+    roll.enrol(list(members(home.folder)))
     return Deployment(
         home.plan,
         home.settings,
@@ -137,7 +139,7 @@ def deployment(
         home.terms,
         carrier,
         audit,
-        opened(home.run / "sites.json"),
+        roll,
         lambda: list(members(home.folder)),
         tell,
         _Seen(home.run / "now.json"),

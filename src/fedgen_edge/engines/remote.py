@@ -67,7 +67,7 @@ class Distant:
 
     algorithm: Algorithm
     terms: Terms
-    names: Sequence[str]
+    names: Callable[[], Sequence[str]]
     """Sites by their numbers."""
     weights: Callable[[], Mapping[str, int]]
     """Training examples of each site that has joined."""
@@ -103,7 +103,8 @@ class Distant:
         found = Open(asked, schema, first.received, self.bounds(first.round), self.weights())
         self.note("opened", round=first.round, attempt=attempt)
         counted = self.counted(first.round)
-        by_name = {self.names[order.clients[0]]: order for order in orders}
+        names = self.names()
+        by_name = {names[order.clients[0]]: order for order in orders}
         work = {
             name: Work("train", self.terms, order.clients[0], first.round, attempt,
                        counted.get(name), payload)
