@@ -1,7 +1,6 @@
 """Messages over Flower, in process: what a carrier makes of sites that fail, repeat or deceive."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 import pytest
@@ -14,9 +13,8 @@ from hypothesis import strategies as st
 from fedgen_edge.engines.exchange import LONGEST, Reply, Terms, Work, line, read
 from fedgen_edge.engines.flower import BYTES, FlowerCarrier, unwrap, wrap
 from fedgen_edge.errors import RefusedError
+from loop import InlineGrid
 
-Fault = Callable[[Message, Message], list[Message]]
-"""What comes of a message and its right reply."""
 NAMES = {11: "north", 22: "south", 33: "west"}
 WORK = Work("train", Terms("r", "s", "b"), 0, 0, 0, None, b"abc")
 
@@ -25,38 +23,6 @@ WORK = Work("train", Terms("r", "s", "b"), 0, 0, 0, None, b"abc")
 def identity(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_task_id", "_run_id", "_node_id"):
         monkeypatch.setattr(TaskIdentity, name, 1)
-
-
-class InlineGrid:
-    """Echoes each message at once, but for the faults of nodes."""
-
-    def __init__(self, faults: dict[int, Fault] | None = None) -> None:
-        self.faults = faults or {}
-        self.sent: list[Message] = []
-        self.replies: list[Message] = []
-        self.refused: set[int] = set()
-        self.pulls = 0
-
-    def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        return [self._push(message) for message in messages]
-
-    def _push(self, message: Message) -> str:
-        node = message.metadata.dst_node_id
-        if node in self.refused:
-            return ""
-        message.metadata.__dict__["_message_id"] = message.object_id
-        self.sent.append(message)
-        reply = Message(wrap(*unwrap(message.content)), reply_to=message)
-        fault = self.faults.get(node, lambda _, right: [right])
-        self.replies += fault(message, reply)
-        return message.metadata.message_id
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
-        self.pulls += 1
-        asked = set(message_ids)
-        found = [r for r in self.replies if r.metadata.reply_to_message_id in asked]
-        self.replies = [r for r in self.replies if r not in found]
-        return iter(found)
 
 
 def carrier(grid: InlineGrid) -> FlowerCarrier:

@@ -4,29 +4,31 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Settings
+from fedgen_edge.deploy.among import Among
 from fedgen_edge.deploy.audit import Audit
-from fedgen_edge.deploy.roll import COUNTS, Roll
+from fedgen_edge.deploy.cohort import chosen, wanted
+from fedgen_edge.deploy.roll import Roll
+from fedgen_edge.deploy.said import entry, sums
 from fedgen_edge.deploy.settings import Federation
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Answer, Carrier, Kind, Terms, Work, digest
-from fedgen_edge.engines.gate import Asked, answered, numbers, weighed
+from fedgen_edge.engines.gate import Asked, answered
 from fedgen_edge.engines.remote import Distant, Remote
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.experiments.build import Sums, added, rate_of
 from fedgen_edge.experiments.checkpoint import Memory
+from fedgen_edge.jobs import Job
 from fedgen_edge.leaves import select
-from fedgen_edge.rounds import Engine, cohort_size
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
-from fedgen_edge.types import Leaves, ServerState
+from fedgen_edge.types import Leaves, Order, ServerState, Update
 from fedgen_edge.uplink.transform import encode
 
 AGAIN = 30.0
@@ -62,7 +64,7 @@ class Deployment:
     greeted: set[str] = field(default_factory=set)
     """Sites that have joined since they came, or since the server did."""
     invited: dict[str, float] = field(default_factory=dict)
-    """When each was asked to, by a clock that only goes on."""
+    """When each was asked to and did not, by a clock that only goes on."""
 
     @property
     def names(self) -> list[str]:
@@ -72,10 +74,7 @@ class Deployment:
     @property
     def wanted(self) -> int:
         """Updates that a round wants."""
-        plan, count = self.settings.federation, len(self.members())
-        if plan.cohort is not None:
-            return min(plan.cohort, max(1, count))
-        return cohort_size(replace(plan, clients=None), max(1, count))
+        return wanted(self.settings.federation, len(self.members()))
 
     @property
     def quorum(self) -> int:
@@ -83,9 +82,13 @@ class Deployment:
         return max(1, math.ceil(self.plan.quorum * self.wanted))
 
     @property
-    def engine(self) -> Engine:
-        """Sites, over the network."""
-        return Remote(self.carrier, self.wanted, self.quorum, self.plan.deadline)
+    def reached(self) -> Carrier:
+        """To those alone who may take part now."""
+        return Among(self.carrier, self.members)
+
+    def engine(self, orders: Sequence[Order], job: Job) -> Iterator[Update]:
+        """Sites, over the network: as many are waited for as are wanted now."""
+        return Remote(self.reached, self.wanted, self.quorum, self.plan.deadline)(orders, job)
 
     @property
     def train(self) -> Distant:
@@ -98,7 +101,7 @@ class Deployment:
             self._bounds,
             self._attempt,
             self._counted,
-            self.audit.write,
+            self._note,
         )
 
     def start(self) -> ServerState:
@@ -155,10 +158,10 @@ class Deployment:
         found = {}
         for name, answer in said:
             try:
-                found[name] = {part: sums(answer.said.get(part)) for part in parts}
+                found[name] = {part: sums(answer.said.get(part), self.counts) for part in parts}
             except RefusedError as error:
                 self.offended(name, state.round, error)
-        return found
+        return {name: found[name] for name in self.names if name in found}
 
     def ask(
         self, kind: Kind, round_: int, payload: bytes, names: Sequence[str]
@@ -176,17 +179,23 @@ class Deployment:
             name: Work(kind, self.terms, at[name], round_, 0, counted.get(name), payload)
             for name in names
         }
-        asked = Asked(kind, self.terms, round_, 0, digest(payload))
-        with closing(self.carrier.exchange(work, self.plan.deadline)) as replies:
+        asked, left = Asked(kind, self.terms, round_, 0, digest(payload)), set(names)
+        # whoever joins has nothing to work on
+        seconds = self.plan.gather if kind == "join" else self.plan.deadline
+        with closing(self.reached.exchange(work, seconds)) as replies:
             for reply in replies:
                 if reply.failed is not None:
                     self.audit.write("failed", site=reply.site, round=round_)
                     self.tell(f"{reply.site}: {reply.failed}")
                     continue
                 try:
-                    yield reply.site, answered(asked, reply)
+                    answer = answered(asked, reply)
                 except RefusedError as error:
                     self.offended(reply.site, round_, error)
+                    continue
+                if reply.site in left:  # else it has said so before
+                    left.remove(reply.site)
+                    yield reply.site, answer
 
     def payload(self, adapter: Leaves) -> bytes:
         """The leaves that travel, encoded."""
@@ -201,12 +210,7 @@ class Deployment:
 
         A site that offended too often is left out.
         """
-        may, offences = set(self.members()), self.audit.offences()
-        there = [
-            name
-            for name in self.carrier.present()
-            if name in may and offences[name] < self.plan.offences
-        ]
+        there = [name for name in self.reached.present() if self.trusted(name)]
         self.greeted.intersection_update(there)
         now = time.monotonic()
         new = [
@@ -216,16 +220,18 @@ class Deployment:
         ]
         if new:
             self.roll.enrol(new)
-            self.invited.update(dict.fromkeys(new, now))
             for name, answer in self.ask("join", 0, b"", new):
                 self._join(name, answer)
+            again = [name for name in new if name not in self.greeted]
+            self.invited.update(dict.fromkeys(again, time.monotonic()))
         self.watched(there)
         return [name for name in there if name in self.greeted]
 
     def _join(self, name: str, answer: Answer) -> None:
         """Let a site in that says how much it has: as much as before, if it was in before."""
         try:
-            weight, counts = self._entry(answer, self.roll.weights().get(name))
+            before = self.roll.weights().get(name)
+            weight, counts = entry(answer.said, self.plan.largest_weight, before)
         except RefusedError as error:
             self.offended(name, 0, error)
             return
@@ -234,18 +240,34 @@ class Deployment:
         self.audit.write("joined", site=name)
         self.tell(f"{name} joined, with {weight} training examples")
 
-    def _entry(self, answer: Answer, before: int | None) -> tuple[int, dict[str, int]]:
-        weight = weighed(answer.said.get("weight"), self.plan.largest_weight)
-        counts = numbers({k: answer.said.get(k) for k in COUNTS}, (), COUNTS)
-        if before not in {None, weight}:
-            raise RefusedError("bad-weight", f"it has {weight} training examples, had {before}")
-        return weight, {k: int(v) for k, v in counts.items()}
-
     def offended(self, name: str, round_: int, error: RefusedError) -> None:
         """Write down that a site's answer does not count."""
         event = "declined" if error.code == "declined" else "refused"
-        self.audit.write(event, site=name, round=round_, code=error.code)
+        self._note(event, site=name, round=round_, code=error.code)
         self.tell(f"{name}: {event}: {error}")
+
+    def trusted(self, name: str) -> bool:
+        """Whether a site has not offended too often."""
+        return self.audit.offences()[name] < self.plan.offences
+
+    def awaited(self) -> list[str]:
+        """Sites that have joined, and are still to be asked: neither revoked nor left out."""
+        may, joined = self.members(), self.roll.weights()
+        return [name for name in joined if name in may and self.trusted(name)]
+
+    @property
+    def counts(self) -> tuple[str, ...]:
+        """What an evaluation counts."""
+        return ("count", "words") if self.task.measure.material == "text" else ("count",)
+
+    def _note(self, event: str, **fields: str | int) -> None:
+        """Write a line of the audit log; a site that declines may have lost its run, or changed.
+
+        So it is asked to join again, before anything else.
+        """
+        if event == "declined":
+            self.greeted.discard(str(fields["site"]))
+        self.audit.write(event, **fields)
 
     def _bounds(self, round_: int) -> Bounds:
         return Bounds(
@@ -263,26 +285,3 @@ class Deployment:
 
     def _counted(self, committed: int) -> Mapping[str, str]:
         return {name: taken.payload for name, taken in self.audit.accepted(committed).items()}
-
-
-def chosen(
-    seed: int, round_: int, there: Sequence[str], numbers: Mapping[str, int], count: int
-) -> list[int]:
-    """So many of the sites that are there, in the order of their numbers.
-
-    Drawn as on one machine: the same shuffle of all, of which those that are away are left out.
-    """
-    order = torch.randperm(len(numbers), generator=generator(seed, "sample", round_)).tolist()
-    able = {numbers[name] for name in there}
-    return sorted([number for number in order if number in able][:count])
-
-
-def sums(said: object) -> Sums:
-    """Held-out sums as a site says them.
-
-    Raises:
-        RefusedError: they are not sums.
-    """
-    if not isinstance(said, dict) or not {"total", "count"} <= said.keys() or len(said) > 8:
-        raise RefusedError("bad-numbers", "an evaluation is told by sums, total and count of them")
-    return numbers(said, said.keys() - {"count"})

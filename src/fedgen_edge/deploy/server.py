@@ -16,6 +16,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
 from fedgen_edge.deploy.audit import Audit
+from fedgen_edge.deploy.cohort import wanted
 from fedgen_edge.deploy.federation import Deployment
 from fedgen_edge.deploy.kits import deployable, members, revoked
 from fedgen_edge.deploy.processes import Ended, Kept
@@ -86,13 +87,20 @@ def begin(folder: Path) -> Home:
     device = machine.device(recipe.engine.device)
     torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
     task = task_of(recipe, device)
-    settings = _resolved(recipe, task, device, len(members(folder)))
+    settings, sites = _resolved(recipe, task, device), len(members(folder))
     run = folder / "run"
     told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
     terms = Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256)
     if not told:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.write(run / "settings.toml", to_toml(settings).encode())
+        drawn = replace(
+            settings.federation,
+            clients=sites,
+            cohort=wanted(settings.federation, sites),
+            fraction=None,
+        )
+        told_settings = replace(settings, federation=drawn)
+        files.write(run / "settings.toml", to_toml(told_settings).encode())
         records.write_json(run / "clients.json", [])
         made = {"run": terms.run, "recipe": terms.recipe, "data_sha256": None, "duplicates": 0}
         records.write_json(run / "run.json", {**facts(task, settings, device), **made})
@@ -104,17 +112,12 @@ def begin(folder: Path) -> Home:
     return Home(folder, plan, settings, task, terms)
 
 
-def _resolved(recipe: Settings, task: Learnt, device: torch.device, sites: int) -> Settings:
-    """The settings with what this machine decided."""
+def _resolved(recipe: Settings, task: Learnt, device: torch.device) -> Settings:
+    """The settings with what this machine decided; how many sites there are may change yet."""
     precision = "bf16" if task.model.dtype == torch.bfloat16 else "float32"
-    federation = recipe.federation
-    cohort = federation.cohort
-    if cohort is None:
-        cohort = max(1, round((federation.fraction or 1.0) * sites))
     return replace(
         recipe,
         backbone=replace(recipe.backbone, precision=precision),
-        federation=replace(federation, clients=sites, cohort=cohort, fraction=None),
         engine=replace(
             recipe.engine,
             name="serial",
@@ -255,10 +258,10 @@ def _kept_in_step(door: Door, home: Home, tell: Callable[[str], None]) -> Iterat
 
 def heading(home: Home) -> str:
     """One line on what is about to run."""
-    s, shapes = home.settings, home.task.model.leaf_shapes()
+    s, shapes, sites = home.settings, home.task.model.leaf_shapes(), len(home.keys())
     shared = sum(torch.Size(v).numel() for v in shapes.values())
     return (
-        f"{s.method.name}: {len(home.keys())} sites, {s.federation.cohort} a round, "
+        f"{s.method.name}: {sites} sites, {wanted(s.federation, sites)} a round, "
         f"{s.federation.rounds} rounds; {shared:,} trained parameters; sites reach it at "
         f"{home.plan.address}"
     )

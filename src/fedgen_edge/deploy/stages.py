@@ -1,15 +1,12 @@
 """A deployment's run from its rounds to its test; every step can be stopped at and gone on from."""
 
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
-from typing import Any
 
-from fedgen_edge.deploy.federation import Deployment, sums
+from fedgen_edge.deploy.federation import Deployment
+from fedgen_edge.deploy.said import tuned
 from fedgen_edge.deploy.settings import Federation
-from fedgen_edge.engines.exchange import Answer
-from fedgen_edge.engines.payload import shown
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Sums
@@ -19,6 +16,7 @@ from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.machine import peak_memory
 from fedgen_edge.experiments.models import save
 from fedgen_edge.experiments.run import Event, sampled, spent
+from fedgen_edge.types import ServerState
 
 LONGEST_WAIT = 600.0
 """Seconds between two attempts, at most."""
@@ -75,65 +73,42 @@ def _rounds(deployment: Deployment, run: Path) -> Iterator[Event]:
 def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:
     """Have every site tune an adapter of its own; of it only numbers come back."""
     state, _ = last(run)
-    log, total = run / "personal.jsonl", len(deployment.roll.weights())
-    folders = records.folder_names(deployment.names)
-    payload = deployment.payload(state.adapter)
+    log, payload = run / "personal.jsonl", deployment.payload(state.adapter)
     done = {line["client"] for line in records.lines(log)}
+    records.truncate(log, len(done))
     pauses = waits(deployment.plan)
-    while len(done) < total:
+    while True:
         left = [name for name in deployment.ready() if name not in done]
         for name, answer in deployment.ask("personalise", state.round, payload, left):
             try:
-                line = {"client": name, "folder": folders[name], **_tuned(answer)}
+                line = {"client": name, **tuned(answer.said, deployment.counts)}
             except RefusedError as error:
                 deployment.offended(name, state.round, error)
-            else:
-                records.append(log, line)
-                done.add(name)
-                yield Event("personal", len(done), total, line)
-        if len(done) < total:
-            pause = next(pauses, None)
-            away = ", ".join(name for name in deployment.roll.weights() if name not in done)
-            if pause is None:
-                deployment.tell(f"no personal adapter at {away}: `fedgen resume` asks again")
-                return
-            time.sleep(pause)
-
-
-def _tuned(answer: Answer) -> dict[str, Any]:
-    """What a site says of its own adapter.
-
-    Raises:
-        RefusedError: it is not what was asked for.
-    """
-    said = answer.said
-    history, chosen, seconds = (said.get(k) for k in ("validation", "chosen", "seconds"))
-    numbers = history if isinstance(history, list) else []
-    good = numbers and all(type(v) is float and math.isfinite(v) for v in numbers)
-    if not good or len(numbers) > 10_000 or type(chosen) is not int:
-        raise RefusedError("bad-numbers", f"validation is {shown(history)}")
-    if not 0 <= chosen < len(numbers) or not isinstance(seconds, int | float):
-        raise RefusedError("bad-numbers", f"chosen is {shown(chosen)}")
-    found = sums(said.get("test"))
-    return {"validation": numbers, "chosen": chosen, "test": found, "seconds": float(seconds)}
+                continue
+            line["folder"] = records.folder_names(deployment.names)[name]
+            records.append(log, line)
+            done.add(name)
+            total = len({*done, *deployment.awaited()})
+            yield Event("personal", len(done), total, line)
+        away = [name for name in deployment.awaited() if name not in done]
+        pause = next(pauses, None) if away else None
+        if pause is None:
+            break
+        time.sleep(pause)
+    if away:
+        deployment.tell(f"no personal adapter at {', '.join(away)}: `fedgen resume` asks again")
 
 
 def _test(deployment: Deployment, run: Path) -> Iterator[Event]:
-    """Have sites read their test data under the backbone and the global model, once."""
+    """Have sites read their test data under the backbone and the global model, once each."""
     target = run / "evaluation.jsonl"
-    if target.exists():
-        return
-    state, _ = last(run)
+    found = _tested(target)
     own = {line["client"]: line["test"] for line in records.lines(run / "personal.jsonl")}
-    found: dict[str, dict[str, Sums]] = {"backbone": {}, "global": {}}
-    for pause in (*waits(deployment.plan), None):
-        for model, by_site in found.items():
-            left = [name for name in deployment.ready() if name not in by_site]
-            judged = deployment.evaluated(state, left, bare=model == "backbone")
-            by_site |= {name: said["test"] for name, said in judged.items()}
-        if pause is None or all(own.keys() <= by_site.keys() for by_site in found.values()):
-            break
-        time.sleep(pause)
+    if target.exists() and own.keys() <= found["backbone"].keys():
+        return
+    away = _evaluate(deployment, last(run)[0], found, own.keys())
+    if away:
+        deployment.tell(f"no test of {', '.join(away)}: `fedgen resume` asks again")
     whole = sorted(own.keys() & found["backbone"].keys() & found["global"].keys())
     took_part = drawn(run)
     rows = [
@@ -143,6 +118,36 @@ def _test(deployment: Deployment, run: Path) -> Iterator[Event]:
     ]
     records.write_lines(target, rows)
     yield Event("test", 1, 1, {})
+
+
+def _tested(target: Path) -> dict[str, dict[str, Sums]]:
+    """What sites have said of their test data before, by model and site."""
+    found: dict[str, dict[str, Sums]] = {"backbone": {}, "global": {}}
+    for line in records.lines(target):
+        row = {k: v for k, v in line.items() if k not in {"model", "client", "participated"}}
+        if line["model"] in found:
+            found[line["model"]][line["client"]] = row
+    return found
+
+
+def _evaluate(
+    deployment: Deployment, state: ServerState, found: dict[str, dict[str, Sums]], own: Set[str]
+) -> list[str]:
+    """Ask for what is not found yet; returns those of whom something is missing in the end."""
+    for pause in (*waits(deployment.plan), None):
+        for model, by_site in found.items():
+            left = [name for name in deployment.ready() if name in own and name not in by_site]
+            judged = deployment.evaluated(state, left, bare=model == "backbone")
+            by_site |= {name: said["test"] for name, said in judged.items()}
+        away = [
+            name
+            for name in deployment.awaited()
+            if name in own and not all(name in by_site for by_site in found.values())
+        ]
+        if pause is None or not away:
+            return away
+        time.sleep(pause)
+    return []
 
 
 def _samples(deployment: Deployment, run: Path) -> Iterator[Event]:

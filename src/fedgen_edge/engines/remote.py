@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.engines.bounds import Bounds
@@ -16,6 +16,7 @@ from fedgen_edge.types import Order, Update
 from fedgen_edge.uplink.transform import encode
 
 
+@runtime_checkable
 class Note(Protocol):
     """Writes a line of the audit log."""
 
