@@ -1,6 +1,7 @@
 """The commands of a federation on many machines: parse, call, print, as `cli` does."""
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -144,6 +145,8 @@ def server(told: Server) -> None:
     from fedgen_edge.experiments.summary import read
 
     home = begin(told.folder)
+    # What it has started is ended with it, as by ctrl-c.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         follow(conduct(home), home, heading(home))
     except KeyboardInterrupt:

@@ -19,15 +19,15 @@ FIRST, MOST = 1.0, 30.0
 WELL = 60.0
 """Seconds of life after which a child's next end is its first again."""
 GUARD = (
-    "import ctypes, os, signal, sys\n"
+    "import ctypes, os, sys\n"
     "try:\n"
-    "    ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
+    "    ctypes.CDLL(None).prctl(1, int(sys.argv[2]))\n"
     "except (OSError, AttributeError):\n"
     "    pass\n"
     "if os.getppid() == int(sys.argv[1]):\n"
-    "    os.execvp(sys.argv[2], sys.argv[2:])\n"
+    "    os.execvp(sys.argv[3], sys.argv[3:])\n"
 )
-"""Has the kernel kill this process when its parent dies (1 is PR_SET_PDEATHSIG), and becomes the
+"""Has the kernel signal this process when its parent dies (1 is PR_SET_PDEATHSIG), and becomes the
 command. Where there is no prctl, an orphan is left to find out for itself."""
 
 
@@ -70,6 +70,8 @@ class Kept:
     """Added to this process's."""
     first: float = FIRST
     """Seconds before the first restart."""
+    orphaned: signal.Signals = signal.SIGKILL
+    """What it is sent when this process dies; one with children of its own ends them by SIGTERM."""
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
@@ -123,8 +125,9 @@ class Kept:
         with self._lock:
             if self._stopping.is_set():
                 return Ended(0, "")
+            guard = [GUARD, str(os.getpid()), str(int(self.orphaned))]
             self._process = process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *self.command],
+                [sys.executable, "-I", "-S", "-c", *guard, *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

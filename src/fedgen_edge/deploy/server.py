@@ -2,6 +2,8 @@
 
 import os
 import secrets
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,8 +216,12 @@ def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:
     children = [Kept(command, state / "superlink.log", _ends("SuperLink", tell))]
     if home.plan.proxy == "nginx":
         proxy = home.folder / "proxy"
-        command = ["nginx", "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
-        children.append(Kept(command, state / "proxy.log", _ends("proxy", tell)))
+        # Debian has it where only root looks.
+        nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "nginx"
+        command = [nginx, "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
+        ended, log = _ends("proxy", tell), state / "proxy.log"
+        # Its workers outlive a master that is killed, and would hold its port.
+        children.append(Kept(command, log, ended, orphaned=signal.SIGTERM))
     return children
 
 
