@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
 from fedgen_edge.deploy.audit import Audit
+from fedgen_edge.deploy.client import say
 from fedgen_edge.deploy.federation import Deployment
 from fedgen_edge.deploy.kits import deployable, members, revoked
 from fedgen_edge.deploy.processes import Ended, Kept
@@ -159,7 +161,7 @@ class _Seen:
             self.last = list(there)
 
 
-def conduct(home: Home, tell: Callable[[str], None] = print) -> Iterator[Event]:
+def conduct(home: Home, tell: Callable[[str], None] = say) -> Iterator[Event]:
     """Run the federation from its last commit to its end, with Flower's server and the proxy.
 
     Raises:
@@ -211,9 +213,14 @@ def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:
     children = [Kept(command, state / "superlink.log", _ends("SuperLink", tell))]
     if home.plan.proxy == "nginx":
         proxy = home.folder / "proxy"
-        command = ["nginx", "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
+        command = [_nginx(), "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
         children.append(Kept(command, state / "proxy.log", _ends("proxy", tell)))
     return children
+
+
+def _nginx() -> str:
+    """Where Debian has it, an ordinary account does not look for programs."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") or "nginx"
 
 
 def _ends(name: str, tell: Callable[[str], None]) -> Callable[[Ended], bool]:

@@ -5,6 +5,7 @@ processes of ours, `hub` beside the SuperLink and `serve` beside each SuperNode,
 a secret that each shares with its neighbour.
 """
 
+import sys
 from pathlib import Path
 
 from fedgen_edge.engines.flower_environment import ENVIRONMENT, environment
@@ -26,7 +27,7 @@ def superlink(port: int, tls: tuple[Path, Path, Path], database: Path, secret: P
     """
     ca, certificate, key = tls
     return [
-        "flower-superlink",
+        _program("flower-superlink"),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--ssl-ca-certfile", str(ca)),
         *("--ssl-certfile", str(certificate), "--ssl-keyfile", str(key)),
@@ -48,9 +49,15 @@ def supernode(address: str, ca: Path, key: Path, port: int, secret: Path) -> lis
         secret: a file of random bytes; who has them may answer for the site.
     """
     return [
-        "flower-supernode",
+        _program("flower-supernode"),
         *("--superlink", address, "--root-certificates", str(ca)),
         *("--auth-supernode-private-key", str(key)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--isolation", "process", "--superexec-auth-secret-file", str(secret)),
     ]
+
+
+def _program(name: str) -> str:
+    """Flower's command beside this interpreter: a service has no path to look for it on."""
+    beside = Path(sys.executable).with_name(name)
+    return str(beside) if beside.exists() else name
