@@ -16,11 +16,11 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.control import ControlHttpClient
 from safetensors.torch import load_file
 
+from federation import LONG, NGINX, Federation, Running, federation, personal, rounds, said
 from fedgen_edge.engines.flower_client import Server
 from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import CarrierError
 from fedgen_edge.experiments import records
-from federation import LONG, NGINX, Federation, Running, federation, personal, rounds, said
 from flower_network import certificates, free_port, private
 from sites import NAMES
 

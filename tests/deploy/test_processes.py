@@ -193,3 +193,15 @@ def test_a_log_is_its_owners_and_does_not_grow_without_end(
 
 def test_stopping_before_the_start_is_no_harm(tmp_path: Path) -> None:
     Kept(shell("exit 0"), tmp_path / "log").stop()
+
+
+def test_a_command_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None:
+    said: list[Ended] = []
+
+    def ended(how: Ended) -> bool:
+        said.append(how)
+        return False
+
+    with running(Kept(["no-such-command"], tmp_path / "log", ended)):
+        until(lambda: said)
+    assert said == [Ended(1, "no-such-command cannot be started: No such file or directory")]

@@ -18,7 +18,7 @@ from fedgen_edge.engines import flower_client
 from fedgen_edge.engines.exchange import Reply, line
 from fedgen_edge.engines.flower_guard import FLOWER, check
 from fedgen_edge.engines.flower_hub import public_key
-from fedgen_edge.engines.flower_runtime import Hub, hub, serve
+from fedgen_edge.engines.flower_runtime import Hub, hub, serve, superlink, supernode
 from fedgen_edge.errors import CarrierError, ConfigError, MissingExtraError
 from flower_network import LONG, Network, certificates, free_port, private, until
 
@@ -247,3 +247,11 @@ def test_a_site_whose_supernode_dies_is_missed_and_the_others_are_not(
     asking.join(LONG)
     assert set(found[0]) == {"north", "south"}
     assert 15 <= time.monotonic() - started < LONG
+
+
+def test_flowers_programs_are_found_where_no_path_leads_to_them(tmp_path: Path) -> None:
+    # a service of systemd's has only the system's folders on its path
+    here = tmp_path / "file"
+    for command in (superlink(1, (here,) * 3, here, here), supernode("a:1", here, here, 1, here)):
+        assert Path(command[0]).parent == Path(sys.executable).parent
+        assert Path(command[0]).exists()

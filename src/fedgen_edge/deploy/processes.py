@@ -25,7 +25,10 @@ GUARD = (
     "except (OSError, AttributeError):\n"
     "    pass\n"
     "if os.getppid() == int(sys.argv[1]):\n"
-    "    os.execvp(sys.argv[3], sys.argv[3:])\n"
+    "    try:\n"
+    "        os.execvp(sys.argv[3], sys.argv[3:])\n"
+    "    except OSError as error:\n"
+    "        sys.exit(f'{sys.argv[3]} cannot be started: {error.strerror}')\n"
 )
 """Has the kernel signal this process when its parent dies (1 is PR_SET_PDEATHSIG), and becomes the
 command. Where there is no prctl, an orphan is left to find out for itself."""

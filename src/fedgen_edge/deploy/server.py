@@ -18,6 +18,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
 from fedgen_edge.deploy.audit import Audit
+from fedgen_edge.deploy.client import say
 from fedgen_edge.deploy.cohort import wanted
 from fedgen_edge.deploy.federation import Deployment
 from fedgen_edge.deploy.kits import deployable, members, revoked
@@ -164,7 +165,7 @@ class _Seen:
             self.last = list(there)
 
 
-def conduct(home: Home, tell: Callable[[str], None] = print) -> Iterator[Event]:
+def conduct(home: Home, tell: Callable[[str], None] = say) -> Iterator[Event]:
     """Run the federation from its last commit to its end, with Flower's server and the proxy.
 
     Raises:
@@ -216,13 +217,16 @@ def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:
     children = [Kept(command, state / "superlink.log", _ends("SuperLink", tell))]
     if home.plan.proxy == "nginx":
         proxy = home.folder / "proxy"
-        # Debian has it where only root looks.
-        nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin") or "nginx"
-        command = [nginx, "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
+        command = [_nginx(), "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
         ended, log = _ends("proxy", tell), state / "proxy.log"
         # Its workers outlive a master that is killed, and would hold its port.
         children.append(Kept(command, log, ended, orphaned=signal.SIGTERM))
     return children
+
+
+def _nginx() -> str:
+    """Where Debian has it, an ordinary account does not look for programs."""
+    return shutil.which("nginx", path=f"{os.environ.get('PATH', os.defpath)}:/usr/sbin") or "nginx"
 
 
 def _ends(name: str, tell: Callable[[str], None]) -> Callable[[Ended], bool]:
