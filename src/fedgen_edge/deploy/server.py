@@ -178,6 +178,8 @@ def conduct(home: Home, tell: Callable[[str], None] = say) -> Iterator[Event]:
 
     with records.locked(home.run), ExitStack() as stack:
         files.sweep(home.run)
+        if over(home):
+            return
         audit = Audit(home.run / "audit.jsonl")
         for child in _children(home, tell):
             child.start()
@@ -202,6 +204,13 @@ def conduct(home: Home, tell: Callable[[str], None] = say) -> Iterator[Event]:
                 time.sleep(pause)
             else:
                 return
+
+
+def over(home: Home) -> bool:
+    """Whether nothing is left to do: finished, and no site that joined lacks an adapter."""
+    tuned = {line["client"] for line in records.lines(home.run / "personal.jsonl")}
+    joined = opened(home.run / "sites.json").weights().keys() & home.keys().keys()
+    return records.read_json(home.run / "run.json")["finished"] and joined <= tuned
 
 
 def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:
