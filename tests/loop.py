@@ -1,27 +1,31 @@
 """Carriers that end in this process, and all that can go wrong on the way; a server over them."""
 
 import json
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from flwr.app import Message
 from safetensors.torch import load_file
 
 from fedgen_edge import files
 from fedgen_edge.config import Settings, to_toml
+from fedgen_edge.deploy import federation
 from fedgen_edge.deploy import settings as deployed
 from fedgen_edge.deploy.audit import Audit
 from fedgen_edge.deploy.federation import Deployment
 from fedgen_edge.deploy.server import Home, begin, deployment
 from fedgen_edge.deploy.stages import proceed
-from fedgen_edge.engines.exchange import Answer, Carrier, Reply, Work, line, read
+from fedgen_edge.engines.exchange import Answer, Carrier, Reply, Work, digest, line, read, refusal
 from fedgen_edge.engines.flower import unwrap, wrap
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.run import Event
 from fedgen_edge.types import Leaves
+from fedgen_edge.uplink.transform import decode, encode
 
 Handle = Callable[[str, bytes], tuple[str, bytes]]
 """What a site makes of a line and a payload."""
@@ -118,19 +122,19 @@ def twice(loop: Loop, work: Work, right: Reply) -> list[Reply]:
 
 
 def tampered_line(loop: Loop, work: Work, right: Reply) -> list[Reply]:
-    return [replace(right, line=right.line.replace('"loss":', '"loss":1'))]
+    return [replace(right, line=right.line[:-1])]
 
 
 def tampered_payload(loop: Loop, work: Work, right: Reply) -> list[Reply]:
-    """The last value's sign and exponent."""
-    return [replace(right, payload=right.payload[:-1] + b"\x7f")]
+    """The last value is huge."""
+    return [replace(right, payload=right.payload[:-1] + b"\x7e")]
 
 
 def of(other: str) -> Fault:
     """The site sends what another one answers."""
 
     def fault(loop: Loop, work: Work, right: Reply) -> list[Reply]:
-        theirs = next(w for name, w in loop.asked if name == other and w.kind == work.kind)
+        theirs = next(w for name, w in loop.asked[::-1] if name == other and w.kind == work.kind)
         return [Reply(right.site, *loop.sites[other](line(theirs), theirs.payload))]
 
     return fault
@@ -221,6 +225,13 @@ def server(folder: Path, settings: Settings, names: Sequence[str], **plan: Any) 
     return folder
 
 
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits, for a site or for the disk: what was written survives all but a power cut."""
+    monkeypatch.setattr(federation, "AGAIN", -1.0)
+    monkeypatch.setattr(federation, "GLANCE", 1e-3)
+    monkeypatch.setattr(os, "fsync", lambda _: None)
+
+
 @dataclass
 class Run:
     """A server's run, as far as it came."""
@@ -290,3 +301,45 @@ def same(one: Leaves, other: Leaves) -> bool:
 
 def sites_json(run: Path) -> Any:
     return json.loads((run / "sites.json").read_text())
+
+
+@dataclass
+class Stub:
+    """A site that answers at once, by arithmetic on all that a real one's answer depends on."""
+
+    weight: int = 6
+    rounds: int = 3
+    run: str | None = None
+    """That it has joined."""
+
+    def handle(self, text: str, payload: bytes) -> tuple[str, bytes]:
+        work = read(Work, text, payload)
+        if work.kind == "join":
+            self.run = work.terms.run
+        elif self.run != work.terms.run:
+            return line(refusal(work, "wrong-run", "ask it to join")), b""
+        base = digest(payload)
+        key = digest(f"{work.client} {work.round} {work.accepted} {base}".encode())
+        number = 1 + int(key[:4], 16) % 97
+        said, sent = {}, b""
+        if work.kind == "join":
+            said = {"weight": self.weight, "train": self.weight, "validation": 2, "test": 2}
+            said["items"] = 9 * self.weight
+        elif work.kind == "train":
+            said = {"weight": self.weight, "loss": number / 8, "steps": self.weight // 2}
+            start = decode(work.payload)
+            sent = encode({k: torch.full_like(v, number * 1e-6) for k, v in start.items()})
+        else:
+            said = self._judged(work, {"total": number / 4, "count": 20.0, "words": 10.0})
+        return line(Answer(work.kind, work.terms, work.round, work.attempt, base, said)), sent
+
+    def _judged(self, work: Work, sums: dict[str, float]) -> dict[str, Any]:
+        if work.kind == "personalise":
+            history = [2.0, sums["total"] / 25]
+            return {"validation": history, "chosen": 1, "test": sums, "seconds": 0.5}
+        return {"validation": sums, **({"test": sums} if work.round >= self.rounds else {})}
+
+
+def stubs(*names: str, rounds: int = 3) -> dict[str, Stub]:
+    """Sites of unequal weight."""
+    return {name: Stub(4 + 2 * at, rounds) for at, name in enumerate(names)}

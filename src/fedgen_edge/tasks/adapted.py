@@ -1,12 +1,14 @@
 """A frozen backbone and the leaves that adapt it: on the disk and off it, whatever the task."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Generator, nn
 
@@ -84,7 +86,7 @@ class Adapted:
         if isinstance(self.adapter, Full):
             self._save_whole(folder, leaves, provenance)
             return
-        with files.folder(folder) as draft:
+        with _written(folder) as draft:
             kept = served(leaves)
             formats.write(
                 draft,
@@ -115,9 +117,23 @@ class Adapted:
         self.write(folder, served(leaves))
 
     def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
-        with files.folder(folder) as draft:
+        with _written(folder) as draft:
             (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
             self.write_whole(draft, leaves)
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """A draft folder, as `files.folder` has it.
+
+    Raises:
+        OSError: the disk is full or failing, of which safetensors has an error of its own.
+    """
+    try:
+        with files.folder(folder) as draft:
+            yield draft
+    except SafetensorError as error:
+        raise OSError(f"{folder} cannot be written: {error}") from None
 
 
 def trained(leaves: Leaves) -> Leaves:
