@@ -16,11 +16,11 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.control import ControlHttpClient
 from safetensors.torch import load_file
 
+from federation import LONG, NGINX, Federation, Running, federation, personal, rounds, said
 from fedgen_edge.engines.flower_client import Server
 from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import CarrierError
 from fedgen_edge.experiments import records
-from federation import LONG, NGINX, Federation, Running, federation, personal, rounds, said
 from flower_network import certificates, free_port, private
 from sites import NAMES
 
@@ -50,7 +50,7 @@ class Done:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     folder, backbone = tmp_path_factory.mktemp("deployment"), os.environ.get("FEDGEN_BACKBONE")
     with federation(folder, backbone or "tiny") as made:
-        made.make(rounds(), gather=LONG, quorum=1.0)
+        made.make(rounds(3), gather=LONG, quorum=1.0)
         said("run", made.recipe, "--out", folder / "simulation")
         yield carried_out(made, folder / "simulation")
 
