@@ -6,19 +6,20 @@ Every process is in a session of its own, and none outlives the test that starte
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from signal import SIGCONT, SIGTERM
 
 import psutil
 
 from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.deploy import audit
 from fedgen_edge.deploy import settings as deployed
+from fedgen_edge.deploy.processes import GUARD
 from flower_network import free_port
 from sites import NAMES, recipe, rows, write_rows
 from wire import Wire
@@ -99,7 +100,7 @@ class Running:
     def ask(self) -> None:
         """Ask it to end, as a user would."""
         self._look()
-        self.process.send_signal(signal.SIGCONT)
+        self.process.send_signal(SIGCONT)
         self.process.terminate()
 
     def stop(self) -> None:
@@ -203,11 +204,12 @@ class Federation:
         path.write_bytes(deployed.told(replace(told, **changed)))
 
     def start(self, name: str, command: list[str], **environment: str) -> Running:
-        """Start a command; it is ended with the test."""
+        """Start a command; it is ended with the test, even if that is killed."""
+        guard = [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), str(int(SIGTERM))]
         log = self.folder / f"{name}-{len(self.running)}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command,
+                [*guard, *command],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -256,13 +258,13 @@ def personal(kit: Path) -> Path:
     return found
 
 
-def rounds(**training: float) -> Settings:
+def rounds(count: int, **training: float) -> Settings:
     """Of three sites, all of them in each round; what a site keeps counts too."""
     return recipe(
         None,
         adapter={"rank": 16, "target_modules": [f"{part}_proj" for part in PARTS]},
-        federation={"rounds": 3, "cohort": 3},
+        federation={"rounds": count, "cohort": 3},
         training={"lr": 1e-2, **training},
         personal={"epochs": 1, "lr": 1e-2, "fallback": False},
-        evaluation={"every": 3, "sample_tokens": 4},
+        evaluation={"every": count, "sample_tokens": 4},
     )

@@ -50,7 +50,7 @@ class Done:
 def done(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Done]:
     folder, backbone = tmp_path_factory.mktemp("deployment"), os.environ.get("FEDGEN_BACKBONE")
     with federation(folder, backbone or "tiny") as made:
-        made.make(rounds(), gather=LONG, quorum=1.0)
+        made.make(rounds(3), gather=LONG, quorum=1.0)
         said("run", made.recipe, "--out", folder / "simulation")
         yield carried_out(made, folder / "simulation")
 

@@ -33,8 +33,9 @@ CONNECTED = "SuperNode ID:"
 ADVICE = (
     (
         r"code: 2004|Failed to activate SuperNode",
-        "{server} does not let this site in: have its operator register {name}'s key.pub, or stop "
-        "the other process that uses this kit's key",
+        "{server} does not let this site in: trying again, as it may take a minute after a crash; "
+        "if it stays so, have its operator register {name}'s key.pub, or stop the other process "
+        "that uses this kit's key",
     ),
     (
         r"code: 2001|must be registered",

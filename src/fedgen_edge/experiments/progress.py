@@ -42,7 +42,7 @@ def follow(events: Iterable[Event], made: Made, told_first: str, stage: str = "f
                 console.print(f"refused {event.line['refused']}; going on from the last good one")
                 continue
             if "said" in event.line:
-                console.print(event.line["said"])
+                console.print(event.line["said"], soft_wrap=True)
                 continue
             if event.stage not in tasks:
                 tasks[event.stage] = progress.add_task(event.stage, total=event.total, said="")
