@@ -19,18 +19,18 @@ FIRST, MOST = 1.0, 30.0
 WELL = 60.0
 """Seconds of life after which a child's next end is its first again."""
 GUARD = (
-    "import ctypes, os, signal, sys\n"
+    "import ctypes, os, sys\n"
     "try:\n"
-    "    ctypes.CDLL(None).prctl(1, signal.SIGKILL)\n"
+    "    ctypes.CDLL(None).prctl(1, int(sys.argv[2]))\n"
     "except (OSError, AttributeError):\n"
     "    pass\n"
     "if os.getppid() == int(sys.argv[1]):\n"
     "    try:\n"
-    "        os.execvp(sys.argv[2], sys.argv[2:])\n"
+    "        os.execvp(sys.argv[3], sys.argv[3:])\n"
     "    except OSError as error:\n"
-    "        sys.exit(f'{sys.argv[2]} cannot be started: {error.strerror}')\n"
+    "        sys.exit(f'{sys.argv[3]} cannot be started: {error.strerror}')\n"
 )
-"""Has the kernel kill this process when its parent dies (1 is PR_SET_PDEATHSIG), and becomes the
+"""Has the kernel end this process when its parent dies (1 is PR_SET_PDEATHSIG), and becomes the
 command. Where there is no prctl, an orphan is left to find out for itself."""
 
 
@@ -73,6 +73,8 @@ class Kept:
     """Added to this process's."""
     first: float = FIRST
     """Seconds before the first restart."""
+    orphaned: signal.Signals = signal.SIGKILL
+    """What the kernel sends it when this process dies; SIGTERM to one that has children to end."""
 
     def __post_init__(self) -> None:
         self._stopping = threading.Event()
@@ -127,7 +129,7 @@ class Kept:
             if self._stopping.is_set():
                 return Ended(0, "")
             self._process = process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", GUARD, str(os.getpid()), *self.command],
+                [sys.executable, "-I", "-S", "-c", GUARD, *self._told(), *self.command],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -143,6 +145,9 @@ class Kept:
             code = process.wait()
             self._process = None
         return Ended(code, said.last())
+
+    def _told(self) -> list[str]:
+        return [str(os.getpid()), str(int(self.orphaned))]
 
     def _signal(self, number: signal.Signals) -> None:
         with self._lock, contextlib.suppress(ProcessLookupError, PermissionError):

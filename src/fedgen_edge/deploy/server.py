@@ -3,6 +3,7 @@
 import os
 import secrets
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -214,7 +215,9 @@ def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:
     if home.plan.proxy == "nginx":
         proxy = home.folder / "proxy"
         command = [_nginx(), "-e", "stderr", "-p", str(proxy.resolve()), "-c", "nginx.conf"]
-        children.append(Kept(command, state / "proxy.log", _ends("proxy", tell)))
+        # its workers would keep the port, were it killed
+        ends = _ends("proxy", tell)
+        children.append(Kept(command, state / "proxy.log", ends, orphaned=signal.SIGTERM))
     return children
 
 
