@@ -196,17 +196,18 @@ class Deployment:
     def _over(self, round_: int) -> bool:
         return round_ >= self.settings.federation.rounds
 
+    def able(self) -> set[str]:
+        """Sites that may take part: neither revoked, nor left out for offending too often."""
+        offences = self.audit.offences()
+        return {name for name in self.members() if offences[name] < self.plan.offences}
+
     def ready(self) -> list[str]:
         """Sites that are there, may take part, and have joined; who has come (back) is asked to.
 
         A site that offended too often is left out.
         """
-        may, offences = set(self.members()), self.audit.offences()
-        there = [
-            name
-            for name in self.carrier.present()
-            if name in may and offences[name] < self.plan.offences
-        ]
+        able = self.able()
+        there = [name for name in self.carrier.present() if name in able]
         self.greeted.intersection_update(there)
         now = time.monotonic()
         new = [

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,14 @@ def _rounds(deployment: Deployment, run: Path) -> Iterator[Event]:
 def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:
     """Have every site tune an adapter of its own; of it only numbers come back."""
     state, _ = last(run)
-    log, total = run / "personal.jsonl", len(deployment.roll.weights())
+    log = run / "personal.jsonl"
     folders = records.folder_names(deployment.names)
     payload = deployment.payload(state.adapter)
     done = {line["client"] for line in records.lines(log)}
     pauses = waits(deployment.plan)
-    while len(done) < total:
-        left = [name for name in deployment.ready() if name not in done]
+    while due := _due(deployment, done):
+        total = len(done) + len(due)
+        left = [name for name in deployment.ready() if name in due]
         for name, answer in deployment.ask("personalise", state.round, payload, left):
             try:
                 line = {"client": name, "folder": folders[name], **_tuned(answer)}
@@ -91,13 +92,19 @@ def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:
                 records.append(log, line)
                 done.add(name)
                 yield Event("personal", len(done), total, line)
-        if len(done) < total:
+        if away := _due(deployment, done):
             pause = next(pauses, None)
-            away = ", ".join(name for name in deployment.roll.weights() if name not in done)
             if pause is None:
-                deployment.tell(f"no personal adapter at {away}: `fedgen resume` asks again")
+                said = ", ".join(away)
+                deployment.tell(f"no personal adapter at {said}: `fedgen resume` asks again")
                 return
             time.sleep(pause)
+
+
+def _due(deployment: Deployment, done: Collection[str]) -> list[str]:
+    """Sites that joined and are not done; nobody waits for one that may not take part any more."""
+    able = deployment.able()
+    return [name for name in deployment.roll.weights() if name in able and name not in done]
 
 
 def _tuned(answer: Answer) -> dict[str, Any]:
@@ -131,7 +138,8 @@ def _test(deployment: Deployment, run: Path) -> Iterator[Event]:
             left = [name for name in deployment.ready() if name not in by_site]
             judged = deployment.evaluated(state, left, bare=model == "backbone")
             by_site |= {name: said["test"] for name, said in judged.items()}
-        if pause is None or all(own.keys() <= by_site.keys() for by_site in found.values()):
+        wanted = own.keys() & deployment.able()
+        if pause is None or all(wanted <= by_site.keys() for by_site in found.values()):
             break
         time.sleep(pause)
     whole = sorted(own.keys() & found["backbone"].keys() & found["global"].keys())
