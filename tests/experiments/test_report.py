@@ -323,4 +323,4 @@ def test_a_client_that_was_never_tested_has_a_row_without_numbers(tmp_path: Path
     page = write([run], tmp_path / "page.html").read_text()
     row = re.search(r"<tr><th>revoked</th>(.*?)</tr>", page, re.S)
     assert row
-    assert row[1].count("<td>–</td>") == len(BITS)
+    assert row[1].count("<td>\u2013</td>") == len(BITS)
