@@ -2,8 +2,8 @@
 
     python paper/fill.py
 
-Every number comes from a file under `paper/results` or `benchmarks/results`; settings and codes come
-from the code that has them.
+Every number comes from a file under `paper/results` or `benchmarks/results`; settings and codes
+come from the code that has them.
 """
 
 import ast
