@@ -2,9 +2,12 @@
 
     python paper/fill.py
 
-Every number comes from a file under `paper/results` or `benchmarks/results`.
+Every number comes from a file under `paper/results` or `benchmarks/results`; settings and codes
+come from the code that has them.
 """
 
+import ast
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 PAPER = ROOT / "paper" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "deploy.md")
 
 
 def _benchmarks(kind: str) -> dict[str, Any]:
@@ -60,6 +63,55 @@ def memory() -> str:
     return "\n".join(out)
 
 
+def network() -> str:
+    """Seconds a round and a server's memory, ours beside bare Flower's, a row a case."""
+    rows = [
+        "| adapter | sites | seconds a round: ours | bare Flower | ours / bare | server's peak MB: "
+        "ours | bare Flower |",
+        "|---" * 7 + "|",
+    ]
+    about = ""
+    for told in _benchmarks("network").values():
+        runs = [run for case in told["cases"] for way in case["all_runs"].values() for run in way]
+        loads = [run[when] for run in runs for when in ("load_before", "load_after")]
+        about = (
+            f"{told['hardware']}, Python {told['python']}, torch {told['torch']}, Flower "
+            f"{told['flwr']}; load average from {min(loads)} to {max(loads)}. The backbone "
+            f"`{told['backbone']}` has {told['backbone_bytes_a_site'] / 1e6:.1f} MB, which each "
+            "site fetches for itself, once."
+        )
+        for case in told["cases"]:
+            seconds, peak = case["seconds_a_round"], case["peak_megabytes"]
+            rows.append(
+                f"| {case['megabytes']} MB | {case['sites']} | {seconds['ours']} | "
+                f"{seconds['bare']} | {case['ours_over_bare']} | {peak['ours']} | {peak['bare']} |"
+            )
+    return "\n".join([*rows, "", about])
+
+
+def codes() -> str:
+    """Every code that the gate refuses by."""
+    from fedgen_edge.engines.gate import CODES
+
+    rows = [f"| `{code}` | {said} |" for code, said in CODES.items()]
+    return "\n".join(["| code | what it means |", "|---|---|", *rows])
+
+
+def settings() -> str:
+    """The settings of `federation.toml`: each field's default, and the sentence under it."""
+    from fedgen_edge.deploy.settings import Federation
+
+    body = ast.parse(inspect.getsource(Federation)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    rows = ["| setting | default | what it is |", "|---|---|---|"]
+    for field, told in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(told, ast.Expr):
+            value = "" if field.value is None else f"`{ast.unparse(field.value)}`"
+            said = " ".join(ast.literal_eval(told.value).split())
+            rows.append(f"| `{ast.unparse(field.target)}` | {value} | {said} |")
+    return "\n".join(rows)
+
+
 PARTS = {
     "quality": lambda: (PAPER / "quickstart.md").read_text().strip(),
     "tuning": lambda: (PAPER / "quickstart-tuning.md").read_text().strip(),
@@ -68,6 +120,9 @@ PARTS = {
     "cifar10-vae": lambda: (PAPER / "cifar10-vae.md").read_text().strip(),
     "speed": speed,
     "memory": memory,
+    "network": network,
+    "codes": codes,
+    "settings": settings,
 }
 
 

@@ -175,6 +175,35 @@ def test_a_child_dies_with_its_parent_even_by_kill_9(tmp_path: Path) -> None:
     until(lambda: gone(child))
 
 
+def test_an_orphan_may_end_its_own_children_first(tmp_path: Path) -> None:
+    # as nginx does, whose workers are no children of ours, and would keep its port
+    script = (
+        "import signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from fedgen_edge.deploy.processes import Kept\n"
+        "say = lambda line: print(line, flush=True)\n"
+        "told = 'sleep 600 & trap \"kill $!; exit\" TERM; echo $!; wait'\n"
+        "log = Path(sys.argv[1])\n"
+        "Kept(['/bin/sh', '-c', told], log, heard=say, orphaned=signal.SIGTERM).start()\n"
+        "time.sleep(600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert parent.stdout is not None
+    try:
+        grandchild = int(parent.stdout.readline())
+        assert not gone(grandchild)
+    finally:
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        parent.stdout.close()
+    until(lambda: gone(grandchild))
+
+
 def test_a_log_is_its_owners_and_does_not_grow_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

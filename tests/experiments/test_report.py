@@ -313,3 +313,14 @@ def test_an_unfinished_run_has_an_empty_table(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("")
     (tmp_path / "run.json").write_text(json.dumps({"measure": MEASURE}))
     assert table_for_terminal(read(tmp_path)).row_count == 0
+
+
+def test_a_client_that_was_never_tested_has_a_row_without_numbers(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    left = json.loads((run / "clients.json").read_text())
+    left.append({**left[0], "client": "revoked"})
+    (run / "clients.json").write_text(json.dumps(left))
+    page = write([run], tmp_path / "page.html").read_text()
+    row = re.search(r"<tr><th>revoked</th>(.*?)</tr>", page, re.S)
+    assert row
+    assert row[1].count("<td>\u2013</td>") == len(BITS)
