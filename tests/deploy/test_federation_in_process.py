@@ -5,20 +5,33 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.supercore.task_identity import TaskIdentity
 
+from fedgen_edge import config
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.algorithms.share import each_alone, nothing
-from fedgen_edge.config import Method, Settings
+from fedgen_edge.config import Method, Settings, from_table
+from fedgen_edge.deploy import store
+from fedgen_edge.deploy.cohort import chosen
+from fedgen_edge.deploy.settings import digest
 from fedgen_edge.deploy.site import Site, open_site
 from fedgen_edge.engines.exchange import Carrier
+from fedgen_edge.engines.flower import FlowerCarrier
+from fedgen_edge.experiments.build import Experiment, build
 from fedgen_edge.experiments.run import create, proceed
-from loop import Loop, conduct, model, outcome, server
+from fedgen_edge.rounds import sample
+from loop import InlineGrid, Loop, conduct, hurry, model, outcome, server, stubs
 from sites import NAMES, kit, recipe, rows, write_rows
 
 QUICK: dict[str, Any] = {
     "personal": {"epochs": 1},
     "evaluation": {"sample_tokens": 2, "prompts": ["One"]},
 }
+
+
+@pytest.fixture(autouse=True)
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    hurry(monkeypatch)
 
 
 def deployable(name: str) -> bool:
@@ -65,3 +78,80 @@ def test_a_federation_of_sites_ends_as_a_run_on_one_machine(tmp_path: Path, meth
     sites = opened(tmp_path / "kits", **more)
     folder = server(tmp_path / "fed", shared(recipe(None, **more)), NAMES, over_selection=1)
     check(folder, sites, simulation, Loop({name: s.handle for name, s in sites.items()}))
+
+
+def posted(sites: dict[str, Site]) -> FlowerCarrier:
+    """The same over Flower's own messages."""
+    nodes = {11 * (at + 1): name for at, name in enumerate(sites)}
+    grid = InlineGrid(handles={node: sites[name].handle for node, name in nodes.items()})
+    return FlowerCarrier(grid, lambda: nodes, poll=1e-3)
+
+
+def divided(experiment: Experiment, recipe: str, folder: Path) -> dict[str, Site]:
+    """A site for each client of an experiment, with the same data."""
+    start = experiment.start().adapter
+    names = experiment.algorithm.sends(list(start))
+    shapes = {k: tuple(v.shape) for k, v in start.items() if k in names}
+
+    def site(number: int) -> Site:
+        clients = replace(experiment.clients, shards=[experiment.clients.shards[number]], memory={})
+        own = replace(experiment, holdings=[experiment.holdings[number]], clients=clients)
+        state = store.open_state(folder / str(number))
+        return Site(own, recipe, start, shapes, state)
+
+    return {name: site(number) for number, name in enumerate(experiment.names)}
+
+
+@pytest.mark.parametrize("task", ["vae", "gan"])
+def test_pictures_over_flowers_messages_end_as_on_one_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, task: str
+) -> None:
+    for name in ("_task_id", "_run_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+    settings = from_table(
+        {
+            "task": task,
+            "backbone": {"path": "tiny", "precision": "float32"},
+            "data": {"source": "digits", "limit": 60, "names": [*"0123456789"]},
+            "partition": {"by": "iid"},
+            "federation": {"rounds": 3, "cohort": 2, "clients": 3},
+            "method": {"name": "fedper"},
+            "personal": {"epochs": 1},
+            "engine": {"name": "serial", "threads": 1, "device": "cpu"},
+            "evaluation": {"sample_pictures": 1},
+        }
+    )
+    simulation = simulated(tmp_path / "run", settings)
+    sites = divided(build(settings), digest(settings), tmp_path / "sites")
+    folder = server(tmp_path / "fed", settings, [*sites], over_selection=1)
+    check(folder, sites, simulation, posted(sites))
+    assert (simulation / "samples" / "1-0.png").read_bytes() == (
+        folder / "run" / "samples" / "1-0.png"
+    ).read_bytes()
+
+
+def test_answers_may_come_in_any_order(tmp_path: Path) -> None:
+    def ended(name: str, slow: list[str]) -> dict[str, Any]:
+        sites = stubs(*NAMES)
+        carrier = Loop({k: v.handle for k, v in sites.items()}, slow=slow)
+        more = {"federation": {"cohort": None}, "evaluation": {"sample_tokens": 0}}
+        folder = server(tmp_path / name, recipe(None, **more), NAMES)
+        return outcome(conduct(folder, carrier).home.run)
+
+    assert ended("one", []) == ended("other", ["west", "north", "east"])
+
+
+def test_the_cohort_is_the_simulations_where_all_are_there_and_else_the_next_of_the_same_draw() -> (
+    None
+):
+    numbers = {f"site-{at}": at for at in range(9)}
+    plan = config.Federation(clients=9, cohort=4, seed=3)
+    for round_ in range(20):
+        drawn = sample(plan, 9, round_)
+        assert chosen(3, round_, [*numbers], numbers, 4) == drawn
+        away = drawn[1]
+        there = [name for name, at in numbers.items() if at != away]
+        found = chosen(3, round_, there, numbers, 4)
+        assert len(found) == 4
+        assert {*drawn} - {away} < {*found}
+        assert away not in found
