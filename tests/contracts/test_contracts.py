@@ -1,5 +1,7 @@
 """One suite a protocol, over the whole catalogue: tasks, algorithms, engines."""
 
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
 
@@ -11,9 +13,13 @@ from conftest import corpus_for
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS
+from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Federation, Method, from_table
 from fedgen_edge.data.batches import Budget, Shard
+from fedgen_edge.engines.bounds import Bounds
+from fedgen_edge.engines.exchange import Answer, Reply, Terms, Work, digest, line, read
+from fedgen_edge.engines.remote import Distant, Remote
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.jobs import Clients, Personalise, Train
@@ -22,6 +28,7 @@ from fedgen_edge.rounds import Engine, rounds
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS, Learnt, Task
 from fedgen_edge.types import Batch, Commit, Leaves, Order
+from fedgen_edge.uplink.transform import decode
 
 ENGINES: dict[str, Engine] = {"serial": serial, "stacked": stacked(3), "stacked by two": stacked(2)}
 NEAR = dict.fromkeys(TASKS, 1e-4) | {"language": 1e-5}
@@ -138,18 +145,22 @@ class TestTask:
         assert "loss" in task.summary(whole)
 
 
+def trainer(task: Learnt, algorithm: Algorithm, memory: dict[int, Leaves]) -> Train:
+    # of pictures, the larger one keeps AdamW from magnifying the rounding of gradients near zero
+    eps = 1e-8 if task.measure.material == "text" else 1e-5
+    return Train(
+        Clients(task, algorithm, shards(task), 0, memory=memory),
+        Budget(2, epochs=2),
+        lambda _: Recipe(partial(AdamW, lr=1e-3, eps=eps), 1.0, corrects=algorithm.corrects),
+    )
+
+
 def run(
     task: Learnt, name: str, engine: Engine, count: int = 2, cohort: int = 3
 ) -> tuple[Commit, dict[int, Leaves]]:
     algorithm = METHODS[name].make(Method(mu=0.1))
     memory: dict[int, Leaves] = {}
-    # of pictures, the larger one keeps AdamW from magnifying the rounding of gradients near zero
-    eps = 1e-8 if task.measure.material == "text" else 1e-5
-    job = Train(
-        Clients(task, algorithm, shards(task), 0, memory=memory),
-        Budget(2, epochs=2),
-        lambda _: Recipe(partial(AdamW, lr=1e-3, eps=eps), 1.0, corrects=algorithm.corrects),
-    )
+    job = trainer(task, algorithm, memory)
     plan = Federation(clients=len(SIZES), cohort=cohort, rounds=count)
     start = algorithm.init(task.init(generator(0, "init")))
     *_, last = rounds(start, algorithm, engine, job, plan)
@@ -230,6 +241,85 @@ class TestEngine:
             assert tuned.chosen == other.chosen
             for leaf, value in other.adapter.items():
                 torch.testing.assert_close(tuned.adapter[leaf], value, atol=NEAR[learnt], rtol=0)
+
+
+@dataclass
+class Inline:
+    """The clients of a job as sites: what they keep goes by the payload that it came with."""
+
+    job: Train
+    start: Leaves
+    kept: dict[str, Leaves] = field(default_factory=dict)
+    counted: dict[str, str] = field(default_factory=dict)
+
+    def present(self) -> list[str]:
+        return [shard.name for shard in self.job.clients.shards]
+
+    def exchange(self, work: Mapping[str, Work], seconds: float) -> Generator[Reply]:
+        assert seconds > 0
+        for name in sorted(work, reverse=True):
+            asked, payload = read(Work, line(work[name]), work[name].payload), work[name].payload
+            memory = {asked.client: self.kept[asked.accepted]} if asked.accepted else {}
+            job = replace(self.job, clients=replace(self.job.clients, memory=memory))
+            received = {**self.start, **decode(payload)}
+            order = Order((asked.client,), asked.round, received)
+            (sent,) = job.send([order], stacked=False)
+            said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
+            answer = Answer(asked.kind, asked.terms, asked.round, asked.attempt, digest(payload),
+                            said)  # fmt: skip
+            self.kept[digest(sent.payload)] = sent.memory
+            yield Reply(name, line(answer), sent.payload)
+
+    def note(self, event: str, **fields: str | int) -> None:
+        if event == "accepted":
+            self.counted[str(fields["site"])] = str(fields["payload"])
+
+
+SHARING = [
+    name
+    for name, entry in METHODS.items()
+    if (made := entry.make(Method())).sends is not nothing and made.groups is each_alone
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "learnt"),
+    # all methods of two tasks, and of the others, which are slower, one that keeps something
+    [pair for pair in product(SHARING, TASKS) if {*pair} & {"language", "vae", "fedper"}],
+)
+def test_sites_end_as_serial_clients_do_bit_by_bit(name: str, learnt: str) -> None:
+    algorithm = METHODS[name].make(Method(mu=0.1))
+    task = make(learnt, full=algorithm.adapts == "full")
+    expected, memory = run(task, name, serial, 3, 2)
+    job = trainer(task, algorithm, {})
+    start = algorithm.init(task.init(generator(0, "init")))
+    sites = Inline(job, start.adapter)
+    weights = {shard.name: int(shard.weight) for shard in job.clients.shards}
+    distant = Distant(
+        algorithm,
+        Terms("run", "recipe", "backbone"),
+        sites.present,
+        lambda: weights,
+        lambda _: Bounds(100),
+        lambda _: 0,
+        lambda _: dict(sites.counted),
+        sites.note,
+    )
+    plan = Federation(clients=len(SIZES), cohort=2, rounds=3)
+    *_, last = rounds(start, algorithm, Remote(sites, 2, 2, 1.0), distant, plan)
+    assert last.state.adapter.keys() == expected.state.adapter.keys()
+    for leaf, value in expected.state.adapter.items():
+        assert torch.equal(last.state.adapter[leaf], value), leaf
+    assert last.bytes_down == expected.bytes_down
+    for one, other in zip(last.updates, expected.updates, strict=True):
+        assert (one.order.clients, one.loss, one.steps, one.weight, one.bytes_up) == (
+            other.order.clients, other.loss, other.steps, other.weight, other.bytes_up
+        )  # fmt: skip
+    names = sites.present()
+    for client, leaves in memory.items():
+        kept = sites.kept[sites.counted[names[client]]]
+        assert kept.keys() == leaves.keys()
+        assert all(torch.equal(kept[k], v) for k, v in leaves.items())
 
 
 def test_whole_models_share_tied_weights_once() -> None:

@@ -139,25 +139,41 @@ def test_a_damaged_checkpoint_takes_sites_back_with_it(
     assert ended(sites, folder) == unbroken
 
 
-def test_a_site_whose_update_was_not_waited_for_goes_on_from_its_last_that_counts(
-    kits: list[Site], tmp_path: Path
+def without_west(kits: list[Site], folder: Path) -> dict[str, Any]:
+    """What is left where the third site never heard of the second round."""
+    sites = fresh(kits, folder)
+    carrier = loop(sites)
+    hears = carrier.sites["west"]
+
+    def deaf(text: str, payload: bytes) -> tuple[str, bytes]:
+        second = '"kind":"train"' in text and '"round":1' in text
+        return ("", b"") if second else hears(text, payload)
+
+    carrier.sites["west"] = deaf
+    carrier.faults = [(When("west", round=1), silent)]
+    return ended(sites, server(folder / "fed", recipe(None, **MORE), NAMES), carrier)
+
+
+TOO_LATE: dict[str, list[When]] = {
+    "its answer came too late": [When("west", round=1)],
+    "it counted in an attempt that was abandoned": [
+        When("east", round=1, attempt=0),
+        When("north", round=1, attempt=0),
+        When("west", round=1, attempt=1),
+    ],
+}
+
+
+@pytest.mark.parametrize("how", TOO_LATE)
+def test_a_site_whose_update_does_not_count_goes_on_from_its_last_that_does(
+    kits: list[Site], unbroken: dict[str, Any], tmp_path: Path, how: str
 ) -> None:
-    def run(name: str, *, asked: bool) -> dict[str, Any]:
-        """The third site trains in the second round and comes too late, or never hears of it."""
-        sites = fresh(kits, tmp_path / name)
-        carrier = loop(sites)
-        quiet = carrier.sites["west"]
-
-        def deaf(text: str, payload: bytes) -> tuple[str, bytes]:
-            second = '"kind":"train"' in text and '"round":1' in text
-            return ("", b"") if second and not asked else quiet(text, payload)
-
-        carrier.sites["west"] = deaf
-        carrier.faults = [(When("west", round=1), silent)]
-        fed = server(tmp_path / name / "fed", recipe(None, **MORE), NAMES)
-        return ended(sites, fed, carrier)
-
-    assert run("late", asked=True) == run("deaf", asked=False)
+    sites = fresh(kits, tmp_path / "sites")
+    carrier = loop(sites)
+    carrier.faults = [(when, silent) for when in TOO_LATE[how]]
+    found = ended(sites, server(tmp_path / "fed", recipe(None, **MORE), NAMES), carrier)
+    assert found == without_west(kits, tmp_path / "deaf")
+    assert found != unbroken
 
 
 def test_a_site_that_lost_its_state_joins_again_and_goes_on_as_one_that_kept_nothing(
