@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import struct
 import threading
 from dataclasses import dataclass, field
 
@@ -75,6 +76,8 @@ class Wire:
                 near, _ = self._door.accept()
             except OSError:
                 return
+            # What is closed unserved is reset, as by a machine where nobody listens.
+            near.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             if not self._cut:
                 threading.Thread(target=self._carry, args=(near,), daemon=True).start()
             else:

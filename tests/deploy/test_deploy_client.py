@@ -32,8 +32,9 @@ class Runtime:
     """Flower's stand-in: messages are files."""
 
     def supernode(self, address, ca, key, port, secret):
-        node = "echo node $$ $FLWR_TELEMETRY_ENABLED; echo SuperNode ID: 7; exec sleep 600"
-        return ["/bin/sh", "-c", node]
+        node = "echo node $$ $FLWR_TELEMETRY_ENABLED; echo SuperNode ID: 7; "
+        once = f"rm {key}.cut 2>&- && echo '[SSL: UNEXPECTED_EOF_WHILE_READING] (_ssl.c:1006)'; "
+        return ["/bin/sh", "-c", f"{node}{once}exec sleep 600"]
 
     def serve(self, address, secret, handler, stop):
         assert secret.read_bytes()
@@ -185,6 +186,17 @@ def test_killed_it_leaves_nobody(client: Client) -> None:
     client.process.wait()
     for pid in children:
         until(lambda pid=pid: gone(pid))
+
+
+def test_a_node_whose_handshake_was_cut_off_is_started_again(client: Client) -> None:
+    # Flower's own neither tries again nor ends.
+    until(lambda: client.said("connected"))
+    node = next(p for p in client.children() if b"sleep" in Path(f"/proc/{p}/cmdline").read_bytes())
+    (client.folder / "key.cut").touch()
+    os.kill(node, signal.SIGKILL)
+    until(lambda: client.said("does not answer: trying again"))
+    until(lambda: [line for line in client.lines() if line.startswith("connected")][1:])
+    until(lambda: len(client.children()) == 2)
 
 
 def test_data_that_are_not_there_are_one_line_before_the_site_joins(tmp_path: Path) -> None:

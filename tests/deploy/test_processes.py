@@ -147,32 +147,42 @@ def test_what_a_dead_child_left_in_its_group_is_killed(tmp_path: Path) -> None:
     until(lambda: gone(pids[0]))
 
 
-def test_a_child_dies_with_its_parent_even_by_kill_9(tmp_path: Path) -> None:
+WITH_ITS_OWN = 'sleep 600 >/dev/null 2>&1 & trap "kill $!; exit" TERM; echo $$ $!; wait'
+
+
+@pytest.mark.parametrize(
+    ("command", "orphaned"),
+    [("echo $$; exec sleep 600", signal.SIGKILL), (WITH_ITS_OWN, signal.SIGTERM)],
+)
+def test_a_child_dies_with_its_parent_even_by_kill_9_and_its_own_with_it(
+    tmp_path: Path, command: str, orphaned: signal.Signals
+) -> None:
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "from pathlib import Path\n"
         "from fedgen_edge.deploy.processes import Kept\n"
         "say = lambda line: print(line, flush=True)\n"
-        "command = ['/bin/sh', '-c', 'echo $$; exec sleep 600']\n"
-        "Kept(command, Path(sys.argv[1]), heard=say).start()\n"
+        "command = ['/bin/sh', '-c', sys.argv[2]]\n"
+        "dies = signal.Signals(int(sys.argv[3]))\n"
+        "Kept(command, Path(sys.argv[1]), heard=say, orphaned=dies).start()\n"
         "time.sleep(600)\n"
     )
     parent = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "log")],
+        [sys.executable, "-c", script, str(tmp_path / "log"), command, str(int(orphaned))],
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
     assert parent.stdout is not None
     try:
-        child = int(parent.stdout.readline())
-        assert not gone(child)
-        assert os.getpgid(child) == child  # a group, and a session, of its own
+        family = [*map(int, parent.stdout.readline().split())]
+        assert not any(map(gone, family))
+        assert os.getpgid(family[0]) == family[0]  # a group, and a session, of its own
     finally:
         parent.send_signal(signal.SIGKILL)
         parent.wait()
         parent.stdout.close()
-    until(lambda: gone(child))
+    until(lambda: all(map(gone, family)))
 
 
 def test_an_orphan_may_end_its_own_children_first(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ MISTAKE = 2
 """How the trainer exits where its user has something to mend."""
 CONNECTED = "SuperNode ID:"
 """What Flower's SuperNode says when the server has let it in."""
+BROKEN = "_ssl.c"
+"""In what Flower's SuperNode says of any fault of TLS, such as a handshake that was cut off; then
+it neither tries again nor ends."""
 ADVICE = (
     (
         r"code: 2004|Failed to activate SuperNode",
@@ -66,7 +69,7 @@ ADVICE = (
     ),
     (
         r"Connection refused|connection attempts failed|[Nn]ame or service not known|"
-        r"[Nn]ame resolution|No route to host|timed out",
+        r"[Nn]ame resolution|No route to host|timed out|UNEXPECTED_EOF",
         "{server} does not answer: trying again",
     ),
 )
@@ -151,11 +154,17 @@ def join(kit: Path, runtime: Runtime) -> None:
 def _serve(site: Site, watch: "Watch", runtime: Runtime, forward: Forward) -> None:
     port, kit = site.port or _free_port(), watch.kit.resolve()
     ca, key, secret = kit / "ca.crt", kit / "key", kit / "secret"
+
+    def heard(line: str) -> None:
+        watch.node_said(line)
+        if BROKEN in line:
+            node.kill()
+
     node = Kept(
         runtime.supernode(site.server, ca, key, port, secret),
         watch.kit / "state" / "supernode.log",
         watch.node_ended,
-        watch.node_said,
+        heard,
         environment(kit / "state" / "flower"),
     )
     node.start()
