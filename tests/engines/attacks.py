@@ -159,6 +159,7 @@ ATTACKS: dict[str, tuple[str, Reply]] = {
     "weight that has changed": ("bad-weight", said(weight=10)),
     "loss that is no number": ("bad-loss", lined("1.5", "NaN")),
     "infinite loss": ("bad-loss", lined("1.5", "-Infinity")),
+    "absurd loss": ("bad-loss", said(loss=1e300)),
     "no loss": ("bad-loss", said(loss=None)),
     "negative steps": ("bad-steps", said(steps=-1)),
     "steps over its examples": ("bad-steps", said(steps=4)),

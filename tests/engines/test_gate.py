@@ -79,9 +79,11 @@ def test_a_spectrum_is_refused_only_where_there_is_a_limit() -> None:
                 judged(limited, reply())
 
 
-def test_without_a_bound_a_boosted_message_that_is_finite_passes() -> None:
+def test_without_a_bound_a_boosted_message_passes_unless_its_squares_would_be_infinite() -> None:
     loose = replace(OPEN, bounds=Bounds(1000))
-    assert judged(loose, reply(encode(scale(DELTA, 1e30)))).norm > 1e28
+    assert judged(loose, reply(encode(scale(DELTA, 1e10)))).norm > 1e8
+    with pytest.raises(RefusedError, match=r"^change-too-large: "):
+        judged(loose, reply(encode(scale(DELTA, 1e30))))
 
 
 def test_the_same_bytes_again_count_once_and_other_bytes_are_refused() -> None:

@@ -53,6 +53,9 @@ CODES = {
 }
 """Every refusal's code, and what it means."""
 
+ABSURD = 1e15
+"""Beyond this no honest number is; below it, sums of float32 squares stay finite."""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -141,8 +144,10 @@ def judged(open_: Open, reply: Reply) -> Accepted:
             f"a product changed by {largest:.3g}, and spectrum={limit} in federation.toml",
         )
     norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in found.values()]
-    sha256 = digest(answer.payload)
-    return Accepted(found, weight, loss, steps, sha256, math.hypot(*norms), largest)
+    norm, sha256 = math.hypot(*norms), digest(answer.payload)
+    if norm > ABSURD:
+        raise RefusedError("change-too-large", f"the leaves changed by {norm:.3g} together")
+    return Accepted(found, weight, loss, steps, sha256, norm, largest)
 
 
 def answered(asked: Asked, reply: Reply, longest: int = 0) -> Answer:
@@ -250,7 +255,7 @@ def _said(open_: Open, site: str, said: Mapping[str, Any]) -> tuple[int, float, 
     if weight != joined:
         raise RefusedError("bad-weight", f"weight is {weight}, and was {joined} when it joined")
     loss = _number(said["loss"])
-    if loss is None:
+    if loss is None or abs(loss) > ABSURD:
         raise RefusedError("bad-loss", f"loss is {shown(said['loss'])}: training may have diverged")
     steps, most = said["steps"], open_.bounds.steps(weight)
     if type(steps) is not int or steps < 0 or (most is not None and steps > most):
