@@ -350,7 +350,7 @@ def test_few_lines_tell_the_story_of_a_run(
         answer = Answer(work.kind, terms, work.round, work.attempt, "0", told, refused)
         return line(answer), b"update" if work.kind == "train" else b""
 
-    told, counts = Told(trainer, watch), digest(b"update")
+    told, counts = Told(trainer, watch, lambda: None), digest(b"update")
     for work_ in (
         Work("join", terms, 0, 0, 0, None),
         Work("train", terms, 0, 0, 0, None),
@@ -368,3 +368,17 @@ def test_few_lines_tell_the_story_of_a_run(
         "round 2: train refused, diverged: lower training.lr",
         f"personal adapter at {watch.kit / 'state' / 'runs' / RUN / 'personal'}",
     ]
+
+
+def test_a_server_that_begins_anew_meets_a_supernode_without_old_answers(watch: Watch) -> None:
+    terms, renewed = Terms(RUN, "r", "b"), []
+
+    def trainer(text: str, payload: bytes) -> tuple[str, bytes]:
+        work = heard(Work, text, payload)
+        answer = Answer(work.kind, terms, 0, 0, "0", {"weight": 15, "loss": 1.0, "steps": 4})
+        return line(answer), b""
+
+    told = Told(trainer, watch, lambda: renewed.append(1))
+    for kind, times in (("join", 0), ("train", 0), ("join", 1), ("join", 1), ("train", 1)):
+        told(line(Work(kind, terms, 0, 0, 0, None)), b"")
+        assert len(renewed) == times

@@ -9,7 +9,7 @@ import socket
 import stat
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +169,7 @@ def _serve(site: Site, watch: "Watch", runtime: Runtime, forward: Forward) -> No
     )
     node.start()
     try:
-        runtime.serve(f"127.0.0.1:{port}", secret, Told(forward, watch), watch.stop)
+        runtime.serve(f"127.0.0.1:{port}", secret, Told(forward, watch, node.renew), watch.stop)
     finally:
         node.stop()
 
@@ -264,6 +264,10 @@ class Told:
 
     forward: Handler
     watch: Watch
+    renew: Callable[[], None]
+    """Starts the SuperNode again."""
+    served: bool = False
+    """Whether it carried anything since it was started."""
     sent: dict[str, int] = field(default_factory=dict)
     """Round of the last update, by its SHA-256, until it is known to count."""
 
@@ -276,7 +280,18 @@ class Told:
             say(f"refused a message ({error})")
         else:
             self._tell(work, answer, exchange.digest(sent))
+            self._clear(work)
         return said, sent
+
+    def _clear(self, work: Work) -> None:
+        """Begin anew with a SuperNode that may hold an answer which nobody waits for any more.
+
+        It sends one answer for each message that it gets: an old one takes the place of the next,
+        for ever. A server that asks to join anew is another than before, and asks again.
+        """
+        if work.kind == "join" and self.served:
+            self.renew()
+        self.served = work.kind != "join"
 
     def _tell(self, work: Work, answer: Answer, sent: str) -> None:
         if work.accepted in self.sent:

@@ -31,8 +31,10 @@ from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, Order, ServerState, Update
 from fedgen_edge.uplink.transform import encode
 
-AGAIN = 30.0
+AGAIN = 10.0
 """Seconds after which a site that did not join is asked to again."""
+JOINING = 20.0
+"""Seconds that a site has to say how much it has; its answer may be lost on the way."""
 GLANCE = 0.5
 """Seconds between two looks at who is there."""
 
@@ -181,7 +183,7 @@ class Deployment:
         }
         asked, left = Asked(kind, self.terms, round_, 0, digest(payload)), set(names)
         # whoever joins has nothing to work on
-        seconds = self.plan.gather if kind == "join" else self.plan.deadline
+        seconds = min(self.plan.gather, JOINING) if kind == "join" else self.plan.deadline
         with closing(self.reached.exchange(work, seconds)) as replies:
             for reply in replies:
                 if reply.failed is not None:

@@ -107,6 +107,10 @@ class Kept:
         """End this life of it; it is started again, as after any other end."""
         self._signal(signal.SIGKILL)
 
+    def renew(self) -> None:
+        """Ask it to end this life of it; it is started again."""
+        self._signal(signal.SIGTERM)
+
     def _live(self) -> None:
         """Life after life, until it is stopped."""
         wait = self.first
