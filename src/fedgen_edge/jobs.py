@@ -164,10 +164,9 @@ class Train:
 
     def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
-        shared = algorithm.sends(list(delta))
         return Sent(
             order=order,
-            payload=encode(select(delta, shared.__contains__)),
+            payload=encode(algorithm.shared(delta)),
             memory=algorithm.keeps(start, delta, self.clients.remembered(order)),
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,

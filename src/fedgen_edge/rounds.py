@@ -11,7 +11,6 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Federation
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.jobs import Job, Training
-from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Update
 from fedgen_edge.uplink.transform import deliver
@@ -112,8 +111,7 @@ def rounds(
     draw = draw or partial(sample, federation, clients)
     for r in range(state.round, federation.rounds):
         cohort = draw(r, state.memory.get(LOSSES))
-        shared = algorithm.sends(list(state.adapter))
-        arrived, size = deliver(select(state.adapter, shared.__contains__))
+        arrived, size = deliver(algorithm.shared(state.adapter))
         received = {**state.adapter, **arrived}
         orders = [Order(group, r, received) for group in algorithm.groups(cohort)]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)

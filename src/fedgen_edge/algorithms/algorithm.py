@@ -41,6 +41,11 @@ class Algorithm:
         """The server before the first round; leaves by name, as decoding gives them."""
         return ServerState(round=0, adapter=dict(sorted(adapter.items())))
 
+    def shared(self, leaves: Leaves) -> Leaves:
+        """The leaves that travel, of these."""
+        names = self.sends(list(leaves))
+        return {k: v for k, v in leaves.items() if k in names}
+
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.
 

@@ -17,9 +17,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from fedgen_edge.deploy.processes import Ended, Kept
 from fedgen_edge.deploy.settings import Site, read, settings_of
-from fedgen_edge.deploy.trainer import Forward, Handler, make_key
+from fedgen_edge.deploy.trainer import Forward, make_key
 from fedgen_edge.engines import exchange
-from fedgen_edge.engines.exchange import Answer, Work
+from fedgen_edge.engines.exchange import Answer, Handler, Work
 from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import ConfigError, RefusedError
 from fedgen_edge.experiments import records

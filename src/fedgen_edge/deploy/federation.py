@@ -19,13 +19,12 @@ from fedgen_edge.deploy.said import entry, sums
 from fedgen_edge.deploy.settings import Federation
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Answer, Carrier, Kind, Terms, Work, digest
-from fedgen_edge.engines.gate import Asked, answered
+from fedgen_edge.engines.gate import Asked, answered, event_of
 from fedgen_edge.engines.remote import Distant, Remote
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.experiments.build import Sums, added, rate_of
 from fedgen_edge.experiments.checkpoint import Memory
 from fedgen_edge.jobs import Job
-from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, Order, ServerState, Update
@@ -201,8 +200,7 @@ class Deployment:
 
     def payload(self, adapter: Leaves) -> bytes:
         """The leaves that travel, encoded."""
-        shared = self.algorithm.sends(list(adapter))
-        return encode(select(adapter, shared.__contains__))
+        return encode(self.algorithm.shared(adapter))
 
     def _over(self, round_: int) -> bool:
         return round_ >= self.settings.federation.rounds
@@ -212,7 +210,8 @@ class Deployment:
 
         A site that offended too often is left out.
         """
-        there = [name for name in self.reached.present() if self.trusted(name)]
+        out = self.left_out()
+        there = [name for name in self.reached.present() if name not in out]
         self.greeted.intersection_update(there)
         now = time.monotonic()
         new = [
@@ -244,18 +243,18 @@ class Deployment:
 
     def offended(self, name: str, round_: int, error: RefusedError) -> None:
         """Write down that a site's answer does not count."""
-        event = "declined" if error.code == "declined" else "refused"
+        event = event_of(error)
         self._note(event, site=name, round=round_, code=error.code)
         self.tell(f"{name}: {event}: {error}")
 
-    def trusted(self, name: str) -> bool:
-        """Whether a site has not offended too often."""
-        return self.audit.offences()[name] < self.plan.offences
+    def left_out(self) -> set[str]:
+        """Sites that offended too often."""
+        return {n for n, count in self.audit.offences().items() if count >= self.plan.offences}
 
     def awaited(self) -> list[str]:
         """Sites that have joined, and are still to be asked: neither revoked nor left out."""
-        may, joined = self.members(), self.roll.weights()
-        return [name for name in joined if name in may and self.trusted(name)]
+        may, out = self.members(), self.left_out()
+        return [name for name in self.roll.weights() if name in may and name not in out]
 
     @property
     def counts(self) -> tuple[str, ...]:

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import cast
 
 from fedgen_edge import files
-from fedgen_edge.engines.exchange import Terms, Work, line, read, refusal
+from fedgen_edge.engines.exchange import Handler, Terms, Work, line, read, refusal
 from fedgen_edge.errors import FedGenError, RefusedError
 from fedgen_edge.experiments import records
 
-Handler = Callable[[str, bytes], tuple[str, bytes]]
-"""From a message, as a line and a payload, to its answer."""
 SOCKET, KEY = "trainer.sock", "trainer.key"
 LONGEST = 100
 """Bytes of a socket's path, at most: the system has room for 108."""

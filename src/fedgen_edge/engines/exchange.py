@@ -5,7 +5,7 @@ A message is a line of JSON and one flat buffer: a safetensors file, whose heade
 
 import hashlib
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -83,6 +83,10 @@ class Reply:
     payload: bytes
     failed: str | None = None
     """What the carrier says went wrong, where no answer came."""
+
+
+Handler = Callable[[str, bytes], tuple[str, bytes]]
+"""Makes an answer of some work: line and payload, both ways."""
 
 
 @runtime_checkable

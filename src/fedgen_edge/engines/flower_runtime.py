@@ -8,11 +8,11 @@ a secret that each shares with its neighbour.
 import sys
 from pathlib import Path
 
-from fedgen_edge.engines.flower_environment import ENVIRONMENT, environment
+from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.engines.flower_hub import Hub, hub
-from fedgen_edge.engines.flower_site import Handler, serve
+from fedgen_edge.engines.flower_site import serve
 
-__all__ = ["ENVIRONMENT", "Handler", "Hub", "environment", "hub", "serve", "superlink", "supernode"]
+__all__ = ["Hub", "environment", "hub", "serve", "superlink", "supernode"]
 
 
 def superlink(port: int, tls: tuple[Path, Path, Path], database: Path, secret: Path) -> list[str]:

@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable
 from logging import getLogger
 from pathlib import Path
 from typing import cast
@@ -30,13 +29,12 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from flwr.supercore.runtime import RuntimeHttpClient
 from flwr.supernode.runtime.run_clientapp import push_message
 
+from fedgen_edge.engines.exchange import Handler
 from fedgen_edge.engines.flower import unwrap, wrap
 from fedgen_edge.engines.flower_client import Pulse, Server
 from fedgen_edge.errors import CarrierError, ConfigError
 
 LOG = getLogger(__name__)
-Handler = Callable[[str, bytes], tuple[str, bytes]]
-"""Makes an answer of some work: line and payload, both ways."""
 FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 PATIENCE = 5.0
 """Seconds that a SuperNode may be away in a task; one that starts anew knows nothing of it."""

@@ -125,6 +125,11 @@ class Gate:
         return None
 
 
+def event_of(error: RefusedError) -> str:
+    """What the audit log calls it: a site that says itself that it cannot, offends nobody."""
+    return "declined" if error.code == "declined" else "refused"
+
+
 def judged(open_: Open, reply: Reply) -> Accepted:
     """A site's answer to training work, decoded; nothing is remembered.
 

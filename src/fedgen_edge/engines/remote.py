@@ -8,10 +8,9 @@ from typing import Protocol, runtime_checkable
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Carrier, Reply, Terms, Work, digest
-from fedgen_edge.engines.gate import Asked, Gate, Open
+from fedgen_edge.engines.gate import Asked, Gate, Open, event_of
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.jobs import Job
-from fedgen_edge.leaves import select
 from fedgen_edge.types import Order, Update
 from fedgen_edge.uplink.transform import encode
 
@@ -44,9 +43,7 @@ class Called:
         try:
             taken = self.gate.take(reply)
         except RefusedError as error:
-            # a site that says itself that it cannot, offends nobody
-            event = "declined" if error.code == "declined" else "refused"
-            self.note(event, code=error.code, payload=digest(reply.payload), **said)
+            self.note(event_of(error), code=error.code, payload=digest(reply.payload), **said)
             return None
         if taken is None:
             return None
@@ -96,8 +93,7 @@ class Distant:
     def call(self, orders: Sequence[Order]) -> Called:
         """Word a round's orders; the attempt is on the record before anybody is asked."""
         first = orders[0]
-        shared = self.algorithm.sends(list(first.received))
-        sent = select(first.received, shared.__contains__)
+        sent = self.algorithm.shared(first.received)
         payload, attempt = encode(sent), self.attempt(first.round)
         asked = Asked("train", self.terms, first.round, attempt, digest(payload))
         schema = {k: tuple(v.shape) for k, v in sent.items()}
