@@ -339,8 +339,8 @@ class Judging:
     weights: Path | None = None
     """File of the features' weights, in safetensors."""
     samples: Annotated[int, Number, Field(ge=10)] = 2000
-    """About how many pictures each model makes, shared out over the clients that take part as their
-    test pictures are; at least two a client."""
+    """How many pictures each model makes at least, shared out over the clients that take part as
+    their test pictures are: each client's share is rounded up, and two or more."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -118,9 +118,12 @@ class Jury:
 
     @cached_property
     def asked(self) -> list[list[int]]:
-        """Classes of each client's samples: those of its test pictures, in their proportions."""
-        total, most = self._total(self.labels), self.experiment.settings.judging.samples
-        counts = [max(2, round(most * len(own) / total)) for own in self.labels]
+        """Classes of each client's samples: those of its test pictures, in their proportions.
+
+        A client's share is rounded up, so that all of them are no fewer than the setting says.
+        """
+        total, least = self._total(self.labels), self.experiment.settings.judging.samples
+        counts = [max(2, math.ceil(least * len(own) / total)) for own in self.labels]
         return [
             [own[i * len(own) // count] for i in range(count)]
             for own, count in zip(self.labels, counts, strict=True)
