@@ -270,7 +270,8 @@ class Inline:
             self.kept[digest(sent.payload)] = sent.memory
             yield Reply(name, line(answer), sent.payload)
 
-    def note(self, event: str, **fields: str | int) -> None:
+    def note(self, event: str, *, why: str = "", **fields: str | int) -> None:
+        del why
         if event == "accepted":
             self.counted[str(fields["site"])] = str(fields["payload"])
 

@@ -260,9 +260,18 @@ def test_three_offences_leave_a_site_out_also_after_a_restart(tmp_path: Path) ->
     assert "b" not in {name for name, _ in third.asked}
     assert stat(run)["b"]["state"] == "left out"
     assert stat(run)["b"]["refused"] == 3
+    assert [s for s in run.told if s.startswith("b: refused: change-too-large: ")]
     # nor is it waited for afterwards
     assert {line["client"] for line in records.lines(run.home.run / "personal.jsonl")} == {"a", "c"}
     assert not [said for said in run.told if "resume" in said]
+
+
+def test_a_site_that_is_left_out_is_wanted_no_more_though_all_are(tmp_path: Path) -> None:
+    folder = server(tmp_path / "fed", settings(), ABC, quorum=1.0, offences=1)
+    run = conduct(folder, loop((When("b"), tampered_payload)))
+    cohorts = [line["cohort"] for line in records.lines(run.home.run / "rounds.jsonl")]
+    assert cohorts == [["a", "c"]] * 3
+    assert [said for said in run.told if said.startswith("b: ")]
 
 
 def test_who_declines_offends_nobody_and_is_asked_again(tmp_path: Path) -> None:

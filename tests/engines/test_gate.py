@@ -61,19 +61,16 @@ def test_the_honest_message_that_they_were_made_of_is_accepted() -> None:
     assert all(torch.equal(found.leaves[k], DELTA[k]) for k in SCHEMA)
     assert (found.weight, found.loss, found.steps) == (9, 1.5, 3)
     assert found.sha256 == digest(PAYLOAD)
-    squares = sum(float(v.double().square().sum()) for v in DELTA.values())
-    assert found.norm == pytest.approx(math.sqrt(squares))
-    a, b = START["m.lora_A"].double(), START["m.lora_B"].double()
-    dense = (b + DELTA["m.lora_B"]) @ (a + DELTA["m.lora_A"]) - b @ a
-    assert found.spectrum == pytest.approx(float(torch.linalg.svdvals(dense).max()), rel=1e-5)
 
 
 def test_a_spectrum_is_refused_only_where_there_is_a_limit() -> None:
-    own = judged(OPEN, reply()).spectrum
+    a, b = START["m.lora_A"].double(), START["m.lora_B"].double()
+    dense = (b + DELTA["m.lora_B"]) @ (a + DELTA["m.lora_A"]) - b @ a
+    own = float(torch.linalg.svdvals(dense).max())
     for limit, allowed in ((own * 1.01, True), (own * 0.99, False)):
         limited = replace(OPEN, bounds=replace(OPEN.bounds, spectrum=limit))
         if allowed:
-            assert judged(limited, reply()).spectrum == own
+            assert judged(limited, reply()).weight == 9
         else:
             with pytest.raises(RefusedError, match=r"^spectrum-too-large: .*federation\.toml"):
                 judged(limited, reply())
@@ -81,7 +78,7 @@ def test_a_spectrum_is_refused_only_where_there_is_a_limit() -> None:
 
 def test_without_a_bound_a_boosted_message_passes_unless_its_squares_would_be_infinite() -> None:
     loose = replace(OPEN, bounds=Bounds(1000))
-    assert judged(loose, reply(encode(scale(DELTA, 1e10)))).norm > 1e8
+    assert judged(loose, reply(encode(scale(DELTA, 1e10)))).weight == 9
     with pytest.raises(RefusedError, match=r"^change-too-large: "):
         judged(loose, reply(encode(scale(DELTA, 1e30))))
 
@@ -227,7 +224,7 @@ def test_what_an_honest_client_sends_is_accepted_bit_by_bit(learnt: str, name: s
     assert found.leaves.keys() == expected.keys() == shared
     assert all(torch.equal(found.leaves[k], expected[k]) for k in shared)
     assert (found.weight, found.steps) == (weight, 2 * -(-weight // 2))
-    assert (found.norm > 0) == bool(shared)
+    assert any(leaf.any() for leaf in found.leaves.values()) == bool(shared)
 
 
 def test_work_without_a_payload_is_answered_without_one() -> None:

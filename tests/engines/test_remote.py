@@ -48,9 +48,11 @@ class Scripted:
 @dataclass
 class Heard:
     lines: list[dict[str, str | int]] = field(default_factory=list)
+    whys: list[str] = field(default_factory=list)
 
-    def __call__(self, event: str, **fields: str | int) -> None:
+    def __call__(self, event: str, *, why: str = "", **fields: str | int) -> None:
         self.lines.append({"event": event, **fields})
+        self.whys += [why] if why else []
 
 
 def based(one: Reply) -> Reply:
@@ -161,6 +163,7 @@ def test_what_a_carrier_says_has_failed_is_written_down_and_is_no_refusal() -> N
     adapter, heard, _ = ended([Reply("site", "", b"", failed="away"), *OTHERS])
     assert same(adapter, SILENCE)
     assert heard.lines[1] == {"event": "failed", "site": "site", "round": 7, "attempt": 1}
+    assert heard.whys == ["away"]
 
 
 def test_work_says_all_that_an_answer_depends_on() -> None:

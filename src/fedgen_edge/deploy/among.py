@@ -1,4 +1,4 @@
-"""A carrier of those alone who may take part now: a site can be revoked while it works."""
+"""A carrier of those alone who may take part now: a site can be sent away while it works."""
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import closing
@@ -21,10 +21,10 @@ class Among:
         return [name for name in self.carrier.present() if name in may]
 
     def exchange(self, work: Mapping[str, Work], seconds: float) -> Generator[Reply]:
-        """Ask each site; what comes from one that was revoked meanwhile is not brought."""
+        """Ask each site; what comes from one that no longer may is not brought."""
         with closing(self.carrier.exchange(work, seconds)) as replies:
             for reply in replies:
                 if reply.site in self.members():
                     yield reply
                 else:
-                    yield Reply(reply.site, "", b"", failed="it was revoked")
+                    yield Reply(reply.site, "", b"", failed="it may take part no longer")

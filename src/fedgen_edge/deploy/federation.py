@@ -57,7 +57,7 @@ class Deployment:
     audit: Audit
     roll: Roll
     members: Callable[[], Sequence[str]]
-    """Names of the sites that may take part now."""
+    """Names of the sites that are not revoked."""
     tell: Callable[[str], None] = print
     """Shows the operator a line."""
     watched: Callable[[Sequence[str]], None] = unwatched
@@ -75,7 +75,7 @@ class Deployment:
     @property
     def wanted(self) -> int:
         """Updates that a round wants."""
-        return wanted(self.settings.federation, len(self.members()))
+        return wanted(self.settings.federation, len(self.able()))
 
     @property
     def quorum(self) -> int:
@@ -85,7 +85,7 @@ class Deployment:
     @property
     def reached(self) -> Carrier:
         """To those alone who may take part now."""
-        return Among(self.carrier, self.members)
+        return Among(self.carrier, self.able)
 
     def engine(self, orders: Sequence[Order], job: Job) -> Iterator[Update]:
         """Sites, over the network: as many are waited for as are wanted now."""
@@ -186,8 +186,7 @@ class Deployment:
         with closing(self.reached.exchange(work, seconds)) as replies:
             for reply in replies:
                 if reply.failed is not None:
-                    self.audit.write("failed", site=reply.site, round=round_)
-                    self.tell(f"{reply.site}: {reply.failed}")
+                    self._note("failed", why=reply.failed, site=reply.site, round=round_)
                     continue
                 try:
                     answer = answered(asked, reply)
@@ -206,12 +205,8 @@ class Deployment:
         return round_ >= self.settings.federation.rounds
 
     def ready(self) -> list[str]:
-        """Sites that are there, may take part, and have joined; who has come (back) is asked to.
-
-        A site that offended too often is left out.
-        """
-        out = self.left_out()
-        there = [name for name in self.reached.present() if name not in out]
+        """Sites that are there, may take part, and have joined; who has come (back) is asked to."""
+        there = self.reached.present()
         self.greeted.intersection_update(there)
         now = time.monotonic()
         new = [
@@ -243,29 +238,30 @@ class Deployment:
 
     def offended(self, name: str, round_: int, error: RefusedError) -> None:
         """Write down that a site's answer does not count."""
-        event = event_of(error)
-        self._note(event, site=name, round=round_, code=error.code)
-        self.tell(f"{name}: {event}: {error}")
+        self._note(event_of(error), why=str(error), site=name, round=round_, code=error.code)
 
-    def left_out(self) -> set[str]:
-        """Sites that offended too often."""
-        return {n for n, count in self.audit.offences().items() if count >= self.plan.offences}
+    def able(self) -> list[str]:
+        """Sites that may take part now: neither revoked, nor left out for too many offences."""
+        offences = self.audit.offences()
+        return [name for name in self.members() if offences[name] < self.plan.offences]
 
     def awaited(self) -> list[str]:
-        """Sites that have joined, and are still to be asked: neither revoked nor left out."""
-        may, out = self.members(), self.left_out()
-        return [name for name in self.roll.weights() if name in may and name not in out]
+        """Sites that have joined, and may take part still."""
+        able = self.able()
+        return [name for name in self.roll.weights() if name in able]
 
     @property
     def counts(self) -> tuple[str, ...]:
         """What an evaluation counts."""
         return ("count", "words") if self.task.measure.material == "text" else ("count",)
 
-    def _note(self, event: str, **fields: str | int) -> None:
-        """Write a line of the audit log; a site that declines may have lost its run, or changed.
+    def _note(self, event: str, *, why: str = "", **fields: str | int) -> None:
+        """Write a line of the audit log, and say why; a site that declines may have lost its run.
 
         So it is asked to join again, before anything else.
         """
+        if why:
+            self.tell(f"{fields['site']}: {event}: {why}")
         if event == "declined":
             self.greeted.discard(str(fields["site"]))
         self.audit.write(event, **fields)

@@ -13,7 +13,7 @@ import fedgen_edge.engines.flower_guard  # noqa: F401 - says which Flower is nee
 # isort: split
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from fedgen_edge.engines.exchange import LONGEST, Reply, Work, digest, line
+from fedgen_edge.engines.exchange import LONGEST, Reply, Work, line
 from fedgen_edge.errors import RefusedError
 
 BYTES = "fedgen-edge.bytes"
@@ -101,12 +101,11 @@ class FlowerCarrier:
     def _sent(self, work: Mapping[str, Work], seconds: float) -> dict[str, str]:
         """Send all that can be; the site of each message by its id."""
         nodes = {site: node for node, site in self.online().items() if site in work}
-        # Equal payloads are one record, which Flower uploads once.
-        packed = {digest(each.payload): each.payload for each in work.values()}
-        records = {key: _packed(payload) for key, payload in packed.items()}
+        # A payload that several have is one record, which Flower uploads once.
+        records = {id(each.payload): _packed(each.payload) for each in work.values()}
         messages = [
             Message(
-                _records(line(work[site]), records[digest(work[site].payload)]),
+                _records(line(work[site]), records[id(work[site].payload)]),
                 node,
                 f"query.{work[site].kind}",
                 ttl=float(seconds),

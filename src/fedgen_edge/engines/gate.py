@@ -94,10 +94,6 @@ class Accepted:
     steps: int
     sha256: str
     """Of the payload, in hexadecimal."""
-    norm: float
-    """Of all the leaves together."""
-    spectrum: float
-    """Largest singular value of the change of a product, without alpha / rank."""
 
 
 @dataclass
@@ -105,8 +101,8 @@ class Gate:
     """One attempt at a round: each site's answer counts once."""
 
     open: Open
-    taken: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the message of each site that counts."""
+    taken: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """The message of each site that counts: its line, and SHA-256 of its payload."""
 
     def take(self, reply: Reply) -> Accepted | None:
         """What counts now; none for the same bytes again, which are acknowledged and no more.
@@ -118,9 +114,9 @@ class Gate:
         """
         if reply.site not in self.taken:
             accepted = judged(self.open, reply)
-            self.taken[reply.site] = _bytes(reply)
+            self.taken[reply.site] = reply.line, accepted.sha256
             return accepted
-        if self.taken[reply.site] != _bytes(reply):
+        if self.taken[reply.site] != (reply.line, digest(reply.payload)):
             raise RefusedError("duplicate", "the site has sent another answer to this work before")
         return None
 
@@ -142,17 +138,18 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     excess = strayed(open_.bounds, steps, open_.start, found)
     if excess:
         raise RefusedError("change-too-large", excess)
-    largest, limit = spectrum(open_.start, found), open_.bounds.spectrum
+    limit = open_.bounds.spectrum
+    largest = 0.0 if limit is None else spectrum(open_.start, found)
     if limit is not None and largest > limit:
         raise RefusedError(
             "spectrum-too-large",
             f"a product changed by {largest:.3g}, and spectrum={limit} in federation.toml",
         )
     norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in found.values()]
-    norm, sha256 = math.hypot(*norms), digest(answer.payload)
-    if norm > ABSURD:
-        raise RefusedError("change-too-large", f"the leaves changed by {norm:.3g} together")
-    return Accepted(found, weight, loss, steps, sha256, norm, largest)
+    moved = math.hypot(*norms)
+    if moved > ABSURD:
+        raise RefusedError("change-too-large", f"the leaves changed by {moved:.3g} together")
+    return Accepted(found, weight, loss, steps, digest(answer.payload))
 
 
 def answered(asked: Asked, reply: Reply, longest: int = 0) -> Answer:
@@ -232,11 +229,6 @@ def weighed(value: object, largest: int) -> int:
         said = f"weight is {shown(value)}, and must be a whole number from 1 to {largest}"
         raise RefusedError("bad-weight", said)
     return int(number)
-
-
-def _bytes(reply: Reply) -> str:
-    """SHA-256 of all that a site sent."""
-    return digest(digest(reply.line.encode("utf-8", "surrogatepass")).encode() + reply.payload)
 
 
 def _number(value: object) -> int | float | None:

@@ -19,8 +19,11 @@ from fedgen_edge.uplink.transform import encode
 class Note(Protocol):
     """Writes a line of the audit log."""
 
-    def __call__(self, event: str, **fields: str | int) -> None:
-        """Say what happened: to whom, when, and the hash of what they sent."""
+    def __call__(self, event: str, *, why: str = "", **fields: str | int) -> None:
+        """Say what happened: to whom, when, and the hash of what they sent.
+
+        Why is for the operator's eyes, and not kept: a site may have worded it.
+        """
         ...
 
 
@@ -38,12 +41,13 @@ class Called:
         asked = self.gate.open.asked
         said = {"site": reply.site, "round": asked.round, "attempt": asked.attempt}
         if reply.failed is not None:
-            self.note("failed", **said)
+            self.note("failed", why=reply.failed, **said)
             return None
         try:
             taken = self.gate.take(reply)
         except RefusedError as error:
-            self.note(event_of(error), code=error.code, payload=digest(reply.payload), **said)
+            payload = digest(reply.payload)
+            self.note(event_of(error), why=str(error), code=error.code, payload=payload, **said)
             return None
         if taken is None:
             return None
