@@ -10,6 +10,7 @@ import ast
 import inspect
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,12 +113,22 @@ def settings() -> str:
     return "\n".join(rows)
 
 
-PARTS = {
-    "quality": lambda: (PAPER / "quickstart.md").read_text().strip(),
-    "tuning": lambda: (PAPER / "quickstart-tuning.md").read_text().strip(),
-    "tuned": lambda: (PAPER / "local-only-tuned.md").read_text().strip(),
-    "cifar10-diffusion": lambda: (PAPER / "cifar10-diffusion.md").read_text().strip(),
-    "cifar10-vae": lambda: (PAPER / "cifar10-vae.md").read_text().strip(),
+TABLES = {
+    "quality": "quickstart",
+    "tuning": "quickstart-tuning",
+    "tuned": "local-only-tuned",
+    **{f"cifar10-{name}": f"cifar10-{name}" for name in ("diffusion", "gan", "gan-skew", "vae")},
+}
+"""Tables under `paper/results`, by their marks."""
+
+
+def table(name: str) -> str:
+    """One of them, as it is."""
+    return (PAPER / f"{name}.md").read_text().strip()
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    **{mark: partial(table, name) for mark, name in TABLES.items()},
     "speed": speed,
     "memory": memory,
     "network": network,

@@ -161,7 +161,7 @@ def main() -> None:
     parser.add_argument("name", help="of the table")
     parser.add_argument("runs", nargs="*", help="finished; none makes the table again")
     parser.add_argument("--recipe", help="that the runs began from; none is NAME")
-    told = parser.parse_args()
+    told = parser.parse_intermixed_args()
     if told.runs:
         write_lines(RESULTS / f"{told.name}.jsonl", _all(told.runs, told.recipe or told.name))
     made = table(lines(RESULTS / f"{told.name}.jsonl"))

@@ -42,6 +42,15 @@ def test_the_table_of_trials_is_made_of_their_records(monkeypatch: pytest.Monkey
     assert script("tune").table(rows) == target.with_suffix(".md").read_text()
 
 
+@pytest.mark.parametrize("name", ["diffusion", "gan", "gan-skew", "vae"])
+def test_a_table_of_pictures_is_made_of_its_records(name: str) -> None:
+    target = ROOT / "paper" / "results" / f"cifar10-{name}"
+    rows = lines(target.with_suffix(".jsonl"))
+    assert script("pictures").table(rows) == target.with_suffix(".md").read_text().strip()
+    # no fewer than the paper's comparison may have
+    assert {row["made"] >= 2000 and row["clients"] >= 20 for row in rows} == {True}
+
+
 def test_the_librarys_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")

@@ -145,3 +145,10 @@ def test_each_row_of_a_stack_is_its_member(own: list[Leaves]) -> None:
 
 def test_select_keeps_the_names_that_pass() -> None:
     same(leaves.select(of(1, 2, 3), lambda name: name == "two"), {"two": torch.tensor([[3.0]])})
+
+
+def test_the_largest_magnitude_of_a_leaf() -> None:
+    assert leaves.largest(torch.tensor([1.0, -3.0, 2.0])) == 3
+    assert leaves.largest(torch.tensor([[0.0, 4.0], [-1.0, 2.0]])) == 4
+    assert math.isinf(leaves.largest(torch.tensor([1.0, math.nan])))
+    assert math.isinf(leaves.largest(torch.tensor([1.0, -math.inf])))

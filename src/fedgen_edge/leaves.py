@@ -46,6 +46,12 @@ def norm(leaves: Leaves, axes: int = 0) -> Float[Tensor, "*clients"]:
     return torch.stack(squares).sum(0).sqrt()
 
 
+def largest(leaf: Tensor) -> float:
+    """The largest magnitude; one that is no number is larger than all."""
+    low, high = torch.aminmax(leaf)
+    return float("inf") if low.isnan() else max(-float(low), float(high))
+
+
 def flat(leaves: Leaves) -> Float[Tensor, " values"]:
     """All values in a row, float64."""
     return torch.cat([v.flatten().double() for v in leaves.values()])

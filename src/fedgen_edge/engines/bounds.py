@@ -157,10 +157,13 @@ def _excess(found: Reach, names: Sequence[str], start: Leaves, delta: Leaves) ->
     led = [name.removeprefix(AVERAGE) for name in names]
     if any(name not in start for name in led):
         return None
+    slack = found.steps * ROUNDING
+    least = found.gained * (1 + slack)
+    if found.each and max(leaves.largest(delta[name]) for name in names) <= least:
+        return None  # the common case, for a fraction of the work: the rest only adds to the limit
     size = torch.abs if found.each else torch.linalg.vector_norm
     moved, begun, led_from = _flat(delta, names), _flat(start, names), _flat(start, led)
-    slack = found.steps * ROUNDING
-    limit = found.gained * (1 + slack) + (found.decayed + slack) * size(led_from)
+    limit = least + (found.decayed + slack) * size(led_from)
     limit = limit + size(led_from - begun) + slack * size(begun)
     over = (size(moved) - limit).reshape(-1)
     if not bool((over > 0).any()):

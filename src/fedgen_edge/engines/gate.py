@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from fedgen_edge.engines.bounds import Bounds, spectrum, strayed
 from fedgen_edge.engines.exchange import Answer, Kind, Reply, Terms, digest, read
 from fedgen_edge.engines.payload import opened, shown
 from fedgen_edge.errors import RefusedError
+from fedgen_edge.leaves import largest
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.transform import length
 
@@ -139,16 +138,14 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     if excess:
         raise RefusedError("change-too-large", excess)
     limit = open_.bounds.spectrum
-    largest = 0.0 if limit is None else spectrum(open_.start, found)
-    if limit is not None and largest > limit:
+    if limit is not None and (changed := spectrum(open_.start, found)) > limit:
         raise RefusedError(
             "spectrum-too-large",
-            f"a product changed by {largest:.3g}, and spectrum={limit} in federation.toml",
+            f"a product changed by {changed:.3g}, and spectrum={limit} in federation.toml",
         )
-    norms = [float(torch.linalg.vector_norm(v, dtype=torch.float64)) for v in found.values()]
-    moved = math.hypot(*norms)
+    moved = max(map(largest, found.values()), default=0.0)
     if moved > ABSURD:
-        raise RefusedError("change-too-large", f"the leaves changed by {moved:.3g} together")
+        raise RefusedError("change-too-large", f"an element changed by {moved:.3g}")
     return Accepted(found, weight, loss, steps, digest(answer.payload))
 
 

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 
 from fedgen_edge.engines.exchange import LONGEST
 from fedgen_edge.errors import RefusedError
+from fedgen_edge.leaves import largest
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.transform import decode, length
 
@@ -37,7 +38,7 @@ def opened(payload: bytes, schema: Schema) -> Leaves:
     except SafetensorError:  # it may be stricter than we are, in this version or another
         raise RefusedError("bad-header", "the payload is no safetensors file") from None
     for name, leaf in found.items():
-        if not bool(leaf.isfinite().all()):
+        if not math.isfinite(largest(leaf)):
             raise RefusedError("not-finite", f"{shown(name)} has values that are not finite")
     return found
 
