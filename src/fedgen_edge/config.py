@@ -201,6 +201,14 @@ class Method:
     """FedProx: pull of each local step towards the received adapter."""
     personal_layers: Count = 1
     """FedPer: last layers whose leaves stay at the client."""
+    server_lr: Positive | None = None
+    """Server optimisers: learning rate; none is 1 for FedAvgM, and 0.01 for the adaptive ones."""
+    server_momentum: Share = 0.9
+    """Server optimisers: decay of the running mean of changes; FedAdagrad takes 0."""
+    server_decay: Share = 0.99
+    """FedAdam and FedYogi: decay of the running mean of squared changes."""
+    server_floor: Positive = 1e-3
+    """Adaptive server optimisers: tau, which is added to the root of the squares."""
 
 
 @dataclass(frozen=True, config=STRICT)

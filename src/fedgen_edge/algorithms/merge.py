@@ -18,6 +18,24 @@ def mean(updates: Sequence[Update]) -> Leaves:
     return leaves.mean([u.delta for u in updates], weights)
 
 
+def by_steps(updates: Sequence[Update]) -> Leaves:
+    """Mean of the changes a step, weighted by examples, times the mean number of steps.
+
+    So a client that takes many steps pulls no harder than its examples say. Exact for plain SGD,
+    and a heuristic under AdamW. A moving average's change is no sum over steps: its mean stands.
+
+    Source: Wang et al. 2020, FedNova (arXiv:2007.07481).
+    """
+    plain = mean(updates)
+    weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
+    steps = torch.tensor([u.steps for u in updates], dtype=torch.float64)
+    usual = float((weights * steps).sum() / weights.sum())
+    paced = [leaves.scale(u.delta, usual / u.steps) for u in updates]
+    return {
+        k: plain[k] if k.startswith(AVERAGE) else v for k, v in leaves.mean(paced, weights).items()
+    }
+
+
 def by_agreement(updates: Sequence[Update]) -> Leaves:
     """Mean of each layer's changes, weighted by examples and by agreement.
 

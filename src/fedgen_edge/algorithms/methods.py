@@ -6,11 +6,15 @@ docs/methods.md, which a test holds equal to this table.
 
 import difflib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
+from torch import Tensor
+
+from fedgen_edge.algorithms import step
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
-from fedgen_edge.algorithms.merge import by_agreement
+from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Method
 from fedgen_edge.errors import ConfigError
@@ -21,6 +25,11 @@ class Entry(NamedTuple):
 
     about: str
     make: Callable[[Method], Algorithm]
+
+
+def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
+    rate = m.server_lr or 0.01
+    return Algorithm(steps=step.adaptive(second, rate, m.server_momentum, m.server_floor))
 
 
 METHODS: dict[str, Entry] = {
@@ -37,6 +46,26 @@ METHODS: dict[str, Entry] = {
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
         lambda m: Algorithm(corrects=proximal(m.mu)),
+    ),
+    "fedavgm": Entry(
+        "the server adds changes with momentum (arXiv:1909.06335)",
+        lambda m: Algorithm(steps=step.momentum(m.server_lr or 1.0, m.server_momentum)),
+    ),
+    "fedadagrad": Entry(
+        "the server's step is Adagrad's (arXiv:2003.00295)",
+        lambda m: _adaptive(step.adagrad, replace(m, server_momentum=0.0)),
+    ),
+    "fedadam": Entry(
+        "the server's step is Adam's (arXiv:2003.00295)",
+        lambda m: _adaptive(step.adam(m.server_decay), m),
+    ),
+    "fedyogi": Entry(
+        "the server's step is Yogi's (arXiv:2003.00295)",
+        lambda m: _adaptive(step.yogi(m.server_decay), m),
+    ),
+    "fednova": Entry(
+        "each client's change counts by step, whatever its number of steps (arXiv:2007.07481)",
+        lambda _: Algorithm(merges=by_steps),
     ),
     "layerwise": Entry(
         "each layer's mean weighs a client by how well it agrees (after L-DAWA, arXiv:2307.07393)",

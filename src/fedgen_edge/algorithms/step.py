@@ -1,11 +1,99 @@
-"""Slots about what the server does with the merged change."""
+"""Slots about what the server does with the merged change.
 
+A moving average is not stepped: it follows what the rest has become, so its change is added.
+"""
+
+from collections.abc import Callable
 from dataclasses import replace
 
+from torch import Tensor
+
 from fedgen_edge import leaves
-from fedgen_edge.types import Leaves, ServerState
+from fedgen_edge.types import AVERAGE, Leaves, ServerState
+
+FIRST, SECOND = "first moment/", "second moment/"
+"""Begin, in the server's memory, the names of what a step keeps of a leaf."""
 
 
 def add(state: ServerState, change: Leaves) -> ServerState:
     """Add it: FedAvg's step, of size one."""
     return replace(state, adapter=leaves.add(state.adapter, change))
+
+
+def momentum(rate: float, decay: float) -> Callable[[ServerState, Leaves], ServerState]:
+    """Add `rate` times a running sum of the changes, m = decay m + change.
+
+    Source: Hsu et al. 2019, FedAvgM (arXiv:1909.06335).
+    """
+
+    def steps(state: ServerState, change: Leaves) -> ServerState:
+        stepped, followed = _parts(change)
+        sums = {
+            k: decay * state.memory[FIRST + k] + v if FIRST + k in state.memory else v
+            for k, v in stepped.items()
+        }
+        moved = leaves.scale(sums, rate)
+        return _stepped(state, {**moved, **followed}, {FIRST + k: v for k, v in sums.items()})
+
+    return steps
+
+
+def adaptive(
+    second: Callable[[Tensor, Tensor], Tensor], rate: float, decay: float, floor: float
+) -> Callable[[ServerState, Leaves], ServerState]:
+    """Add rate * m / (sqrt(v) + floor), element by element.
+
+    m = decay m + (1 - decay) change, from 0; v is made of the squares of changes, not of m, and
+    begins at floor^2.
+
+    Args:
+        second: the new v from the old one and the squared change: `adagrad`, `adam` or `yogi`.
+        rate: the server's learning rate.
+        decay: of m.
+        floor: keeps small changes small; the paper's tau.
+
+    Source: Reddi et al. 2021, Adaptive Federated Optimization (arXiv:2003.00295), algorithm 2.
+    """
+
+    def steps(state: ServerState, change: Leaves) -> ServerState:
+        stepped, followed = _parts(change)
+        old, moved, kept = state.memory, {}, {}
+        for k, v in stepped.items():
+            mean = (1 - decay) * v
+            if FIRST + k in old:
+                mean = decay * old[FIRST + k] + mean
+            square = v.square()
+            before = old[SECOND + k] if SECOND + k in old else square.new_full((), floor**2)
+            kept[FIRST + k], kept[SECOND + k] = mean, second(before, square)
+            moved[k] = rate * mean / (kept[SECOND + k].sqrt() + floor)
+        return _stepped(state, {**moved, **followed}, kept)
+
+    return steps
+
+
+def adagrad(before: Tensor, square: Tensor) -> Tensor:
+    """The sum of all squares."""
+    return before + square
+
+
+def adam(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Their mean, which forgets.
+
+    Differs: no correction of the first rounds' bias, which Flower's FedAdam adds to the paper.
+    """
+    return lambda before, square: decay * before + (1 - decay) * square
+
+
+def yogi(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Nearer to the last square by a share of it, however far away that is."""
+    return lambda before, square: before - (1 - decay) * square * (before - square).sign()
+
+
+def _parts(change: Leaves) -> tuple[Leaves, Leaves]:
+    """What is stepped, and moving averages."""
+    followed = leaves.select(change, lambda name: name.startswith(AVERAGE))
+    return {k: v for k, v in change.items() if k not in followed}, followed
+
+
+def _stepped(state: ServerState, change: Leaves, memory: Leaves) -> ServerState:
+    return replace(add(state, change), memory={**state.memory, **memory})
