@@ -166,7 +166,7 @@ class Train:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
         return Sent(
             order=order,
-            payload=encode(algorithm.shared(delta)),
+            payload=encode(algorithm.shared(delta, order.round)),
             memory=algorithm.keeps(start, delta, self.clients.remembered(order)),
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,

@@ -90,7 +90,7 @@ def posted(sites: dict[str, Site]) -> FlowerCarrier:
 def divided(experiment: Experiment, recipe: str, folder: Path) -> dict[str, Site]:
     """A site for each client of an experiment, with the same data."""
     start = experiment.start().adapter
-    names = experiment.algorithm.sends(list(start))
+    names = experiment.algorithm.sends(list(start), None)
     shapes = {k: tuple(v.shape) for k, v in start.items() if k in names}
 
     def site(number: int) -> Site:

@@ -200,7 +200,7 @@ TRAINING = Training(batch=2, epochs=2)
 
 
 @pytest.mark.parametrize("learnt", TASKS)
-@pytest.mark.parametrize("name", ["fedgen-edge", "fedper", "fedavg-full", "local-only"])
+@pytest.mark.parametrize("name", ["fedgen-edge", "fedper", "rolora", "fedavg-full", "local-only"])
 def test_what_an_honest_client_sends_is_accepted_bit_by_bit(learnt: str, name: str) -> None:
     algorithm = METHODS[name].make(Method())
     task = make(learnt, full=algorithm.adapts == "full")
@@ -209,7 +209,7 @@ def test_what_an_honest_client_sends_is_accepted_bit_by_bit(learnt: str, name: s
     start = algorithm.init(task.init(generator(0, "init"))).adapter
     job = Train(clients, Budget(TRAINING.batch, TRAINING.epochs), lambda _: recipe)
     (sent,) = job.send([Order((0,), 7, start)], stacked=False)
-    shared = algorithm.sends(list(start))
+    shared = algorithm.sends(list(start), 7)
     weight = len(next(iter(clients.shards[0].train.values())))
     open_ = Open(
         OPEN.asked,

@@ -9,8 +9,8 @@ from fedgen_edge.types import Leaves, ServerState, Update
 
 Trains = Callable[[str, int, int], bool]
 """Whether a leaf is trained, from its name, the round and the client's epoch."""
-Sends = Callable[[Sequence[str]], set[str]]
-"""Which leaves are shared with the server, of all names."""
+Sends = Callable[[Sequence[str], int | None], set[str]]
+"""Which leaves a client sends in a round, of all names; without a round: in any."""
 Receives = Callable[[Leaves, Leaves], Leaves]
 """What a client begins from: the global adapter and its own memory."""
 Corrects = Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]
@@ -29,6 +29,7 @@ class Algorithm:
 
     trains: Trains = share.always
     sends: Sends = share.everything
+    """All that is sent in any round travels to the clients in each."""
     receives: Receives = receive.own_over_shared
     corrects: Corrects = correct.unchanged
     merges: Merges = merge.mean
@@ -41,9 +42,9 @@ class Algorithm:
         """The server before the first round; leaves by name, as decoding gives them."""
         return ServerState(round=0, adapter=dict(sorted(adapter.items())))
 
-    def shared(self, leaves: Leaves) -> Leaves:
-        """The leaves that travel, of these."""
-        names = self.sends(list(leaves))
+    def shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
+        """Of these leaves, those that a client sends in a round; without one, those it receives."""
+        names = self.sends(list(leaves), round_)
         return {k: v for k, v in leaves.items() if k in names}
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
@@ -56,7 +57,7 @@ class Algorithm:
         return ServerState(round=state.round + 1, adapter=after.adapter, memory=after.memory)
 
     def keeps(self, start: Leaves, delta: Leaves, memory: Leaves) -> Leaves:
-        """A client's memory after a round: what it had, and the leaves that it does not send."""
-        shared = self.sends(list(delta))
-        own = {receive.KEPT + k: start[k] + v for k, v in delta.items() if k not in shared}
-        return {**memory, **own}
+        """A client's memory after a round: what it had, and what it trained and never sends."""
+        shared = self.shared(delta)
+        own = {k: start[k] + v for k, v in delta.items() if k not in shared and v.any()}
+        return {**memory, **{receive.KEPT + k: v for k, v in own.items()}}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import step
+from fedgen_edge.algorithms import share, step
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
@@ -42,6 +42,18 @@ METHODS: dict[str, Entry] = {
     "fedper": Entry(
         "the last layers' adapters stay at the client (arXiv:1912.00818)",
         lambda m: Algorithm(sends=all_but_last(m.personal_layers)),
+    ),
+    "ffa-lora": Entry(
+        "A stays as it was drawn, so that the mean is exact (arXiv:2403.12313)",
+        lambda _: Algorithm(trains=share.undrawn, sends=share.all_undrawn),
+    ),
+    "fedsa-lora": Entry(
+        "A is shared, and B stays at the client (arXiv:2410.01463)",
+        lambda _: Algorithm(sends=share.first_factors),
+    ),
+    "rolora": Entry(
+        "B and A are trained in turn, a round each, so that means are exact (arXiv:2409.02346)",
+        lambda _: Algorithm(trains=share.in_turn, sends=share.all_in_turn),
     ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",

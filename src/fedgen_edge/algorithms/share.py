@@ -13,18 +13,69 @@ def always(name: str, round_: int, epoch: int) -> bool:
     return True
 
 
-def everything(names: Sequence[str]) -> set[str]:
+def everything(names: Sequence[str], round_: int | None) -> set[str]:
     """Share every leaf."""
+    del round_
     return set(names)
 
 
-def nothing(names: Sequence[str]) -> set[str]:
+def nothing(names: Sequence[str], round_: int | None) -> set[str]:
     """Share no leaf: every client trains alone."""
-    del names
+    del names, round_
     return set()
 
 
-def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
+def is_a(name: str) -> bool:
+    """Whether a leaf is a first factor, A, or its moving average."""
+    return name.endswith((".lora_A", ".lora_embedding_A"))
+
+
+def is_drawn(name: str) -> bool:
+    """Whether a leaf begins at random, where its partner begins at zero: an embedding's B."""
+    return name.endswith((".lora_A", ".lora_embedding_B"))
+
+
+def first_factors(names: Sequence[str], round_: int | None) -> set[str]:
+    """Share A, and what is no factor; B stays at the client.
+
+    Source: Guo et al. 2024, FedSA-LoRA (arXiv:2410.01463).
+    """
+    del round_
+    pairs = {name.rpartition(".")[0] for name in names if is_a(name)}
+    return {name for name in names if is_a(name) or name.rpartition(".")[0] not in pairs}
+
+
+def undrawn(name: str, round_: int, epoch: int) -> bool:
+    """Train only factors that begin at zero: the mean of products is the product of means.
+
+    Source: Sun et al. 2024, FFA-LoRA (arXiv:2403.12313).
+    """
+    del round_, epoch
+    return not is_drawn(name)
+
+
+def all_undrawn(names: Sequence[str], round_: int | None) -> set[str]:
+    """Share what `undrawn` trains; the rest is where it began, at every client."""
+    del round_
+    return {name for name in names if not is_drawn(name)}
+
+
+def in_turn(name: str, round_: int, epoch: int) -> bool:
+    """Train the factors that begin at zero, and those drawn at random, in turn; others always.
+
+    Source: Chen et al. 2024, RoLoRA (arXiv:2409.02346): odd rounds, counted from 1, train B.
+    """
+    del epoch
+    factor = name.rpartition(".")[2].startswith("lora_")
+    return not factor or is_drawn(name) == bool(round_ % 2)
+
+
+def all_in_turn(names: Sequence[str], round_: int | None) -> set[str]:
+    """Share what `in_turn` trains."""
+    return {name for name in names if round_ is None or in_turn(name, round_, 0)}
+
+
+def all_but_last(layers: int) -> Callable[[Sequence[str], int | None], set[str]]:
     """Share all leaves but those of the last layers.
 
     A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`). Layers come
@@ -35,7 +86,8 @@ def all_but_last(layers: int) -> Callable[[Sequence[str]], set[str]]:
     Source: Arivazhagan et al. 2019, FedPer (arXiv:1912.00818), its base layers.
     """
 
-    def sends(names: Sequence[str]) -> set[str]:
+    def sends(names: Sequence[str], round_: int | None) -> set[str]:
+        del round_
         plain = {n: n.removeprefix(AVERAGE) for n in names}
         layer = {n: m[0] for n in names if (m := re.match(r".*?\.\d+(?=\.)", plain[n]))}
         there = sorted(set(layer.values()), key=_depth)

@@ -173,8 +173,10 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
 
 def _check_sent(site: Site, sent: Sent) -> None:
     """The last look at what leaves: the shared leaves and no other, all finite."""
-    delta = decode(sent.payload)
-    if {k: tuple(v.shape) for k, v in delta.items()} != site.shared:
+    delta, algorithm = decode(sent.payload), site.experiment.algorithm
+    names = algorithm.sends(list(site.start), sent.order.round)
+    expected = {k: shape for k, shape in site.shared.items() if k in names}
+    if {k: tuple(v.shape) for k, v in delta.items()} != expected:
         raise RefusedError("private-leaf", "the update is not of the shared leaves alone")
     if not math.isfinite(sent.loss) or not finite(delta) or not finite(sent.memory):
         raise RefusedError(
@@ -251,7 +253,7 @@ def open_site(folder: Path) -> Site:
     algorithm, task = experiment.algorithm, experiment.task
     start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
     shapes = task.model.leaf_shapes()
-    names = algorithm.sends(list(shapes))
+    names = algorithm.sends(list(shapes), None)
     if not names or algorithm.groups is not each_alone:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"

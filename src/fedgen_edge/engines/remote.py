@@ -100,7 +100,8 @@ class Distant:
         sent = self.algorithm.shared(first.received)
         payload, attempt = encode(sent), self.attempt(first.round)
         asked = Asked("train", self.terms, first.round, attempt, digest(payload))
-        schema = {k: tuple(v.shape) for k, v in sent.items()}
+        back = self.algorithm.shared(first.received, first.round)
+        schema = {k: tuple(v.shape) for k, v in back.items()}
         found = Open(asked, schema, first.received, self.bounds(first.round), self.weights())
         self.note("opened", round=first.round, attempt=attempt)
         counted = self.counted(first.round)

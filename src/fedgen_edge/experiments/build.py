@@ -54,7 +54,7 @@ class Experiment:
     @property
     def has_global(self) -> bool:
         """Whether clients share anything, so that there is a global model to speak of."""
-        return bool(self.algorithm.sends(list(self.task.model.leaf_shapes())))
+        return bool(self.algorithm.sends(list(self.task.model.leaf_shapes()), None))
 
     @property
     def names(self) -> list[str]:
@@ -215,7 +215,7 @@ def check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None
             f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
             "trains every weight: leave it out, or merge it into the backbone first"
         )
-    algorithm.sends(list(task.model.leaf_shapes()))
+    algorithm.sends(list(task.model.leaf_shapes()), None)
 
 
 def _check_candidates(settings: Settings) -> None:
