@@ -77,7 +77,7 @@ def test_the_closest_product_misses_the_tail_of_the_dense_spectrum(
 
 
 def test_singular_values_that_are_noise_take_no_rank() -> None:
-    # of 4, 1 and 1e-9 those above a thousandth of 4 count, and zeros never do
+    # of 4, 1 and 1e-9 those above 1/1000 count, and zeros never do
     assert len(closest(diagonal(4, 1, 1e-9), 3, 1e-3).a) == 2
     assert len(closest(diagonal(4, 1, 1e-9), 3).a) == 3
     assert len(closest(diagonal(0, 0, 0), 3).a) == 0

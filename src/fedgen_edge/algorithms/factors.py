@@ -102,10 +102,10 @@ def closest(whole: Product, rank: int, least: float = 0.0) -> Product:
     Args:
         whole: the product.
         rank: the most columns; there are fewer where the product needs no more.
-        least: share of the largest singular value that one must exceed to count.
+        least: singular values up to this are taken for zero.
     """
     left, values, right = spectrum(whole)
-    count = min(rank, int((values > least * values.max()).sum()))
+    count = min(rank, int((values > least).sum()))
     root = values[:count].sqrt()
     return Product(left[:, :count] * root, right[:count] * root[:, None])
 

@@ -17,7 +17,7 @@ from fedgen_edge.algorithms.merge import mean
 from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves, Update
 
 NOISE = torch.finfo(torch.float32).eps
-"""Singular values below this share of the largest are the rounding of float32 factors."""
+"""Singular values below this share of the clients' products are the rounding of float32 factors."""
 
 Rule = Callable[[Pair, Leaves, Sequence[Product], Sequence[float]], Leaves]
 """One layer's change, from its names, what was received, the clients' factors and their shares."""
@@ -60,7 +60,8 @@ def _closest(
     pair: Pair, received: Leaves, clients: Sequence[Product], shares: Sequence[float]
 ) -> Leaves:
     before, whole = product(received, pair), factors.total(clients, shares)
-    found = factors.closest(whole, len(before.a), NOISE)
+    largest = max(factors.norm(c) * w for c, w in zip(clients, shares, strict=True))
+    found = factors.closest(whole, len(before.a), NOISE * largest)
     if pair.b.endswith("lora_embedding_B"):
         turned = factors.refilled(factors.transposed(found), factors.transposed(before))
         return _change(pair, factors.transposed(turned), received)
