@@ -435,6 +435,8 @@ def test_residuals_are_zero_and_no_wider_than_their_layer() -> None:
     assert found["residual.convolution.lora_A"].shape == (5, 4, 3, 3)
     assert found["residual.convolution.lora_B"].shape == (7, 5, 1, 1)
     assert products.residuals(drawn(0), 50)["residual.linear.lora_A"].shape == (7, 9)
+    narrow = {LINEAR.a: torch.ones(2, 3), LINEAR.b: torch.ones(7, 2)}
+    assert products.residuals(narrow, 50)[LINEAR.residual.b].shape == (7, 3)
 
 
 # --- ranks that the product does not use, and moving averages
@@ -476,19 +478,19 @@ def _matrix(factor: Tensor) -> Tensor:
 
 
 def test_a_moving_average_keeps_to_the_factors_that_it_follows() -> None:
-    # its product is the pair's, in factors of the other sign and size; merged, they are the same
-    updates = cohort_of(10, 3)
-    sizes = (-0.5, 2.0, -3.0)
-    received = updates[0].order.received
-    received = {**received, **{f"average.{k}": received[k] for k in updates[0].delta}}
-    own = [add({k: received[k] for k in u.delta}, u.delta) for u in updates]
-    own = [
-        {**end, **{f"average.{k}": v * (c if k.endswith("_B") else 1 / c) for k, v in end.items()}}
-        for end, c in zip(own, sizes, strict=True)
-    ]
-    now = after("by_svd", cohort(received, own, _weights(updates)))
-    for name in (name for layer in LAYERS for name in names(layer)):
-        torch.testing.assert_close(now[f"average.{name}"], now[name], rtol=1e-4, atol=1e-5)
+    # diag(3, 2), and its average diag(2, 3). By size alone the average's first column would be e2,
+    # and a step that mixes it with e1 would make a product of neither: it is turned, e1 first.
+    ends = {"": torch.tensor([3.0, 2.0]), "average.": torch.tensor([2.0, 3.0])}
+    own = {
+        prefix + name: torch.diag(values) if name == LINEAR.b else torch.eye(2)
+        for prefix, values in ends.items()
+        for name in LINEAR
+    }
+    zero = {k: 0 * v for k, v in own.items()}
+    now = add(zero, products.by_svd(cohort(zero, [own], [1])))
+    for prefix, values in ends.items():
+        for name in LINEAR:
+            torch.testing.assert_close(now[prefix + name], torch.diag(values.sqrt()))
 
 
 def test_a_moving_average_has_its_own_best_product() -> None:
