@@ -83,11 +83,9 @@ def dense(adapter: Leaves, layer: str) -> Tensor:
 
 def ideal(updates: Sequence[Update], layer: str) -> Tensor:
     """The mean of the products that clients computed with."""
-    ends = [dense(add(u.order.received, u.delta), layer) for u in updates]
-    total = sum(u.weight for u in updates)
-    return torch.stack([end * u.weight / total for end, u in zip(ends, updates, strict=True)]).sum(
-        0
-    )
+    total = sum(weights(updates))
+    ends = [dense(add(u.order.received, u.delta), layer) * u.weight / total for u in updates]
+    return torch.stack(ends).sum(0)
 
 
 def after(name: str, updates: Sequence[Update]) -> Leaves:

@@ -59,9 +59,9 @@ def test_a_sign_is_in_a_where_the_largest_of_b_is_positive() -> None:
 
 
 def test_the_residual_is_the_covariance_weighed_by_examples() -> None:
-    # p1 p2 (B1 - B2) (A1 - A2) = 3/16 [1, -1]' [1, -1]; without weights it would be 4/16
-    # (published code averages uniformly: mistake 5)
-    now = after("with_residual", [*axes((3, 1))])
+    # p1 p2 (B1 - B2) (A1 - A2) = 3/16 [1, -1]' [1, -1]; without weights, as in the
+    # published code for FedEx-LoRA, it would be 4/16
+    now = after("with_residual", axes((3, 1)))
     torch.testing.assert_close(now[LINEAR.b], torch.tensor([[0.75], [0.25]]))
     torch.testing.assert_close(
         matrix(now, LINEAR.residual), torch.tensor([[3.0, -3], [-3, 3]]).double() / 16
@@ -88,7 +88,7 @@ def test_a_correction_goes_half_of_the_way_where_the_ridge_is_as_large_as_a() ->
 
 
 def test_a_square_residual_is_not_transposed() -> None:
-    # mistake 3: published code adds its transpose, which a square layer takes without a word.
+    # published code for FedEx-LoRA adds its transpose, which a square layer takes without a word.
     # One client's product is at (1, 2), the other's zero: half of it, at (1, 2)
     own = [
         {LINEAR.b: torch.tensor([[w], [0.0]]), LINEAR.a: torch.tensor([[0.0, w]])} for w in (1, 0)

@@ -46,8 +46,7 @@ seeds = st.integers(0, 999)
 def test_the_svd_rule_is_the_dense_svd_cut_to_the_rank(layer: str) -> None:
     updates = cohort_of(1, 3, untrained(1))
     whole = ideal(updates, layer)
-    matrix = whole.flatten(1) if layer == "convolution" else whole.squeeze()
-    u, s, v = torch.linalg.svd(matrix)
+    u, s, v = torch.linalg.svd(whole.flatten(1) if layer == "convolution" else whole.squeeze())
     cut = (u[:, :2] * s[:2] @ v[:2]).reshape(whole.shape)
     now = after("by_svd", updates)
     assert close(dense(now, layer), cut)
@@ -218,7 +217,7 @@ def test_a_client_cut_into_two_of_half_its_weight_does_not_matter(
 @given(seed=seeds, clients=st.integers(1, 4))
 @every_rule
 def test_one_client_and_equal_clients_are_the_identity(name: str, seed: int, clients: int) -> None:
-    # mistake 1: published code keeps client 0 times its share, p0 times the product
+    # published code for FLoRA keeps client 0 alone, times its share: p0 of the product
     own = cohort_of(seed, 1)[0]
     updates = [replace(own, weight=w) for w in (1.0, 3.0, 2.0, 2.0)[:clients]]
     assert all(close(dense(after(name, updates), k), ideal([own], k), 1e-5) for k in LAYERS)
