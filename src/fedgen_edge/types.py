@@ -15,6 +15,13 @@ Leaves = dict[str, Tensor]
 AVERAGE = "average."
 """Begins the name of a leaf that follows another, by the rest of its name: a moving average."""
 
+RESIDUAL = "residual."
+"""Begins the name of a frozen factor beside another, by the rest of its name: what the server adds
+to that one's product."""
+
+PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+"""Endings of the names of two factors of one product."""
+
 Batch = dict[str, Tensor]
 """Examples with all that their loss needs; `[*clients, batch, ...]` each."""
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fedgen_edge import leaves
 from fedgen_edge.config import Training
-from fedgen_edge.types import AVERAGE, Leaves, Phase
+from fedgen_edge.types import AVERAGE, PAIRS, Leaves, Phase
 
 ROUNDING = 2.0**-21
 """Relative error of float32 that a step adds, at most, to a leaf and to the optimiser's moments."""
@@ -23,8 +23,6 @@ COUNTED = 100_000
 """Steps that are summed one by one; the rest are all taken for the largest."""
 UNKNOWN = 50.0
 """Above e to this power a bound says nothing."""
-PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
-"""Endings of the names of two factors of one product."""
 
 
 @dataclass(frozen=True)
