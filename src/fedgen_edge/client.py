@@ -19,7 +19,7 @@ from fedgen_edge.algorithms.algorithm import Corrects
 from fedgen_edge.algorithms.correct import unchanged
 from fedgen_edge.leaves import row
 from fedgen_edge.tasks.task import Task
-from fedgen_edge.types import Batch, Leaves, PerClient, Phase
+from fedgen_edge.types import RESIDUAL, Batch, Leaves, PerClient, Phase
 
 Factory = Callable[[Sequence[Tensor]], Optimizer]
 Judge = Callable[[int, Leaves], float]
@@ -96,18 +96,19 @@ def descend(
 
 
 def _optimiser(now: Leaves, phase: Phase, recipe: Recipe) -> Optimizer:
-    made = recipe.optimiser([v for k, v in now.items() if k.startswith(phase.prefix)])
+    made = recipe.optimiser([v for k, v in now.items() if _of(phase, k)])
     for group in made.param_groups:
         group["lr"] *= phase.rate
     return made
 
 
+def _of(phase: Phase, name: str) -> bool:
+    return name.startswith(phase.prefix) and not name.startswith(RESIDUAL)
+
+
 def _trained(now: Leaves, batch: Batch, phase: Phase, recipe: Recipe) -> list[str]:
     epochs = set(batch["epoch"].flatten().tolist())
-    chosen = [
-        [k for k in now if k.startswith(phase.prefix) and recipe.trains(k, epoch)]
-        for epoch in epochs
-    ]
+    chosen = [[k for k in now if _of(phase, k) and recipe.trains(k, epoch)] for epoch in epochs]
     if any(names != chosen[0] for names in chosen):
         raise ValueError("clients of one stack must train the same leaves: stack equal epochs")
     return chosen[0]

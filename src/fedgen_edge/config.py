@@ -201,6 +201,11 @@ class Method:
     """FedProx: pull of each local step towards the received adapter."""
     personal_layers: Count = 1
     """FedPer: last layers whose leaves stay at the client."""
+    residual_rank: Count = 32
+    """FedEx-LoRA, FLoRA: rank of the frozen pair beside each trained one, which keeps what means
+    miss; a rank above it is cut."""
+    ridge: Positive = 0.01
+    """LoRA-FAIR: what holds the correction of B back, in the units of A A^T."""
     server_lr: Positive | None = None
     """Server optimisers: learning rate; none is 1 for FedAvgM, and 0.01 for the adaptive ones."""
     server_momentum: Share = 0.9

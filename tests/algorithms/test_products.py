@@ -232,11 +232,11 @@ def test_the_error_is_the_dense_one(name: str) -> None:
         assert found[layer] == pytest.approx(off, rel=1e-6, abs=1e-7)
 
 
-def test_the_error_of_an_ideal_of_zero_is_none_or_without_end() -> None:
+def test_the_error_where_the_ideal_is_zero_is_the_new_products_norm() -> None:
     zero = {LINEAR.a: torch.ones(1, 2), LINEAR.b: torch.zeros(2, 1)}
     updates = cohort(zero, [zero], [1])
     assert products.errors(updates, {}) == {"linear": 0}
-    assert products.errors(updates, {LINEAR.b: torch.ones(2, 1)}) == {"linear": float("inf")}
+    assert products.errors(updates, {LINEAR.b: torch.ones(2, 1)}) == {"linear": pytest.approx(2)}
 
 
 def test_sizes_tell_a_layers_factors_and_its_rank_with_the_residual() -> None:

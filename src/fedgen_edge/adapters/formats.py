@@ -4,7 +4,9 @@ Only safetensors: a folder that holds a pickle alone is refused, and nothing in 
 """
 
 import json
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,24 +94,37 @@ def for_pipelines(folder: Path, part: str, leaves: Leaves, lora: Lora, settings:
     )
 
 
-def read(folder: Path, lora: Lora) -> Leaves:
+def of_rank(settings: Adapter, rank: int) -> Adapter:
+    """The settings at another rank, with the alpha that keeps the scale."""
+    ratio = rank / settings.rank
+    alpha = settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio)
+    return replace(settings, rank=rank, alpha=alpha)
+
+
+def read(folder: Path, lora: Lora, *, frozen: bool = False) -> Leaves:
     """One adapter from a PEFT folder, its scale turned into ours.
+
+    Args:
+        folder: as `write` or PEFT has made it.
+        lora: the layers that it must belong to.
+        frozen: whether it may have a higher rank; the rest is frozen then, beside the first ones.
 
     Raises:
         AdapterError: no such folder, a pickle, another rank, other layers, or a kind of adapter
             that is not plain LoRA.
     """
     config = _config(folder)
-    if config["r"] != lora.rank:
+    rank = config["r"]
+    if rank != lora.rank and not (frozen and rank > lora.rank):
         raise AdapterError(
-            f"{folder}: the adapter has rank {config['r']}, adapter.rank={lora.rank}: "
-            "make them equal"
+            f"{folder}: the adapter has rank {rank}, adapter.rank={lora.rank}: make them equal"
         )
-    theirs = config["lora_alpha"] / lora.rank ** (0.5 if config.get("use_rslora") else 1.0)
+    theirs = config["lora_alpha"] / rank ** (0.5 if config.get("use_rslora") else 1.0)
     found = {from_peft(k): v.float() for k, v in _tensors(folder).items()}
-    _check(folder, found, lora)
+    _check(folder, found, replace(lora, rank=rank))
     ratio = theirs / lora.scale
-    return {k: v * ratio if k.endswith("_B") else v for k, v in found.items()}
+    scaled = {k: v * ratio if k.endswith("_B") else v for k, v in found.items()}
+    return scaled if rank == lora.rank else lora.narrowed(scaled)
 
 
 def to_peft(name: str) -> str:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from fedgen_edge.adapters.dropout import mask
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.types import Leaves
+from fedgen_edge.types import RESIDUAL, Leaves
 
 Shape = tuple[int, ...]
 
@@ -38,6 +38,8 @@ class Kind(NamedTuple):
     """The update's output from the layer, its input, A and scaled B."""
     dense: Callable[[Tensor, Tensor], Tensor]
     """The update of the layer's weight, in its own layout, from A and scaled B."""
+    ranks: tuple[int, int] = (-2, -1)
+    """Where A and B have the rank, of their dimensions."""
 
 
 def _linear(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -95,6 +97,7 @@ KINDS: dict[type[nn.Module], Kind] = {
         _conv_shapes,
         _conv2d,
         lambda a, b: torch.einsum("or,rihw->oihw", b.flatten(1), a),
+        (-4, -3),
     ),
     nn.Embedding: Kind(
         "lora_embedding_A",
@@ -182,14 +185,59 @@ class Lora:
 
     def factors(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
         """A and scaled B of one site."""
+        pair = self.pair(name, leaves)
+        return pair and (pair[0], pair[1] * self.scale)
+
+    def pair(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
+        """A and B of one site, each with the frozen factor beside it: of a higher rank then."""
         kind = self.sites[name].kind
-        a, b = leaves.get(f"{name}.{kind.a}"), leaves.get(f"{name}.{kind.b}")
-        return None if a is None or b is None else (a, b * self.scale)
+        names = f"{name}.{kind.a}", f"{name}.{kind.b}"
+        if not leaves.keys() >= {*names}:
+            return None
+        a, b = (
+            torch.cat([leaves[own], leaves[RESIDUAL + own]], axis)
+            if RESIDUAL + own in leaves
+            else leaves[own]
+            for own, axis in zip(names, kind.ranks, strict=True)
+        )
+        return a, b
+
+    def widened(self, leaves: Leaves) -> tuple[Leaves, int]:
+        """One adapter without frozen pairs, of the same products, and its rank.
+
+        Layers of which less is frozen are filled with zeros, as all have one rank.
+        """
+        pairs = {n: pair for n in self.sites if (pair := self.pair(n, leaves)) is not None}
+        rank = max((len(a) for a, _ in pairs.values()), default=self.rank)
+        found = {}
+        for name, factors in pairs.items():
+            kind = self.sites[name].kind
+            for leaf, factor, axis in zip((kind.a, kind.b), factors, kind.ranks, strict=True):
+                found[f"{name}.{leaf}"] = _filled(factor, axis, rank)
+        return found, rank
+
+    def narrowed(self, leaves: Leaves) -> Leaves:
+        """What `widened` has made, with what is frozen apart again."""
+        found = {}
+        for name, site in self.sites.items():
+            kind = site.kind
+            for leaf, axis in zip((kind.a, kind.b), kind.ranks, strict=True):
+                whole = leaves[own := f"{name}.{leaf}"]
+                found[own] = whole.narrow(axis, 0, self.rank)
+                more = whole.shape[axis] - self.rank
+                found[RESIDUAL + own] = whole.narrow(axis, self.rank, more)
+        return found
 
     def call(self, module: nn.Module, leaves: Leaves, batch: object, seed: Tensor | None) -> Tensor:
         """The module's output on the batch, computed with these leaves."""
         with self.bound(leaves, seed):
             return module(batch)
+
+
+def _filled(factor: Tensor, axis: int, rank: int) -> Tensor:
+    shape = [*factor.shape]
+    shape[axis] = rank - shape[axis]
+    return torch.cat([factor, factor.new_zeros(shape)], axis)
 
 
 def _fresh(name: str, shape: Shape, rng: Generator) -> Float[Tensor, "..."]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedgen_edge.algorithms import correct, merge, receive, share, step
-from fedgen_edge.types import Leaves, ServerState, Update
+from fedgen_edge.algorithms.products import residuals
+from fedgen_edge.types import RESIDUAL, Leaves, ServerState, Update
 
 Trains = Callable[[str, int, int], bool]
 """Whether a leaf is trained, from its name, the round and the client's epoch."""
@@ -37,15 +38,19 @@ class Algorithm:
     groups: Groups = share.each_alone
     adapts: Literal["lora", "full"] = "lora"
     """Whether leaves are an adapter's or the whole model's."""
+    residual: int = 0
+    """Rank of a frozen pair beside each trained one, which the server alone changes; 0 is none."""
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
-        return ServerState(round=0, adapter=dict(sorted(adapter.items())))
+        more = residuals(adapter, self.residual) if self.residual else {}
+        return ServerState(round=0, adapter=dict(sorted({**adapter, **more}.items())))
 
     def shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
         """Of these leaves, those that a client sends in a round; without one, those it receives."""
         names = self.sends(list(leaves), round_)
-        return {k: v for k, v in leaves.items() if k in names}
+        frozen = () if round_ is None else RESIDUAL
+        return {k: v for k, v in leaves.items() if k in names and not k.startswith(frozen)}
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.

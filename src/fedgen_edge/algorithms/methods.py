@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import share, step
+from fedgen_edge.algorithms import products, share, step
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
@@ -54,6 +54,24 @@ METHODS: dict[str, Entry] = {
     "rolora": Entry(
         "B and A are trained in turn, a round each, so that means are exact (arXiv:2409.02346)",
         lambda _: Algorithm(trains=share.in_turn, sends=share.all_in_turn),
+    ),
+    "flexlora": Entry(
+        "the closest adapter to the mean of the clients' products (arXiv:2402.11505)",
+        lambda _: Algorithm(merges=products.by_svd),
+    ),
+    "lora-fair": Entry(
+        "mean factors, and B corrected for what their product misses (arXiv:2411.14961)",
+        lambda m: Algorithm(merges=products.refined(m.ridge)),
+    ),
+    "fedex-lora": Entry(
+        "mean factors, and what they miss in a frozen pair beside them (arXiv:2410.09432)",
+        lambda m: Algorithm(
+            merges=products.with_residual(m.residual_rank), residual=m.residual_rank
+        ),
+    ),
+    "flora": Entry(
+        "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
+        lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
     ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",

@@ -271,7 +271,7 @@ def errors(updates: Sequence[Update], change: Leaves) -> dict[str, float]:
 
     Ideal is the weighted mean of what the clients computed with: their product, and the residual
     that they received. New is the received adapter with the change, in float32 as the server adds
-    it, so 1e-7 is none. Norms are Frobenius; where both are zero it is 0.
+    it, so 1e-7 is none. Norms are Frobenius; where the ideal is zero it is the new one's norm.
 
     Cost: R = (K + 1) r and both residuals' ranks.
 
@@ -285,7 +285,7 @@ def errors(updates: Sequence[Update], change: Leaves) -> dict[str, float]:
         ideal = factors.total([sent, factors.residual(received, pair)])
         off = factors.norm(factors.total([_whole(after, pair), ideal], [1.0, -1.0]))
         size = factors.norm(ideal)
-        found[pair.layer] = off / size if size else (float("inf") if off else 0.0)
+        found[pair.layer] = off / (size or 1.0)
     return found
 
 

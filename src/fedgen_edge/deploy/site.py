@@ -174,9 +174,8 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
 def _check_sent(site: Site, sent: Sent) -> None:
     """The last look at what leaves: the shared leaves and no other, all finite."""
     delta, algorithm = decode(sent.payload), site.experiment.algorithm
-    names = algorithm.sends(list(site.start), sent.order.round)
-    expected = {k: shape for k, shape in site.shared.items() if k in names}
-    if {k: tuple(v.shape) for k, v in delta.items()} != expected:
+    expected = algorithm.shared(site.start, sent.order.round)
+    if {k: v.shape for k, v in delta.items()} != {k: v.shape for k, v in expected.items()}:
         raise RefusedError("private-leaf", "the update is not of the shared leaves alone")
     if not math.isfinite(sent.loss) or not finite(delta) or not finite(sent.memory):
         raise RefusedError(
@@ -252,13 +251,11 @@ def open_site(folder: Path) -> Site:
     experiment = _alone(told.name, settings)
     algorithm, task = experiment.algorithm, experiment.task
     start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
-    shapes = task.model.leaf_shapes()
-    names = algorithm.sends(list(shapes), None)
-    if not names or algorithm.groups is not each_alone:
+    shared = {k: tuple(v.shape) for k, v in algorithm.shared(start).items()}
+    if not shared or algorithm.groups is not each_alone:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"
         )
-    shared = {k: v for k, v in shapes.items() if k in names}
     return Site(experiment, recipe, start, shared, open_state(folder / "state"))
 
 

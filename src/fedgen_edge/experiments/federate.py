@@ -11,6 +11,7 @@ from torch import Tensor
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.merge import mean
+from fedgen_edge.algorithms.products import errors, sizes
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
@@ -97,6 +98,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         trained = time.perf_counter()
         line = _line(experiment, done, before)
         if _judged(settings, done.state.round):
+            line["layers"] = _layers(done, before)
             line["validation"] = experiment.validation(done.state)
         line["seconds"] = round(trained - began, 3)
         line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
@@ -150,6 +152,18 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
         "bytes_down": done.bytes_down,
         "clients": clients,
         "update_norm": float(change),
+    }
+
+
+def _layers(done: Commit, before: Leaves) -> dict[str, dict[str, float]]:
+    """Of each layer's product: how far it is from the clients' mean one, and how large."""
+    updates = [update for update in done.updates if update.delta]
+    change = leaves.subtract(done.state.adapter, before)
+    missed = errors(updates, change) if updates else {}
+    return {
+        layer: {"error": missed[layer], **size._asdict()}
+        for layer, size in sizes(done.state.adapter).items()
+        if layer in missed
     }
 
 

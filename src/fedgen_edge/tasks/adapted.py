@@ -17,7 +17,7 @@ from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.config import Adapter, Settings
-from fedgen_edge.types import AVERAGE, Leaves
+from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves
 
 
 @dataclass(frozen=True)
@@ -87,22 +87,23 @@ class Adapted:
             self._save_whole(folder, leaves, provenance)
             return
         with _written(folder) as draft:
-            kept = served(leaves)
+            kept, rank = self.adapter.widened(served(leaves))
+            shape = formats.of_rank(settings.adapter, rank)
             formats.write(
                 draft,
                 kept,
                 self.adapter,
-                settings.adapter,
+                shape,
                 backbone={"base_model_name_or_path": str(self.folder), **self.peft},
                 provenance=provenance,
             )
             if self.part:
-                formats.for_pipelines(draft, self.part, kept, self.adapter, settings.adapter)
+                formats.for_pipelines(draft, self.part, kept, self.adapter, shape)
 
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
-            return self._with_averages(formats.read(folder, self.adapter))
+            return self._with_averages(formats.read(folder, self.adapter, frozen=True))
         return self._with_averages(load_file(folder / self.weights))
 
     def merged(self, folder: Path, leaves: Leaves) -> None:
@@ -138,12 +139,18 @@ def _written(folder: Path) -> Iterator[Path]:
 
 def trained(leaves: Leaves) -> Leaves:
     """The leaves without moving averages."""
-    return {k: v for k, v in leaves.items() if not k.startswith(AVERAGE)}
+    return {k: v for k, v in leaves.items() if not k.removeprefix(RESIDUAL).startswith(AVERAGE)}
 
 
 def served(leaves: Leaves) -> Leaves:
     """What a model is used with: moving averages in the place of what they follow."""
-    return {k: leaves.get(AVERAGE + k, v) for k, v in trained(leaves).items()}
+    return {k: leaves.get(_average(k), v) for k, v in trained(leaves).items()}
+
+
+def _average(name: str) -> str:
+    """What follows a leaf, if anything does."""
+    own = name.removeprefix(RESIDUAL)
+    return f"{name.removesuffix(own)}{AVERAGE}{own}"
 
 
 def follow(leaves: Leaves, decay: float) -> Leaves:
