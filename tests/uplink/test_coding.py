@@ -247,6 +247,18 @@ def test_what_is_not_one_whole_frame_is_refused(payload: bytes) -> None:
         Zstd().decode(payload, len(PLAIN))
 
 
+def test_a_frame_of_another_length_is_refused_unopened() -> None:
+    for size in (0, len(PLAIN) - 1, len(PLAIN) + 1):
+        with pytest.raises(RefusedError, match=rf"^wrong-length: a frame says {size} bytes"):
+            Zstd().decode(Zstd().encode(bytes(size)), len(PLAIN))
+
+
+def test_more_bytes_than_an_honest_frame_has_are_not_looked_at() -> None:
+    most = Zstd().expects(len(PLAIN))
+    with pytest.raises(RefusedError, match=rf"^wrong-length: a frame has {most + 1} bytes"):
+        Zstd().decode(FRAME.ljust(most + 1, b"\0"), len(PLAIN))
+
+
 def test_a_frame_with_any_byte_changed_is_refused() -> None:
     for at in range(len(FRAME)):
         changed = bytearray(FRAME)

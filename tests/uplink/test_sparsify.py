@@ -23,7 +23,7 @@ def test_of_equal_magnitudes_the_first_are_kept() -> None:
 @pytest.mark.parametrize("stage", [TopK, RandomK])
 @pytest.mark.parametrize(
     ("density", "count", "kept"),
-    [(0.1, 30, 3), (0.1, 31, 4), (0.001, 30, 1), (1.0, 7, 7), (0.5, 1, 1)],
+    [(0.07, 100, 7), (0.1, 30, 3), (0.1, 31, 4), (0.001, 30, 1), (1.0, 7, 7), (0.5, 1, 1)],
 )
 def test_a_share_is_rounded_up_and_is_one_at_least(
     stage: type[TopK] | type[RandomK], density: float, count: int, kept: int

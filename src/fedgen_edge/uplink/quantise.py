@@ -120,6 +120,7 @@ class Quantise:
         largest = blocks.abs().amax(1)
         scales = _up(largest)
         _check_range(scales, largest, self.name)
+        # zeros over zero would be NaN, which as an integer is anything
         exact = blocks / scales.float().clamp(min=LEAST)[:, None] * self.levels
         below = exact.floor()
         drawn = torch.rand(blocks.shape, generator=rng)

@@ -134,8 +134,8 @@ def _check_density(density: float) -> None:
 
 
 def _kept(density: float, count: int) -> int:
-    # of the decimal number that was set: 0.1 * 30 would be a little over 3, and 4 kept
-    return max(1, math.ceil(Fraction(str(density)) * count))
+    # of the decimal number that was set: as floats 0.07 * 100 is a little over 7
+    return math.ceil(Fraction(str(density)) * count)
 
 
 def _spread(kept: Tensor, mask: Tensor) -> Tensor:
