@@ -268,22 +268,6 @@ def test_nothing_to_send_takes_no_bytes_and_none_are_taken() -> None:
                 expand(chain, b"x", schema, 7)
 
 
-def test_what_is_left_out_is_sent_later() -> None:
-    # Half of two values. First 3 of (3, 1), and 1 is left. Then (3, 1 + decay * 1): 3 again, and at
-    # a decay of 1/2 1.5 is left; then (1, 1.5 / 2 + 1) = (1, 1.75): the second.
-    chain, schema = Chain((TopK(0.5),)), {"a": (2,)}
-    residual: Leaves = {}
-    arrived, left = [], []
-    for delta in ([3.0, 1.0], [3.0, 1.0], [1.0, 1.0]):
-        payload, residual = fed_back(
-            chain, {"a": torch.tensor(delta)}, residual, 0.5, generator("any"), 7
-        )
-        arrived.append(expand(chain, payload, schema, 7)["a"].tolist())
-        left.append(residual["a"].tolist())
-    assert arrived == [[3.0, 0.0], [3.0, 0.0], [0.0, 1.75]]
-    assert left == [[0.0, 1.0], [0.0, 1.5], [1.0, 0.0]]
-
-
 @pytest.mark.parametrize(
     "chain",
     [
@@ -305,8 +289,3 @@ def test_without_decay_what_arrived_and_what_is_left_are_all_changes(chain: Chai
         total = total + flat(delta)
     torch.testing.assert_close(arrived + flat(residual), total, rtol=0, atol=1e-6)
     assert not torch.allclose(arrived, total, rtol=0, atol=1e-4)
-
-
-def test_feedback_to_a_stage_that_overshoots_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"scaled=False"):
-        fed_back(Chain((RandomK(0.1),)), {"a": torch.ones(9)}, {}, 1.0, generator("any"), 7)

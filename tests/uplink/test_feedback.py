@@ -6,14 +6,16 @@ them in each round. The sum is least at the mean of o_c weighted by h_c.
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor
 
+from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.compress import Chain, compress, expand, fed_back
 from fedgen_edge.uplink.quantise import Quantise
-from fedgen_edge.uplink.sparsify import TopK
+from fedgen_edge.uplink.sparsify import RandomK, TopK
 
 # They pull the first coordinate apart, harder than they pull the second to 1: the best is (0, 1).
 APART = torch.tensor([[3.0, 1.0], [-3.0, 1.0]])
@@ -93,3 +95,24 @@ def test_feedback_fails_at_a_step_at_which_uncompressed_training_is_there_at_onc
     assert trained(APART, curves, Chain(), constant, 1).tolist() == [0.0, 1.0]
     for rounds, second in ((3, 0), (4, 4), (5, 4), (6, -2), (7, -2), (40, 4), (42, -2)):
         assert trained(APART, curves, HALF, constant, rounds).tolist() == [0.0, second]
+
+
+def test_feedback_to_a_stage_that_overshoots_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"scaled=False"):
+        fed_back(Chain((RandomK(0.1),)), {"a": torch.ones(9)}, {}, 1.0, generator("any"), 7)
+
+
+def test_what_is_left_out_is_sent_later() -> None:
+    # Half of two values. First 3 of (3, 1), and 1 is left. Then (3, 1 + decay * 1): 3 again, and at
+    # a decay of 1/2 1.5 is left; then (1, 1.5 / 2 + 1) = (1, 1.75): the second.
+    chain, schema = Chain((TopK(0.5),)), {"a": (2,)}
+    residual: Leaves = {}
+    arrived, left = [], []
+    for delta in ([3.0, 1.0], [3.0, 1.0], [1.0, 1.0]):
+        payload, residual = fed_back(
+            chain, {"a": torch.tensor(delta)}, residual, 0.5, generator("any"), 7
+        )
+        arrived.append(expand(chain, payload, schema, 7)["a"].tolist())
+        left.append(residual["a"].tolist())
+    assert arrived == [[3.0, 0.0], [3.0, 0.0], [0.0, 1.75]]
+    assert left == [[0.0, 1.0], [0.0, 1.5], [1.0, 0.0]]
