@@ -1,0 +1,190 @@
+"""A change in fewer bytes: all its leaves as one vector, through a chain of stages.
+
+The vector has the leaves in the order of names. A chain may keep some of its values (top-k or
+random-k), write them in fewer bits (fp16, bf16, int8 or int4), and have zstd shorten the file. All
+of the file but its values follows from the chain and the shapes of the leaves, so a receiver knows
+it beforehand, and refuses anything else.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Generator
+
+from fedgen_edge.errors import ConfigError, RefusedError, TrainingError
+from fedgen_edge.leaves import add, scale
+from fedgen_edge.types import Leaves
+from fedgen_edge.uplink import coding
+from fedgen_edge.uplink.coding import Form, Zstd
+from fedgen_edge.uplink.quantise import Cast, Coder, Quantise
+from fedgen_edge.uplink.sparsify import RandomK, Sparsifier, TopK
+
+Schema = Mapping[str, tuple[int, ...]]
+"""Shapes of float32 leaves, by name."""
+
+ORDER = ((TopK, RandomK), (Cast, Quantise), (Zstd,))
+"""Of these one at most from each, in this order."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What an update passes on its way; no stages leave it float32.
+
+    Raises:
+        ConfigError: two stages of one kind, or an order that cannot be undone.
+    """
+
+    stages: tuple[Sparsifier | Coder | Zstd, ...] = ()
+
+    def __post_init__(self) -> None:
+        at = [next(i for i, kinds in enumerate(ORDER) if isinstance(s, kinds)) for s in self.stages]
+        if any(left >= right for left, right in pairwise(at)):
+            raise ConfigError(
+                f"stages={', '.join(s.name for s in self.stages)} cannot be in this order: there "
+                "may be one of top-k, random-k; then one of fp16, bf16, int8, int4; then zstd"
+            )
+
+    @property
+    def sparsifier(self) -> Sparsifier | None:
+        """What keeps some values only."""
+        return next((s for s in self.stages if isinstance(s, TopK | RandomK)), None)
+
+    @property
+    def coder(self) -> Coder:
+        """What writes values; as they are where no stage does."""
+        return next((s for s in self.stages if isinstance(s, Cast | Quantise)), Cast("fp32"))
+
+    @property
+    def zstd(self) -> Zstd | None:
+        """What shortens the file."""
+        return next((s for s in self.stages if isinstance(s, Zstd)), None)
+
+    def keeps(self, count: int) -> int:
+        """How many of `count` values are sent."""
+        return self.sparsifier.keeps(count) if self.sparsifier else count
+
+    def expects(self, count: int) -> Form:
+        """The parts of a file of `count` values, before zstd."""
+        told = self.sparsifier.expects(count) if self.sparsifier else {}
+        return {**told, **self.coder.expects(self.keeps(count))}
+
+
+def compress(chain: Chain, leaves: Leaves, rng: Generator, seed: int) -> bytes:
+    """The leaves as they travel; no values take no bytes.
+
+    Args:
+        chain: what they pass.
+        leaves: one client's, finite.
+        rng: draws how int8 and int4 round; only the sender has it.
+        seed: draws random-k's places; both sides have it.
+
+    Raises:
+        TrainingError: a value is not finite, or larger than its type can hold.
+    """
+    if not any(leaf.numel() for leaf in leaves.values()):
+        return b""
+    values = torch.cat([leaves[k].detach().float().flatten().cpu() for k in sorted(leaves)])
+    if not values.isfinite().all():
+        raise TrainingError("a change that is not finite cannot be sent: lower training.lr")
+    parts: coding.Parts = {}
+    if chain.sparsifier:
+        values, parts = chain.sparsifier.encode(values, seed)
+    payload = coding.packed({**parts, **chain.coder.encode(values, rng)})
+    return chain.zstd.encode(payload) if chain.zstd else payload
+
+
+def expand(chain: Chain, payload: bytes, schema: Schema, seed: int) -> Leaves:
+    """The leaves of a payload that may be hostile, in the order of names.
+
+    Args:
+        chain: what they passed.
+        payload: of any length; one longer than `longest` is refused at once.
+        schema: shapes of all leaves; they do not travel.
+        seed: draws random-k's places; both sides have it.
+
+    Raises:
+        RefusedError: the payload is not what this chain makes of such leaves. The codes are
+            `wrong-length`, `bad-header`, `bad-frame`, `bad-positions`, `bad-values`, `not-finite`.
+    """
+    count = values_in(schema)
+    if not count:
+        if payload:
+            raise RefusedError("wrong-length", f"{len(payload)} bytes came for no values")
+        return {k: torch.zeros(schema[k]) for k in sorted(schema)}
+    form = chain.expects(count)
+    if chain.zstd:
+        payload = chain.zstd.decode(payload, coding.length(form))
+    parts = coding.opened(payload, form)
+    values = chain.coder.decode(parts, chain.keeps(count))
+    if chain.sparsifier:
+        values = chain.sparsifier.decode(values, parts, count, seed)
+    if not values.isfinite().all():
+        raise RefusedError("not-finite", "the payload has values that are not finite")
+    names = sorted(schema)
+    pieces = values.split([math.prod(schema[k]) for k in names])
+    # copies: leaves that share memory cannot be saved
+    return {k: v.reshape(schema[k]).clone() for k, v in zip(names, pieces, strict=True)}
+
+
+def fed_back(
+    chain: Chain, delta: Leaves, residual: Leaves, decay: float, rng: Generator, seed: int
+) -> tuple[bytes, Leaves]:
+    """A change with what earlier payloads of its client left out: u = delta + decay * residual.
+
+    Args:
+        chain: what it passes.
+        delta: the round's change.
+        residual: what the last call returned; nothing at first.
+        decay: 1 forgets nothing; below 1 where a client may miss many rounds, since what it left
+            out grows stale.
+        rng: draws how int8 and int4 round.
+        seed: draws random-k's places.
+
+    Returns:
+        The payload, and the next residual: u less what the receiver decodes.
+
+    Raises:
+        ConfigError: the chain multiplies what it keeps, and the residual would grow for ever.
+        TrainingError: as `compress`.
+
+    Source: Karimireddy et al. 2019, EF-SGD (arXiv:1901.09847).
+    """
+    if isinstance(chain.sparsifier, RandomK) and chain.sparsifier.scaled:
+        raise ConfigError("scaled=True and error feedback diverge: set scaled=False for random-k")
+    whole = add(delta, scale(residual, decay))
+    payload = compress(chain, whole, rng, seed)
+    arrived = expand(chain, payload, {k: tuple(v.shape) for k, v in whole.items()}, seed)
+    return payload, {k: v - arrived[k].to(v.device) for k, v in whole.items()}
+
+
+def sizes(chain: Chain, schema: Schema) -> dict[str, int]:
+    """Bytes of a payload by what they are for: `header`, and each part; zstd not counted.
+
+    The header is the file's metadata, names, types and shapes of the parts, and 8 bytes for its
+    own length. Their sum is the payload's length.
+    """
+    count = values_in(schema)
+    if not count:
+        return {}
+    form = chain.expects(count)
+    told = {name: dtype.itemsize * many for name, (dtype, many) in form.items()}
+    return {"header": len(coding.header(form)), **told}
+
+
+def longest(chain: Chain, schema: Schema) -> int:
+    """The most bytes that an honest payload has; without zstd each has exactly so many."""
+    whole = sum(sizes(chain, schema).values())
+    return chain.zstd.expects(whole) if chain.zstd and whole else whole
+
+
+def bits(length: int, schema: Schema) -> float:
+    """Bits that a payload of so many bytes takes for each value, sent or not."""
+    return 8 * length / values_in(schema)
+
+
+def values_in(schema: Schema) -> int:
+    """Values of all leaves together."""
+    return sum(math.prod(shape) for shape in schema.values())
