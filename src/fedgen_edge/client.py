@@ -70,7 +70,10 @@ def descend(
         batches: `[*clients, batch, ...]` each.
         recipe: optimiser, clipping and corrections.
     """
-    now = {k: v.detach().clone().requires_grad_() for k, v in start.items()}
+    now = {
+        k: v if k.startswith(RESIDUAL) else v.detach().clone().requires_grad_()
+        for k, v in start.items()
+    }
     optimisers = {phase.prefix: _optimiser(now, phase, recipe) for phase in task.phases}
     for batch in batches:
         axes = batch["epoch"].ndim
@@ -124,8 +127,9 @@ def clipped(grads: Leaves, limit: float, axes: int) -> Leaves:
 
 
 def _apply(optimiser: Optimizer, now: Leaves, grads: Leaves, seen: int | None) -> None:
-    finished = {k: v[seen:].clone() for k, v in now.items()} if seen is not None else {}
-    for name, leaf in now.items():
+    moving = {k: v for k, v in now.items() if v.requires_grad}
+    finished = {k: v[seen:].clone() for k, v in moving.items()} if seen is not None else {}
+    for name, leaf in moving.items():
         leaf.grad = grads.get(name)
     optimiser.step()
     for name, rows in finished.items():

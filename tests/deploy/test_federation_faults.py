@@ -1,17 +1,19 @@
 """What a server does when sites are silent, late, wrong, lost, new or revoked: in process."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedgen_edge import files
-from fedgen_edge.config import Settings
+from fedgen_edge.config import Method, Settings
 from fedgen_edge.deploy import kits, status
+from fedgen_edge.deploy.server import begin
 from fedgen_edge.deploy.status import rows as shown
 from fedgen_edge.engines.exchange import Reply, Work
-from fedgen_edge.errors import CarrierError, QuorumError
+from fedgen_edge.errors import CarrierError, ConfigError, QuorumError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.report import headline
 from fedgen_edge.experiments.summary import read
@@ -264,6 +266,15 @@ def test_three_offences_leave_a_site_out_also_after_a_restart(tmp_path: Path) ->
     # nor is it waited for afterwards
     assert {line["client"] for line in records.lines(run.home.run / "personal.jsonl")} == {"a", "c"}
     assert not [said for said in run.told if "resume" in said]
+
+
+def test_a_limit_on_products_is_refused_where_sites_keep_a_factor(tmp_path: Path) -> None:
+    kept = replace(settings(), method=Method(name="fedsa-lora"))
+    folder = server(tmp_path / "fed", kept, ABC, spectrum=1.0)
+    with pytest.raises(ConfigError, match=r"spectrum=1\.0 .* method\.name='fedsa-lora': leave it"):
+        begin(folder)
+    assert not (folder / "run").exists()
+    begin(server(tmp_path / "other", settings(), ABC, spectrum=1.0))
 
 
 def test_a_site_that_is_left_out_is_wanted_no_more_though_all_are(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ ATTACKS: dict[str, tuple[str, Reply]] = {
     "absurd loss": ("bad-loss", said(loss=1e300)),
     "no loss": ("bad-loss", said(loss=None)),
     "negative steps": ("bad-steps", said(steps=-1)),
+    "no steps": ("bad-steps", said(steps=0)),
     "steps over its examples": ("bad-steps", said(steps=4)),
     "steps as a float": ("bad-steps", said(steps=3.0)),
     "steps that are a flag": ("bad-steps", said(steps=True)),

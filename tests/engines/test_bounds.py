@@ -239,6 +239,13 @@ def test_every_kind_of_layer_has_a_spectrum_and_the_largest_counts() -> None:
     assert spectrum(start, {"alone.lora_A": delta["alone.lora_A"]}) == 0
 
 
+def test_a_factor_that_is_not_sent_has_stayed_as_it_began() -> None:
+    start = {"l.lora_A": torch.tensor([[3.0, 4.0]]), "l.lora_B": torch.tensor([[2.0], [0.0]])}
+    # dB A is 0.5 times a vector of length 5; B dA is 2 times one of length 1
+    assert spectrum(start, {"l.lora_B": torch.tensor([[0.5], [0.0]])}) == pytest.approx(2.5)
+    assert spectrum(start, {"l.lora_A": torch.tensor([[0.0, 1.0]])}) == pytest.approx(2.0)
+
+
 def test_adamw_and_sgd_are_the_optimisers_that_are_bounded() -> None:
     leaf = [torch.zeros(1, requires_grad=True)]
     assert type(optimiser(Training(), 0.1)(leaf)) is AdamW

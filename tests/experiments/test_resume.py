@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import sentences
+from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import federate
@@ -98,6 +99,28 @@ def test_kill_9_at_random_moments_then_resume_is_bit_identical(
         assert found[name] == value, name
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_any_method_stopped_and_resumed_ends_the_same(
+    corpus: Path, tmp_path: Path, name: str
+) -> None:
+    quick = settings(
+        corpus,
+        method={"name": name, "residual_rank": 3},
+        federation={"rounds": 4},
+        evaluation={"baselines": [], "sample_tokens": 0},
+        personal={"epochs": 1},
+    )
+    for folder in (whole := tmp_path / "whole", broken := tmp_path / "broken"):
+        create(quick, folder)
+    finish(whole)
+    events = proceed(reopen(broken), broken)
+    while next(events).done < 2:
+        pass
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    finish(broken)
+    assert outcome(broken) == outcome(whole)
+
+
 def test_between_the_record_and_its_commit_the_line_is_written_once(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,11 +190,13 @@ def test_two_processes_do_not_write_one_run(corpus: Path, tmp_path: Path) -> Non
         next(proceed(experiment, folder))
 
 
+@pytest.mark.parametrize("name", METHODS)
 def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
-    corpus: Path, tmp_path: Path
+    corpus: Path, tmp_path: Path, name: str
 ) -> None:
     folder = tmp_path / "run"
-    create(settings(corpus, training={"optimiser": "sgd", "lr": 1e30, "clip": 0.0}), folder)
+    wild = {"optimiser": "sgd", "lr": 1e30, "clip": 0.0}
+    create(settings(corpus, training=wild, method={"name": name}), folder)
     with pytest.raises(TrainingError, match=r"training\.lr=1e\+30"):
         finish(folder)
     assert not (folder / "checkpoints").exists()
@@ -186,6 +211,18 @@ def test_a_personal_adapter_that_is_not_finite_is_never_written(
     with pytest.raises(TrainingError, match=r"personal\.lr=1e\+30"):
         finish(folder)
     assert not (folder / "adapters" / "clients").exists()
+
+
+def test_a_judged_round_says_what_averaging_missed(unbroken: Path) -> None:
+    for line in (unbroken / "rounds.jsonl").read_text().splitlines():
+        layers = json.loads(line)["layers"]
+        # FedPer on the tiny backbone keeps the last of two layers
+        assert {*layers} == {f"model.layers.0.self_attn.{n}_proj" for n in "qv"}
+        for told in layers.values():
+            # two factors moved apart from each other, a little
+            assert 1e-6 < told["error"] < 1
+            assert 1 <= told["rank"] <= 8
+            assert min(told["a"], told["b"]) > 0
 
 
 def test_newcomers_never_train_and_are_personalised(unbroken: Path) -> None:

@@ -144,6 +144,7 @@ def _config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"{folder} is no PEFT folder: it has no adapter_config.json")
     try:
         config = json.loads(path.read_text())
+        config["r"] = int(config["r"])
         plain = config["peft_type"] == "LORA" and config["r"] and float(config["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"{path} cannot be read ({error!r}): write it with PEFT again") from None

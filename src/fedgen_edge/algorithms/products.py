@@ -1,7 +1,8 @@
 """Slots that merge layers by their products B A: a product of means is not the mean of products.
 
 Both factors of a layer are merged together. Other leaves, and factors whose partner is not sent,
-are averaged as `merge.mean` does. Arithmetic is float64. Costs are for one layer of m x n,
+are averaged as `merge.mean` does. A residual's change is to be added as it is: a server's optimiser
+has no use for it. Arithmetic is float64. Costs are for one layer of m x n,
 K clients and rank r; where they say R, it is O((m + n) R^2 + R^3).
 """
 
@@ -110,8 +111,6 @@ def with_residual(cap: int) -> Callable[[Sequence[Update]], Leaves]:
     the rounds before, and the sum is cut to the closest product of rank `cap`. So a layer is exact
     while `cap` is at least the smaller of its sides, or (K - 1) r times the rounds.
 
-    The residual's change is to be added as it is: a server's optimiser has no use for it.
-
     Cost: R = K r + cap. Clients receive a pair of rank `cap` more, and send no more.
 
     Args:
@@ -123,7 +122,7 @@ def with_residual(cap: int) -> Callable[[Sequence[Update]], Leaves]:
 
     Source: Singhal et al. 2024, FedEx-LoRA (arXiv:2410.09432).
     Differs: theirs goes into the backbone, whole or cut in each round; here the backbone stays as
-    it is, and the residual of all rounds is cut as one.
+    it is, and the residual of all rounds is cut as one. `adapter.dropout` reaches it too.
     """
 
     def rule(
@@ -136,7 +135,7 @@ def with_residual(cap: int) -> Callable[[Sequence[Update]], Leaves]:
             **_kept(pair.residual, factors.total(kept), cap, received),
         }
 
-    return lambda updates: _by_layer(updates, rule)
+    return lambda updates: _beside(updates, rule)
 
 
 def stacked(cap: int) -> Callable[[Sequence[Update]], Leaves]:
@@ -145,8 +144,6 @@ def stacked(cap: int) -> Callable[[Sequence[Update]], Leaves]:
     The frozen one is cut to the closest product of rank `cap`: exact while `cap` is at least the
     smaller of a layer's sides, or K r times the rounds. A trained pair begins with a product of
     zero; should it have another, that is taken off what joins.
-
-    The residual's change is to be added as it is: a server's optimiser has no use for it.
 
     Cost: R = (K + 1) r + cap. Clients receive a pair of rank `cap` more, and send no more.
 
@@ -173,7 +170,7 @@ def stacked(cap: int) -> Callable[[Sequence[Update]], Leaves]:
             **_kept(pair.residual, joined, cap, received),
         }
 
-    return lambda updates: _by_layer(updates, rule)
+    return lambda updates: _beside(updates, rule)
 
 
 def residuals(adapter: Leaves, cap: int) -> Leaves:
@@ -198,6 +195,16 @@ def _by_layer(updates: Sequence[Update], rule: Rule) -> Leaves:
     received, shares = updates[0].order.received, _shares(updates)
     for pair in pairs(updates[0].delta):
         change |= rule(pair, received, _clients(updates, pair), shares)
+    return change
+
+
+def _beside(updates: Sequence[Update], rule: Rule) -> Leaves:
+    """The same, and the frozen pair of a moving average is that of what it follows: no lag."""
+    change = _by_layer(updates, rule)
+    for pair in pairs(updates[0].delta):
+        if pair.a.startswith(AVERAGE):
+            led = (RESIDUAL + name.removeprefix(AVERAGE) for name in pair)
+            change |= zip(pair.residual, map(change.__getitem__, led), strict=True)
     return change
 
 
@@ -252,9 +259,8 @@ class Size(NamedTuple):
     rank: float
     """Effective rank of the product with its residual."""
     a: float
-    """Frobenius norm of A, without the residual's."""
     b: float
-    """Frobenius norm of B, without the residual's."""
+    """Frobenius norms of A and B, without the residual's."""
 
 
 def sizes(adapter: Leaves) -> dict[str, Size]:

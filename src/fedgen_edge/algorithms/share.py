@@ -71,8 +71,12 @@ def in_turn(name: str, round_: int, epoch: int) -> bool:
 
 
 def all_in_turn(names: Sequence[str], round_: int | None) -> set[str]:
-    """Share what `in_turn` trains."""
-    return {name for name in names if round_ is None or in_turn(name, round_, 0)}
+    """Share what `in_turn` trains, and moving averages, which move in every round."""
+    return {
+        name
+        for name in names
+        if round_ is None or name.startswith(AVERAGE) or in_turn(name, round_, 0)
+    }
 
 
 def all_but_last(layers: int) -> Callable[[Sequence[str], int | None], set[str]]:

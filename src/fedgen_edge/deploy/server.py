@@ -15,6 +15,7 @@ from typing import Protocol, runtime_checkable
 import torch
 
 from fedgen_edge import files
+from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
 from fedgen_edge.deploy.audit import Audit
@@ -28,7 +29,7 @@ from fedgen_edge.deploy.settings import Federation, digest, read
 from fedgen_edge.deploy.stages import proceed, waits
 from fedgen_edge.engines.exchange import Carrier, Terms
 from fedgen_edge.engines.flower_environment import environment
-from fedgen_edge.errors import CarrierError, CheckpointError, FedGenError
+from fedgen_edge.errors import CarrierError, CheckpointError, ConfigError, FedGenError
 from fedgen_edge.experiments import machine, records
 from fedgen_edge.experiments.build import task_of
 from fedgen_edge.experiments.provenance import facts
@@ -90,6 +91,7 @@ def begin(folder: Path) -> Home:
     device = machine.device(recipe.engine.device)
     torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
     task = task_of(recipe, device)
+    _check_spectrum(plan, recipe, task)
     settings, sites = _resolved(recipe, task, device), len(members(folder))
     run = folder / "run"
     told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
@@ -113,6 +115,17 @@ def begin(folder: Path) -> Home:
             f"{run} away to begin another run"
         )
     return Home(folder, plan, settings, task, terms)
+
+
+def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:
+    """Refuse a limit on products that the server cannot see: a site keeps one factor."""
+    names, algorithm = list(task.model.leaf_shapes()), method(recipe.method)
+    kept = {n for n in {*names} - algorithm.sends(names, None) if algorithm.trains(n, 0, 0)}
+    if plan.spectrum is not None and any(len(kept & {*pair}) == 1 for pair in pairs(names)):
+        raise ConfigError(
+            f"spectrum={plan.spectrum} in federation.toml needs both factors of a layer, of which "
+            f"sites keep one with method.name={recipe.method.name!r}: leave it out"
+        )
 
 
 def _resolved(recipe: Settings, task: Learnt, device: torch.device) -> Settings:

@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fedgen_edge import leaves
+from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.config import Training
-from fedgen_edge.types import AVERAGE, PAIRS, Leaves, Phase
+from fedgen_edge.types import AVERAGE, Leaves, Phase
 
 ROUNDING = 2.0**-21
 """Relative error of float32 that a step adds, at most, to a leaf and to the optimiser's moments."""
@@ -180,20 +181,19 @@ def spectrum(start: Leaves, delta: Leaves) -> float:
     """Largest singular value of the change of any layer's product B A, without alpha / rank.
 
     The change is dB (A + dA) + B dA = [dB, B] [A + dA; dA]: of rank 2r, so the dense matrix is not
-    needed. A convolution's A is taken as a matrix, as `adapters/lora.py` does. Leaves whose partner
-    is not sent are skipped; without a pair it is 0.
+    needed. A convolution's A is taken as a matrix, as `adapters/lora.py` does. A factor that is not
+    sent has stayed as it began; without a pair the value is 0.
 
     Args:
         start: the factors before.
         delta: how they changed; finite.
     """
     found = [0.0]
-    for name in delta:
-        for a, b in PAIRS:
-            other = name.removesuffix(a) + b
-            if name.endswith(f".{a}") and other in delta:
-                pair = (start[name], start[other], delta[name], delta[other])
-                found.append(_largest(*(v.double().flatten(1) for v in pair)))
+    for pair in pairs(start):
+        if delta.keys() & {*pair}:
+            begun = [start[name] for name in pair]
+            moved = [delta.get(name, torch.zeros_like(start[name])) for name in pair]
+            found.append(_largest(*(v.double().flatten(1) for v in (*begun, *moved))))
     return max(found)
 
 

@@ -252,6 +252,6 @@ def _said(open_: Open, site: str, said: Mapping[str, Any]) -> tuple[int, float, 
     if loss is None or abs(loss) > ABSURD:
         raise RefusedError("bad-loss", f"loss is {shown(said['loss'])}: training may have diverged")
     steps, most = said["steps"], open_.bounds.steps(weight)
-    if type(steps) is not int or steps < 0 or (most is not None and steps > most):
-        raise RefusedError("bad-steps", f"steps are {shown(steps)}, and at most {most}")
+    if type(steps) is not int or steps < 1 or (most is not None and steps > most):
+        raise RefusedError("bad-steps", f"steps are {shown(steps)}, and must be from 1 to {most}")
     return weight, float(loss), steps

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -10,15 +11,17 @@ from torch import Tensor
 
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.merge import mean
 from fedgen_edge.algorithms.products import errors, sizes
+from fedgen_edge.algorithms.step import add
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.checkpoint import Memory, commit, latest
-from fedgen_edge.jobs import Training
+from fedgen_edge.jobs import Job, Training
 from fedgen_edge.rounds import Engine, mean_loss, rounds
-from fedgen_edge.types import Commit, Leaves, ServerState
+from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
 
 
 @runtime_checkable
@@ -86,7 +89,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
     loop = rounds(
         state,
         experiment.algorithm,
-        experiment.engine,
+        partial(_finite, experiment),
         experiment.train,
         settings.federation,
         experiment.cohort,
@@ -110,16 +113,37 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         began, before = time.perf_counter(), done.state.adapter
 
 
+def _finite(experiment: Federated, orders: Sequence[Order], job: Job) -> Iterator[Update]:
+    """The engine's updates, each looked at before anything is made of it.
+
+    Raises:
+        TrainingError: a client's loss, change or memory is not finite.
+    """
+    updates: Iterator[Update] = experiment.engine(orders, job)
+    for update in updates:
+        sizes = (update.loss, drift(update), *map(_size, update.memory.values()))
+        if not all(map(math.isfinite, sizes)):
+            who = "+".join(experiment.names[c] for c in update.order.clients)
+            told = "" if experiment.algorithm.steps is add else ", or method.server_lr"
+            raise TrainingError(
+                f"round {update.order.round + 1}, client {who}: training left the finite numbers "
+                f"(its loss was {update.loss}): lower "
+                f"training.lr={experiment.settings.training.lr}{told}, or clip by training.clip"
+            )
+        yield update
+
+
+def drift(update: Update) -> float:
+    """How far a client moved."""
+    return float(leaves.norm(update.delta)) if update.delta else 0.0
+
+
 def _judged(settings: Settings, done: int) -> bool:
     return done % settings.evaluation.every == 0 or done == settings.federation.rounds
 
 
 def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
-    """What rounds.jsonl says of a round.
-
-    Raises:
-        TrainingError: a client's loss is not finite.
-    """
+    """What rounds.jsonl says of a round."""
     names = experiment.names
     clients = [
         {
@@ -128,20 +152,13 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
             "steps": u.steps,
             "weight": u.weight,
             "bytes_up": u.bytes_up,
-            "drift": float(leaves.norm(u.delta)) if u.delta else 0.0,
+            "drift": drift(u),
         }
         for u in done.updates
     ]
-    for row, update in zip(clients, done.updates, strict=True):
-        kept = update.memory.values()
-        if not all(map(math.isfinite, (row["loss"], row["drift"], *map(_size, kept)))):
-            raise TrainingError(
-                f"round {done.state.round}, client {row['client']}: training left the finite "
-                f"numbers (its loss was {row['loss']}): "
-                f"lower training.lr={experiment.settings.training.lr}, or clip by training.clip"
-            )
     change = leaves.norm(leaves.subtract(done.state.adapter, before))
-    other = {} if experiment.algorithm.merges is mean else {"mean_norm": _mean_norm(done)}
+    plain = experiment.algorithm.merges is mean and experiment.algorithm.steps is add
+    other = {} if plain else {"mean_norm": _mean_norm(done)}
     return {
         **other,
         "round": done.state.round,
@@ -157,14 +174,12 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
 
 def _layers(done: Commit, before: Leaves) -> dict[str, dict[str, float]]:
     """Of each layer's product: how far it is from the clients' mean one, and how large."""
-    updates = [update for update in done.updates if update.delta]
-    change = leaves.subtract(done.state.adapter, before)
-    missed = errors(updates, change) if updates else {}
-    return {
-        layer: {"error": missed[layer], **size._asdict()}
-        for layer, size in sizes(done.state.adapter).items()
-        if layer in missed
-    }
+    updates = [update for update in done.updates if pairs(update.delta)]
+    if not updates:
+        return {}
+    missed = errors(updates, leaves.subtract(done.state.adapter, before))
+    found = sizes(done.state.adapter)
+    return {layer: {"error": far, **found[layer]._asdict()} for layer, far in missed.items()}
 
 
 def _mean_norm(done: Commit) -> float:
