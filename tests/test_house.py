@@ -1,6 +1,8 @@
 """The catalogue is told whole; style, types and imports are `make lint`'s."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,3 +36,9 @@ def test_the_public_names_are_those_that_can_be_seen_and_used() -> None:
         assert getattr(fedgen_edge, name) is not None
     with pytest.raises(AttributeError, match="no public name"):
         _ = fedgen_edge.nothing
+
+
+@pytest.mark.parametrize("module", ["cli", "deploy.status", "experiments.summary"])
+def test_what_only_reads_a_run_waits_for_no_torch(module: str) -> None:
+    told = f"import sys, fedgen_edge.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0

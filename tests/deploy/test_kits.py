@@ -20,6 +20,7 @@ from fedgen_edge import cli, config
 from fedgen_edge.config import Settings, load
 from fedgen_edge.deploy import kits
 from fedgen_edge.deploy.address import reached
+from fedgen_edge.deploy.members import members
 from fedgen_edge.deploy.settings import Federation, Site, digest, read, settings_of
 from fedgen_edge.errors import ConfigError
 
@@ -173,7 +174,7 @@ def test_only_the_owner_reads_anything_whatever_the_umask(bits: int, recipe: str
 
 def test_a_number_of_sites_names_them(recipe: str) -> None:
     fed = init(recipe, "--federation.clients", "3", sites="3")
-    assert list(kits.members(fed)) == ["site-1", "site-2", "site-3"]
+    assert list(members(fed)) == ["site-1", "site-2", "site-3"]
 
 
 def test_nothing_secret_is_printed(recipe: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -210,9 +211,9 @@ def test_the_folder_appears_whole_or_not_at_all(
 
 
 def test_a_site_is_added_with_a_key_of_its_own(fed: Path) -> None:
-    before = kits.members(fed)
+    before = members(fed)
     cli.main(["deploy", "add", "east", str(fed)])
-    after = kits.members(fed)
+    after = members(fed)
     assert list(after) == ["east", "north", "south"]
     assert len(set(after.values())) == 3
     assert {name: after[name] for name in before} == before
@@ -225,10 +226,10 @@ def test_a_site_is_added_with_a_key_of_its_own(fed: Path) -> None:
 def test_a_revoked_sites_key_moves_and_the_others_stay(
     fed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = kits.members(fed)
+    before = members(fed)
     cli.main(["deploy", "revoke", "north", str(fed)])
     assert "within a few seconds" in capsys.readouterr().out
-    assert kits.members(fed) == {"south": before["south"]}
+    assert members(fed) == {"south": before["south"]}
     assert {p.name for p in (fed / "sites").iterdir()} == {"south.pub"}
     assert (fed / "revoked" / "north.pub").read_bytes() == before["north"]
 
@@ -237,7 +238,7 @@ def test_a_site_whose_revocation_was_cut_short_takes_no_part_and_is_revoked_agai
     fed: Path,
 ) -> None:
     shutil.copy(fed / "sites" / "north.pub", fed / "revoked" / "north.pub")
-    assert list(kits.members(fed)) == ["south"]
+    assert list(members(fed)) == ["south"]
     cli.main(["deploy", "revoke", "north", str(fed)])
     assert not (fed / "sites" / "north.pub").exists()
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
+from fedgen_edge.algorithms.share import everything
 from fedgen_edge.config import to_toml
 from fedgen_edge.deploy import site as sites_room
 from fedgen_edge.deploy import store
@@ -233,7 +234,7 @@ def test_an_adapter_that_does_not_fit_is_never_loaded(
 
 def test_an_update_with_a_private_leaf_never_leaves(site: Site, simulation: Experiment) -> None:
     # a method that says one thing when the site opens, and another when it sends
-    algorithm = replace(site.experiment.algorithm, sends=set)
+    algorithm = replace(site.experiment.algorithm, sends=everything)
     clients = replace(site.experiment.clients, algorithm=algorithm)
     leaking = replace(site, experiment=replace(site.experiment, clients=clients))
     answer = ask(leaking, work(leaking, "train", simulation.start().adapter))

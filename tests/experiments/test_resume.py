@@ -17,6 +17,7 @@ from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import federate
+from fedgen_edge.experiments.diagnose import agreement
 from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
 
@@ -119,6 +120,9 @@ def test_any_method_stopped_and_resumed_ends_the_same(
     events.close()  # pyright: ignore[reportAttributeAccessIssue]
     finish(broken)
     assert outcome(broken) == outcome(whole)
+    # what a method makes of the mean is not taken for it: a mean cosine is one
+    rows = [json.loads(line) for line in (whole / "rounds.jsonl").read_text().splitlines()]
+    assert all(abs(agreement(row) or 0.0) <= 1.001 for row in rows)
 
 
 def test_between_the_record_and_its_commit_the_line_is_written_once(

@@ -158,7 +158,7 @@ def test_a_whole_model_comes_back_as_it_was_served(tmp_path: Path) -> None:
 
 def test_fedper_keeps_the_last_block_of_each_network_with_its_average() -> None:
     names = list(make().init(generator(0)))
-    kept = set(names) - all_but_last(1)(names)
+    kept = set(names) - all_but_last(1)(names, None)
     layers = {name.rsplit(".", 2)[0] for name in kept}
     assert layers == {"generator.blocks.1", "critic.blocks.1", "average.generator.blocks.1"}
 

@@ -63,20 +63,18 @@ def all_undrawn(names: Sequence[str], round_: int | None) -> set[str]:
 def in_turn(name: str, round_: int, epoch: int) -> bool:
     """Train the factors that begin at zero, and those drawn at random, in turn; others always.
 
+    Moving averages are among the others: they come nearer to a factor that rests, too.
+
     Source: Chen et al. 2024, RoLoRA (arXiv:2409.02346): odd rounds, counted from 1, train B.
     """
     del epoch
-    factor = name.rpartition(".")[2].startswith("lora_")
+    factor = name.rpartition(".")[2].startswith("lora_") and not name.startswith(AVERAGE)
     return not factor or is_drawn(name) == bool(round_ % 2)
 
 
 def all_in_turn(names: Sequence[str], round_: int | None) -> set[str]:
-    """Share what `in_turn` trains, and moving averages, which move in every round."""
-    return {
-        name
-        for name in names
-        if round_ is None or name.startswith(AVERAGE) or in_turn(name, round_, 0)
-    }
+    """Share what `in_turn` trains."""
+    return {name for name in names if round_ is None or in_turn(name, round_, 0)}
 
 
 def all_but_last(layers: int) -> Callable[[Sequence[str], int | None], set[str]]:

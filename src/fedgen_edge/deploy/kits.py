@@ -19,6 +19,7 @@ from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.config import Settings, load
 from fedgen_edge.deploy import contents
 from fedgen_edge.deploy.address import reached
+from fedgen_edge.deploy.members import members, names, revoked
 from fedgen_edge.deploy.settings import Federation, Name, read
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.rounds import cohort_size
@@ -98,7 +99,7 @@ def revoke(name: str, folder: Path) -> None:
     """
     read(Federation, folder / "federation.toml")
     path = folder / "sites" / f"{name}.pub"
-    if name not in _names(folder / "sites"):
+    if name not in names(folder / "sites"):
         gone = "was revoked already" if name in revoked(folder) else "is no site here"
         raise ConfigError(
             f"site={name!r} {gone}: those that take part are {', '.join(members(folder)) or 'none'}"
@@ -106,16 +107,6 @@ def revoke(name: str, folder: Path) -> None:
     with _private():
         files.write(folder / "revoked" / path.name, path.read_bytes())
     path.unlink()
-
-
-def members(folder: Path) -> dict[str, bytes]:
-    """Who may take part: public keys in OpenSSH's form by name, sorted; a revoked name never."""
-    gone = {name.casefold() for name in revoked(folder)}
-    return {
-        name: (folder / "sites" / f"{name}.pub").read_bytes()
-        for name in _names(folder / "sites")
-        if name.casefold() not in gone
-    }
 
 
 def sites(asked: str) -> list[str]:
@@ -130,11 +121,6 @@ def sites(asked: str) -> list[str]:
     if len(asked) > 9 or not 1 <= int(asked) <= MOST:
         raise ConfigError(f"sites={asked[:20]} must be from 1 to {MOST}, or names with commas")
     return [f"site-{number + 1}" for number in range(int(asked))]
-
-
-def revoked(folder: Path) -> list[str]:
-    """Who took part once, sorted."""
-    return _names(folder / "revoked")
 
 
 def deployable(settings: Settings, sites: int) -> None:
@@ -230,10 +216,6 @@ def _check_name(name: str, others: Collection[str]) -> None:
     for other in others:
         if other.casefold() == name.casefold():
             raise ConfigError(f"site={name!r} is there already, as {other!r}: give another name")
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(path.stem for path in folder.glob("*.pub"))
 
 
 def _lay(folder: Path, content: Mapping[str, bytes]) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.evaluate import drawn
 
 Row = dict[str, Any]
 COUNTS = ("train", "validation", "test", "items")
@@ -49,7 +48,7 @@ class Roll:
 
     def report(self, run: Path) -> None:
         """Write `clients.json` as a run on one machine has it; of labels a site says nothing."""
-        took_part = drawn(run)
+        took_part = records.drawn(run)
         told = [
             {**row, "newcomer": row["client"] not in took_part, "labels": {}}
             for row in self.rows

@@ -22,7 +22,8 @@ from fedgen_edge.deploy.audit import Audit
 from fedgen_edge.deploy.client import say
 from fedgen_edge.deploy.cohort import wanted
 from fedgen_edge.deploy.federation import Deployment
-from fedgen_edge.deploy.kits import deployable, members, revoked
+from fedgen_edge.deploy.kits import deployable
+from fedgen_edge.deploy.members import members, revoked
 from fedgen_edge.deploy.processes import Ended, Kept
 from fedgen_edge.deploy.roll import opened
 from fedgen_edge.deploy.settings import Federation, digest, read

@@ -11,7 +11,7 @@ from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Sums
 from fedgen_edge.experiments.checkpoint import last, latest
-from fedgen_edge.experiments.evaluate import drawn, tested
+from fedgen_edge.experiments.evaluate import tested
 from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.machine import peak_memory
 from fedgen_edge.experiments.models import save
@@ -110,7 +110,7 @@ def _test(deployment: Deployment, run: Path) -> Iterator[Event]:
     if away:
         deployment.tell(f"no test of {', '.join(away)}: `fedgen resume` asks again")
     whole = sorted(own.keys() & found["backbone"].keys() & found["global"].keys())
-    took_part = drawn(run)
+    took_part = records.drawn(run)
     rows = [
         tested(name, model, by_site[name], took_part)
         for model, by_site in {**found, "personal": own}.items()

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from fedgen_edge.config import load
 from fedgen_edge.deploy import audit
-from fedgen_edge.deploy.kits import members
+from fedgen_edge.deploy.members import members
 from fedgen_edge.deploy.roll import opened
 from fedgen_edge.deploy.settings import Federation, read
 from fedgen_edge.experiments import records

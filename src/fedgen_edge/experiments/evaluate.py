@@ -36,11 +36,11 @@ def left(experiment: Experiment, run: Path, model: str) -> Left:
     """What clients have of one of these models."""
     if model in experiment.settings.evaluation.baselines:
         folder = run / "baselines" / model
-        return Left(model, beside(experiment, model), *last(folder), drawn(folder))
+        return Left(model, beside(experiment, model), *last(folder), records.drawn(folder))
     if model == "backbone":
         untouched = ServerState(0, experiment.task.model.backbone())
-        return Left(model, experiment, untouched, {}, drawn(run))
-    return Left(model, experiment, *last(run), drawn(run))
+        return Left(model, experiment, untouched, {}, records.drawn(run))
+    return Left(model, experiment, *last(run), records.drawn(run))
 
 
 def test(found: Left) -> Iterator[dict[str, Any]]:
@@ -57,8 +57,3 @@ def test(found: Left) -> Iterator[dict[str, Any]]:
 def tested(client: str, model: str, found: Sums, drawn: Set[str]) -> dict[str, Any]:
     """A line of evaluation.jsonl."""
     return {"model": model, "client": client, "participated": client in drawn, **found}
-
-
-def drawn(folder: Path) -> set[str]:
-    """Clients that some round of these drew."""
-    return {name for line in records.lines(folder / "rounds.jsonl") for name in line["cohort"]}

@@ -20,7 +20,7 @@ from torch import Tensor
 from fedgen_edge.data.corpus import Images
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment
-from fedgen_edge.experiments.evaluate import drawn, left, models
+from fedgen_edge.experiments.evaluate import left, models
 from fedgen_edge.experiments.features import Extractor, extractor
 from fedgen_edge.experiments.frechet import (
     NEIGHBOURS,
@@ -198,7 +198,7 @@ def jury(experiment: Experiment, run: Path) -> Jury:
     settings = experiment.settings.judging
     assert settings.features is not None
     eyes = extractor(settings.features, settings.weights, experiment.clients.device)
-    return Jury(experiment, eyes, drawn(run))
+    return Jury(experiment, eyes, records.drawn(run))
 
 
 def judge(experiment: Experiment, run: Path) -> Iterator[str]:

@@ -139,3 +139,8 @@ class Board:
             held = line["validation"]
             self.writer.add_scalar("validation/loss", held["total"] / held["count"], at)
         self.writer.flush()
+
+
+def drawn(folder: Path) -> set[str]:
+    """Clients that some round of these drew."""
+    return {name for line in lines(folder / "rounds.jsonl") for name in line["cohort"]}

@@ -14,7 +14,6 @@ from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build
 from fedgen_edge.experiments.checkpoint import last
 from fedgen_edge.experiments.evaluate import (
-    drawn,
     left,
     models,
     test,
@@ -174,7 +173,7 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     if target.exists():
         return
     found = [row for model in models(experiment) for row in test(left(experiment, run, model))]
-    took_part = drawn(run)
+    took_part = records.drawn(run)
     found += [
         tested(line["client"], "personal", line["test"], took_part)
         for line in records.lines(run / "personal.jsonl")
