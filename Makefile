@@ -25,7 +25,7 @@ install: $(VENV)/.package
 
 test: $(VENV)/.tests $(VENV)/.backbone lint
 	@echo "Running the tests"
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
+	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.tests
 	@echo "Checking style, types and the order of imports"

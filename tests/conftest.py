@@ -19,7 +19,14 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
+LONG = {"test_recipes.py", "test_faults.py"}
+"""Files that take minutes, which begin first, so that other cores have enough left to do."""
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the long ones to the front."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session", autouse=True)
