@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Sequence
 
+from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.types import AVERAGE
 
@@ -25,11 +26,6 @@ def nothing(names: Sequence[str], round_: int | None) -> set[str]:
     return set()
 
 
-def is_a(name: str) -> bool:
-    """Whether a leaf is a first factor, A, or its moving average."""
-    return name.endswith((".lora_A", ".lora_embedding_A"))
-
-
 def is_drawn(name: str) -> bool:
     """Whether a leaf begins at random, where its partner begins at zero: an embedding's B."""
     return name.endswith((".lora_A", ".lora_embedding_B"))
@@ -41,8 +37,7 @@ def first_factors(names: Sequence[str], round_: int | None) -> set[str]:
     Source: Guo et al. 2024, FedSA-LoRA (arXiv:2410.01463).
     """
     del round_
-    pairs = {name.rpartition(".")[0] for name in names if is_a(name)}
-    return {name for name in names if is_a(name) or name.rpartition(".")[0] not in pairs}
+    return {*names} - {pair.b for pair in pairs(names)}
 
 
 def undrawn(name: str, round_: int, epoch: int) -> bool:

@@ -11,10 +11,7 @@ from fedgen_edge.engines.exchange import LONGEST
 from fedgen_edge.errors import RefusedError
 from fedgen_edge.leaves import largest
 from fedgen_edge.types import Leaves
-from fedgen_edge.uplink.transform import decode, length
-
-Schema = Mapping[str, tuple[int, ...]]
-"""Shapes of float32 leaves, by name."""
+from fedgen_edge.uplink.transform import Schema, decode, length
 
 
 def opened(payload: bytes, schema: Schema) -> Leaves:

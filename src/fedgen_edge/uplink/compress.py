@@ -7,7 +7,6 @@ it beforehand, and refuses anything else.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -21,9 +20,7 @@ from fedgen_edge.uplink import coding
 from fedgen_edge.uplink.coding import Form, Zstd
 from fedgen_edge.uplink.quantise import Cast, Coder, Quantise
 from fedgen_edge.uplink.sparsify import RandomK, Sparsifier, TopK
-
-Schema = Mapping[str, tuple[int, ...]]
-"""Shapes of float32 leaves, by name."""
+from fedgen_edge.uplink.transform import Schema
 
 ORDER = ((TopK, RandomK), (Cast, Quantise), (Zstd,))
 """Of these one at most from each, in this order."""

@@ -11,6 +11,9 @@ from safetensors.torch import load, save
 
 from fedgen_edge.types import Leaves
 
+Schema = Mapping[str, tuple[int, ...]]
+"""Shapes of float32 leaves, by name."""
+
 
 def encode(leaves: Leaves) -> bytes:
     """One safetensors file: names, shapes, types and values; nothing to send takes no bytes."""
