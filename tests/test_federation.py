@@ -215,7 +215,7 @@ def test_layers_weigh_clients_by_how_well_they_agree() -> None:
         Update(order, {"x.w": torch.tensor(x), "y.w": torch.tensor(y)}, {}, weight, 0.0, 1, 0)
         for (x, y), weight in zip(changes, (2.0, 2.0, 3.0), strict=True)
     ]
-    found = by_agreement(updates)
+    found = by_agreement({}, updates)
     torch.testing.assert_close(found["x.w"], torch.tensor([1.0, 0.0]))
     torch.testing.assert_close(found["y.w"], torch.tensor([0.5, 0.5]))
     # a moving average is weighed as what it follows, wherever it points itself
@@ -223,7 +223,7 @@ def test_layers_weigh_clients_by_how_well_they_agree() -> None:
         replace(u, delta={**u.delta, "average.x.w": torch.tensor([0.0, float(at)])})
         for at, u in enumerate(updates)
     ]
-    torch.testing.assert_close(by_agreement(both)["average.x.w"], torch.tensor([0.0, 0.5]))
+    torch.testing.assert_close(by_agreement({}, both)["average.x.w"], torch.tensor([0.0, 0.5]))
     # where all agree it is FedAvg's mean
     same = [replace(u, delta={"x.w": torch.tensor([2.0, 1.0])}) for u in updates]
-    torch.testing.assert_close(by_agreement(same)["x.w"], torch.tensor([2.0, 1.0]))
+    torch.testing.assert_close(by_agreement({}, same)["x.w"], torch.tensor([2.0, 1.0]))

@@ -13,7 +13,7 @@ from fedgen_edge.errors import ConfigError
 from fedgen_edge.jobs import Job, Training
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Update
-from fedgen_edge.uplink.transform import deliver
+from fedgen_edge.uplink.transform import decode, encode
 
 LOSSES = "losses"
 """Where the server keeps every client's last training loss."""
@@ -111,15 +111,16 @@ def rounds(
     draw = draw or partial(sample, federation, clients)
     for r in range(state.round, federation.rounds):
         cohort = draw(r, state.memory.get(LOSSES))
-        arrived, size = deliver(algorithm.shared(state.adapter))
-        received = {**state.adapter, **arrived}
-        orders = [Order(group, r, received) for group in algorithm.groups(cohort)]
+        payload = encode(algorithm.shared(state.adapter))
+        received = {**state.adapter, **decode(payload)}
+        groups = algorithm.groups(cohort)
+        orders = [Order(group, r, received, payload, clients) for group in groups]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
         state = algorithm.step(state, updates)
         if federation.candidates is not None:
             state = remembered(state, updates, clients)
         job.accepted(updates)
-        yield Commit(state, updates, size * len(orders))
+        yield Commit(state, updates, sum(len(order.payload) for order in orders))
 
 
 def mean_loss(updates: Sequence[Update]) -> float:

@@ -60,6 +60,10 @@ class Order:
     """Counted from 0."""
     received: Leaves
     """The global adapter, exactly as it arrived; rules on products add the change to it."""
+    payload: bytes = b""
+    """What travelled, of which `received` was made."""
+    among: int = 1
+    """Clients of the federation, drawn or not."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from fedgen_edge.leaves import add, subtract
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves, Order, Update
 
-RULES: dict[str, Callable[[Sequence[Update]], Leaves]] = {
+Rule = Callable[[Leaves, Sequence[Update]], Leaves]
+RULES: dict[str, Rule] = {
     "mean": merge.mean,
     "by_svd": products.by_svd,
     "refined": products.refined(0.1),
@@ -88,9 +89,14 @@ def ideal(updates: Sequence[Update], layer: str) -> Tensor:
     return torch.stack(ends).sum(0)
 
 
+def changed(rule: Rule, updates: Sequence[Update]) -> Leaves:
+    """The change of a server's adapter that all clients received as it is."""
+    return rule(updates[0].order.received, updates)
+
+
 def after(name: str, updates: Sequence[Update]) -> Leaves:
     """The global adapter after a rule."""
-    return add(updates[0].order.received, RULES[name](updates))
+    return add(updates[0].order.received, changed(RULES[name], updates))
 
 
 def close(left: Tensor, right: Tensor, relative: float = 1e-6) -> bool:

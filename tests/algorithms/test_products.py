@@ -12,6 +12,7 @@ from cohorts import (
     RULES,
     after,
     averaged,
+    changed,
     close,
     cohort,
     cohort_of,
@@ -45,7 +46,7 @@ def axes(weights: Sequence[float] = (1, 1), cap: int = 2) -> list[Update]:
 
 def test_the_best_product_of_one_rank_is_the_heavier_axis_split_evenly() -> None:
     # 3/4 e1 e1' + 1/4 e2 e2': rank 1 keeps 3/4, as sqrt(3/4) in both factors
-    change = products.by_svd(axes((3, 1)))
+    change = changed(products.by_svd, axes((3, 1)))
     torch.testing.assert_close(change[LINEAR.b], torch.tensor([[0.75**0.5], [0.0]]))
     torch.testing.assert_close(change[LINEAR.a], torch.tensor([[0.75**0.5, 0.0]]))
 
@@ -53,7 +54,7 @@ def test_the_best_product_of_one_rank_is_the_heavier_axis_split_evenly() -> None
 def test_a_sign_is_in_a_where_the_largest_of_b_is_positive() -> None:
     # B = -2 e1, A = 8 e2': 16, and the sign goes to A
     own = {LINEAR.b: torch.tensor([[-2.0], [0.0]]), LINEAR.a: torch.tensor([[0.0, 8.0]])}
-    change = products.by_svd(cohort({k: v * 0 for k, v in own.items()}, [own], [1]))
+    change = changed(products.by_svd, cohort({k: v * 0 for k, v in own.items()}, [own], [1]))
     torch.testing.assert_close(change[LINEAR.b], torch.tensor([[4.0], [0.0]]))
     torch.testing.assert_close(change[LINEAR.a], torch.tensor([[0.0, -4.0]]))
 
@@ -70,7 +71,7 @@ def test_the_residual_is_the_covariance_weighed_by_examples() -> None:
 
 def test_a_stack_joins_the_residual_and_the_trained_pair_stays() -> None:
     updates = axes((3, 1))
-    change = RULES["stacked"](updates)
+    change = changed(RULES["stacked"], updates)
     assert not change[LINEAR.a].any()
     assert not change[LINEAR.b].any()
     torch.testing.assert_close(
@@ -83,7 +84,7 @@ def test_a_correction_goes_half_of_the_way_where_the_ridge_is_as_large_as_a() ->
     # ridge 1 the correction is 1/2 * 1 / (1 + 1) = 1/4
     ends = [(1.0, 2.0), (0.0, 0.0)]
     own = [{LINEAR.b: torch.tensor([[b]]), LINEAR.a: torch.tensor([[a]])} for b, a in ends]
-    now = add(own[1], products.refined(1.0)(cohort(own[1], own, (2, 2))))
+    now = add(own[1], products.refined(1.0)(own[1], cohort(own[1], own, (2, 2))))
     assert [float(now[k]) for k in (LINEAR.b, LINEAR.a)] == [0.75, 1.0]
 
 
@@ -110,7 +111,7 @@ def test_other_leaves_and_factors_without_their_partner_are_averaged(name: str) 
     received = {k: torch.randn(3, 2, generator=rng) for k in (*others, "alone.lora_A")}
     own = [{k: torch.randn(3, 2, generator=rng) for k in others} for _ in range(3)]
     updates = cohort(received, own, (1, 2, 5))
-    change, plain = RULES[name](updates), merge.mean(updates)
+    change, plain = RULES[name](received, updates), merge.mean(received, updates)
     assert change.keys() == {*others}
     assert all(torch.equal(change[k], plain[k]) for k in others)
 
@@ -119,7 +120,7 @@ def test_other_leaves_and_factors_without_their_partner_are_averaged(name: str) 
 def test_clients_without_weight_are_an_error(name: str) -> None:
     for updates in ([], axes((0, 0))):
         with pytest.raises(ValueError, match="positive weight"):
-            RULES[name](updates)
+            RULES[name]({}, updates)
     with pytest.raises(ValueError, match="positive weight"):
         products.errors(axes((0, 0)), {})
 
@@ -127,7 +128,7 @@ def test_clients_without_weight_are_an_error(name: str) -> None:
 def test_a_residual_of_another_rank_and_a_ridge_of_zero_are_errors() -> None:
     for rule in (products.with_residual(2), products.stacked(2)):
         with pytest.raises(ValueError, match="has rank 1, and not 2"):
-            rule(axes(cap=1))
+            changed(rule, axes(cap=1))
     with pytest.raises(ValueError, match="ridge=0"):
         products.refined(0.0)
 
@@ -149,14 +150,14 @@ def test_ranks_that_the_product_leaves_keep_a_factor_to_train_with() -> None:
     # 4 e1 e1' uses one rank: 2 e1 in both factors. A's other direction is kept, without a B.
     start = {LINEAR.a: torch.eye(2, 3), LINEAR.b: torch.zeros(4, 2)}
     own = {LINEAR.a: torch.eye(2, 3), LINEAR.b: 4 * torch.eye(4, 1) * torch.eye(1, 2)}
-    now = add(start, products.by_svd(cohort(start, [own], [1])))
+    now = add(start, products.by_svd(start, cohort(start, [own], [1])))
     torch.testing.assert_close(now[LINEAR.b], 2 * torch.eye(4, 1) * torch.eye(1, 2))
     torch.testing.assert_close(now[LINEAR.a].abs(), torch.tensor([[2.0, 0, 0], [0, 1, 0]]))
     # an embedding is drawn the other way round: B is kept
     pair = Pair("e.lora_embedding_A", "e.lora_embedding_B")
     start = {pair.a: torch.zeros(2, 3), pair.b: torch.eye(4, 2)}
     own = {pair.a: 4 * torch.eye(2, 1) * torch.eye(1, 3), pair.b: torch.eye(4, 2)}
-    now = add(start, products.by_svd(cohort(start, [own], [1])))
+    now = add(start, products.by_svd(start, cohort(start, [own], [1])))
     torch.testing.assert_close(now[pair.a], 2 * torch.eye(2, 1) * torch.eye(1, 3))
     torch.testing.assert_close(now[pair.b].abs(), torch.eye(4, 2) * torch.tensor([2.0, 1.0]))
 
@@ -170,7 +171,7 @@ def test_a_product_of_zero_can_still_be_trained(layer: str) -> None:
     step = drawn(9, [layer])[zero]
     for steps in ([0 * step], [step, -step]):
         own = [{**start, zero: start[zero] + s} for s in steps]
-        now = add(start, products.by_svd(cohort(start, own, [1.0] * len(own))))
+        now = add(start, products.by_svd(start, cohort(start, own, [1.0] * len(own))))
         assert not now[zero].any()
         values = [torch.linalg.svdvals(k[lead].flatten(1)) for k in (start, now)]
         torch.testing.assert_close(values[1], values[0])
@@ -186,7 +187,7 @@ def test_a_moving_average_keeps_to_the_factors_that_it_follows() -> None:
         for name in LINEAR
     }
     zero = {k: 0 * v for k, v in own.items()}
-    now = add(zero, products.by_svd(cohort(zero, [own], [1])))
+    now = add(zero, products.by_svd(zero, cohort(zero, [own], [1])))
     for prefix, values in ends.items():
         for name in LINEAR:
             torch.testing.assert_close(now[prefix + name], torch.diag(values.sqrt()))
@@ -213,18 +214,20 @@ def test_a_moving_average_has_its_own_best_product() -> None:
 def test_the_error_of_means_is_known_and_that_of_exact_rules_is_none() -> None:
     # e1 e1' and e2 e2': I / 2 of size sqrt(1/2); the means' product is 1/4 everywhere, and misses
     # 1/4 in each of four places, together 1/2
-    updates = axes()
-    assert products.errors(updates, merge.mean(updates)) == {"linear": pytest.approx(0.5**0.5)}
     # by_svd keeps one of the two: 1/2 of sqrt(1/2)
-    assert products.errors(updates, products.by_svd(updates)) == {"linear": pytest.approx(0.5**0.5)}
+    updates = axes()
+    for name in ("mean", "by_svd"):
+        assert products.errors(updates, after(name, updates)) == {"linear": pytest.approx(0.5**0.5)}
     for rule in (products.with_residual(2), products.stacked(2)):
-        assert products.errors(updates, rule(updates))["linear"] < 1e-6
+        now = add(updates[0].order.received, changed(rule, updates))
+        assert products.errors(updates, now)["linear"] < 1e-6
 
 
 @every_rule
 def test_the_error_is_the_dense_one(name: str) -> None:
     updates = cohort_of(12, 3)
-    found, now = products.errors(updates, RULES[name](updates)), after(name, updates)
+    now = after(name, updates)
+    found = products.errors(updates, now)
     assert found.keys() == {*LAYERS}
     for layer in LAYERS:
         whole = ideal(updates, layer)
@@ -235,8 +238,10 @@ def test_the_error_is_the_dense_one(name: str) -> None:
 def test_the_error_where_the_ideal_is_zero_is_the_new_products_norm() -> None:
     zero = {LINEAR.a: torch.ones(1, 2), LINEAR.b: torch.zeros(2, 1)}
     updates = cohort(zero, [zero], [1])
-    assert products.errors(updates, {}) == {"linear": 0}
-    assert products.errors(updates, {LINEAR.b: torch.ones(2, 1)}) == {"linear": pytest.approx(2)}
+    assert products.errors(updates, zero) == {"linear": 0}
+    assert products.errors(updates, {LINEAR.a: zero[LINEAR.a], LINEAR.b: torch.ones(2, 1)}) == {
+        "linear": pytest.approx(2)
+    }
 
 
 def test_sizes_tell_a_layers_factors_and_its_rank_with_the_residual() -> None:

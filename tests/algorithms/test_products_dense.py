@@ -12,6 +12,7 @@ from cohorts import (
     RULES,
     after,
     averaged,
+    changed,
     close,
     cohort,
     cohort_of,
@@ -85,7 +86,7 @@ def test_three_rounds_stay_exact_while_the_cap_suffices(name: str, cap: int) -> 
     for r in range(3):
         own = [averaged(drawn(f"{r} {i}"), drawn(f"average {r} {i}")) for i in range(2)]
         # what is frozen has no lag, so its average is itself, wherever the factors' average is
-        state = add(state, getattr(products, name)(cap)(cohort(state, own, (1, 3))))
+        state = add(state, changed(getattr(products, name)(cap), cohort(state, own, (1, 3))))
         assert all(
             torch.equal(state[RESIDUAL + AVERAGE + k], state[RESIDUAL + k]) for k in drawn(0)
         )
@@ -104,13 +105,13 @@ def test_a_cut_residual_misses_the_tail_of_the_dense_spectrum(name: str, cap: in
     start = untrained(4, ["linear"])
     own = [drawn(i, ["linear"]) for i in "abc"]
     updates = cohort({**start, **products.residuals(start, cap)}, own, (1, 2, 4))
-    change = getattr(products, name)(cap)(updates)
+    change = changed(getattr(products, name)(cap), updates)
     now = add(updates[0].order.received, change)
     whole = ideal(updates, "linear")
     tail = torch.linalg.svdvals(whole - dense({k: now[k] for k in LINEAR}, "linear"))[cap:]
     expected = float(tail.norm() / whole.norm())
     assert expected > 0.01
-    assert products.errors(updates, change) == {"linear": pytest.approx(expected, rel=1e-5)}
+    assert products.errors(updates, now) == {"linear": pytest.approx(expected, rel=1e-5)}
 
 
 @every_layer
@@ -125,7 +126,8 @@ def test_the_correction_is_the_dense_ridge_solution(layer: str, ridge: float) ->
     wide = torch.cat([a, ridge**0.5 * torch.eye(2)], 1)
     missed = torch.cat([whole - b @ a, torch.zeros(7, 2)], 1)
     solved = torch.linalg.lstsq(wide.T, missed.T).solution.T
-    found = product(add(updates[0].order.received, products.refined(ridge)(updates)), names(layer))
+    start = updates[0].order.received
+    found = product(add(start, products.refined(ridge)(start, updates)), names(layer))
     torch.testing.assert_close(found.b, b + solved, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found.a, a, rtol=1e-5, atol=1e-6)
 
@@ -239,7 +241,7 @@ def test_float32_and_float64_agree_and_the_change_is_float32(name: str) -> None:
         )
         for u in updates
     ]
-    change = RULES[name](updates)
+    change = changed(RULES[name], updates)
     assert {v.dtype for v in change.values()} == {torch.float32}
-    one, other = after(name, updates), add(received, RULES[name](precise))
+    one, other = after(name, updates), add(received, changed(RULES[name], precise))
     assert all(close(dense(one, k), dense(other, k), 1e-6) for k in LAYERS)

@@ -16,8 +16,8 @@ Receives = Callable[[Leaves, Leaves], Leaves]
 """What a client begins from: the global adapter and its own memory."""
 Corrects = Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]
 """The gradients to use, from the gradients, the leaves now, at the start, and the memory."""
-Merges = Callable[[Sequence[Update]], Leaves]
-"""The cohort's updates as one change."""
+Merges = Callable[[Leaves, Sequence[Update]], Leaves]
+"""The cohort's updates as one change of the server's adapter."""
 Steps = Callable[[ServerState, Leaves], ServerState]
 """The server's state after a change."""
 Groups = Callable[[Sequence[int]], list[tuple[int, ...]]]
@@ -57,7 +57,7 @@ class Algorithm:
 
         A cohort that sends nothing leaves the adapter as it is.
         """
-        merged = self.merges(updates) if any(u.delta for u in updates) else {}
+        merged = self.merges(state.adapter, updates) if any(u.delta for u in updates) else {}
         after = self.steps(state, merged)
         return ServerState(round=state.round + 1, adapter=after.adapter, memory=after.memory)
 

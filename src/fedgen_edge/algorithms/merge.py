@@ -8,17 +8,18 @@ from fedgen_edge import leaves
 from fedgen_edge.types import AVERAGE, Leaves, Update
 
 
-def mean(updates: Sequence[Update]) -> Leaves:
+def mean(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of the changes, weighted by training examples.
 
     Source: McMahan et al. 2017, FedAvg (arXiv:1602.05629); of LoRA factors, each on its own:
     Zhang et al. 2024, FedIT (arXiv:2305.05644), which is FedGen-Edge's rule (arXiv:2511.11585).
     """
+    del adapter
     weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
     return leaves.mean([u.delta for u in updates], weights)
 
 
-def by_steps(updates: Sequence[Update]) -> Leaves:
+def by_steps(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of the changes a step, weighted by examples, times the mean number of steps.
 
     So a client that takes many steps pulls no harder than its examples say. Exact for plain SGD,
@@ -26,7 +27,7 @@ def by_steps(updates: Sequence[Update]) -> Leaves:
 
     Source: Wang et al. 2020, FedNova (arXiv:2007.07481).
     """
-    plain = mean(updates)
+    plain = mean(adapter, updates)
     weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
     steps = torch.tensor([u.steps for u in updates], dtype=torch.float64)
     usual = float((weights * steps).sum() / weights.sum())
@@ -36,7 +37,7 @@ def by_steps(updates: Sequence[Update]) -> Leaves:
     }
 
 
-def by_agreement(updates: Sequence[Update]) -> Leaves:
+def by_agreement(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of each layer's changes, weighted by examples and by agreement.
 
     A client's agreement on a layer is the cosine of its change of the layer with the cohort's mean
@@ -47,7 +48,7 @@ def by_agreement(updates: Sequence[Update]) -> Leaves:
     Differs: their angle is between a client's weights and the global ones, which says nothing of an
     adapter, whose B begins at zero; and the weights are made to sum to one.
     """
-    plain = mean(updates)
+    plain = mean(adapter, updates)
     layers: dict[str, list[str]] = {}
     for name in plain:
         layers.setdefault(name.removeprefix(AVERAGE).rpartition(".")[0], []).append(name)

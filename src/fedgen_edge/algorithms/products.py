@@ -21,10 +21,10 @@ NOISE = torch.finfo(torch.float32).eps
 """Singular values below this share of the clients' products are the rounding of float32 factors."""
 
 Rule = Callable[[Pair, Leaves, Sequence[Product], Sequence[float]], Leaves]
-"""One layer's change, from its names, what was received, the clients' factors and their shares."""
+"""One layer's change, from its names, the server's adapter, the clients' factors and shares."""
 
 
-def by_svd(updates: Sequence[Update]) -> Leaves:
+def by_svd(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """The best product of the adapter's rank for the mean of the clients' products.
 
     Each singular value is split evenly between B and A, so that both see gradients of one size; the
@@ -47,29 +47,29 @@ def by_svd(updates: Sequence[Update]) -> Leaves:
     Differs: all clients have one rank; singular values are split, not all in B; by QR of the
     factors, where theirs decomposes the dense product.
     """
-    change, received = _by_layer(updates, _closest), updates[0].order.received
+    change = _by_layer(adapter, updates, _closest)
     for pair in pairs(updates[0].delta):
         led = Pair(*(name.removeprefix(AVERAGE) for name in pair))
         if led != pair and {*led} <= change.keys():
-            after = leaves.add(received, change)
+            after = leaves.add(adapter, change)
             turned = factors.turned(product(after, pair), product(after, led))
-            change |= _change(pair, turned, received)
+            change |= _change(pair, turned, adapter)
     return change
 
 
 def _closest(
-    pair: Pair, received: Leaves, clients: Sequence[Product], shares: Sequence[float]
+    pair: Pair, adapter: Leaves, clients: Sequence[Product], shares: Sequence[float]
 ) -> Leaves:
-    before, whole = product(received, pair), factors.total(clients, shares)
+    before, whole = product(adapter, pair), factors.total(clients, shares)
     largest = max(factors.norm(c) * w for c, w in zip(clients, shares, strict=True))
     found = factors.closest(whole, len(before.a), NOISE * largest)
     if pair.b.endswith("lora_embedding_B"):
         turned = factors.refilled(factors.transposed(found), factors.transposed(before))
-        return _change(pair, factors.transposed(turned), received)
-    return _change(pair, factors.refilled(found, before), received)
+        return _change(pair, factors.transposed(turned), adapter)
+    return _change(pair, factors.refilled(found, before), adapter)
 
 
-def refined(ridge: float) -> Callable[[Sequence[Update]], Leaves]:
+def refined(ridge: float) -> Callable[[Leaves, Sequence[Update]], Leaves]:
     """The means of A and of B, and B corrected for what their product misses.
 
     The correction D has the least |ideal - (B + D) A|^2 + ridge |D|^2 in Frobenius norms, where
@@ -92,19 +92,19 @@ def refined(ridge: float) -> Callable[[Sequence[Update]], Leaves]:
         raise ValueError(f"ridge={ridge} must be above 0")
 
     def rule(
-        pair: Pair, received: Leaves, clients: Sequence[Product], shares: Sequence[float]
+        pair: Pair, adapter: Leaves, clients: Sequence[Product], shares: Sequence[float]
     ) -> Leaves:
         middle = _mean(clients, shares)
         missed = _missed(clients, middle, shares)
         gram = middle.a @ middle.a.mT + ridge * torch.eye(len(middle.a), dtype=torch.float64)
         seen = missed.b @ (missed.a @ middle.a.mT)
         more = torch.linalg.solve(gram, seen, left=False)
-        return _change(pair, Product(middle.b + more, middle.a), received)
+        return _change(pair, Product(middle.b + more, middle.a), adapter)
 
-    return lambda updates: _by_layer(updates, rule)
+    return lambda adapter, updates: _by_layer(adapter, updates, rule)
 
 
-def with_residual(cap: int) -> Callable[[Sequence[Update]], Leaves]:
+def with_residual(cap: int) -> Callable[[Leaves, Sequence[Update]], Leaves]:
     """The means of A and of B, and what their product misses in a frozen pair beside them.
 
     That is the sum of p_k (B_k - B) (A_k - A), of rank (K - 1) r at most. It joins the residual of
@@ -114,11 +114,11 @@ def with_residual(cap: int) -> Callable[[Sequence[Update]], Leaves]:
     Cost: R = K r + cap. Clients receive a pair of rank `cap` more, and send no more.
 
     Args:
-        cap: rank of the residual, whose leaves the received adapter has: see `residuals`.
+        cap: rank of the residual, whose leaves the adapter has: see `residuals`.
 
     Raises:
         ValueError: no client has a positive weight; or the residual has another rank.
-        KeyError: the received adapter has no residual.
+        KeyError: the adapter has no residual.
 
     Source: Singhal et al. 2024, FedEx-LoRA (arXiv:2410.09432).
     Differs: theirs goes into the backbone, whole or cut in each round; here the backbone stays as
@@ -126,20 +126,20 @@ def with_residual(cap: int) -> Callable[[Sequence[Update]], Leaves]:
     """
 
     def rule(
-        pair: Pair, received: Leaves, clients: Sequence[Product], shares: Sequence[float]
+        pair: Pair, adapter: Leaves, clients: Sequence[Product], shares: Sequence[float]
     ) -> Leaves:
         middle = _mean(clients, shares)
-        kept = [product(received, pair.residual), _missed(clients, middle, shares)]
+        kept = [product(adapter, pair.residual), _missed(clients, middle, shares)]
         return {
-            **_change(pair, middle, received),
-            **_kept(pair.residual, factors.total(kept), cap, received),
+            **_change(pair, middle, adapter),
+            **_kept(pair.residual, factors.total(kept), cap, adapter),
         }
 
-    return lambda updates: _beside(updates, rule)
+    return lambda adapter, updates: _beside(adapter, updates, rule)
 
 
-def stacked(cap: int) -> Callable[[Sequence[Update]], Leaves]:
-    """The mean of products joins a frozen pair, and the trained pair stays as it was received.
+def stacked(cap: int) -> Callable[[Leaves, Sequence[Update]], Leaves]:
+    """The mean of products joins a frozen pair, and the trained pair stays as it was.
 
     The frozen one is cut to the closest product of rank `cap`: exact while `cap` is at least the
     smaller of a layer's sides, or K r times the rounds. A trained pair begins with a product of
@@ -148,11 +148,11 @@ def stacked(cap: int) -> Callable[[Sequence[Update]], Leaves]:
     Cost: R = (K + 1) r + cap. Clients receive a pair of rank `cap` more, and send no more.
 
     Args:
-        cap: rank of the residual, whose leaves the received adapter has: see `residuals`.
+        cap: rank of the residual, whose leaves the adapter has: see `residuals`.
 
     Raises:
         ValueError: no client has a positive weight; or the residual has another rank.
-        KeyError: the received adapter has no residual.
+        KeyError: the adapter has no residual.
 
     Source: Wang et al. 2024, FLoRA (arXiv:2409.05976).
     Differs: A is not drawn anew in each round; the clients' factors side by side are neither sent
@@ -160,17 +160,17 @@ def stacked(cap: int) -> Callable[[Sequence[Update]], Leaves]:
     """
 
     def rule(
-        pair: Pair, received: Leaves, clients: Sequence[Product], shares: Sequence[float]
+        pair: Pair, adapter: Leaves, clients: Sequence[Product], shares: Sequence[float]
     ) -> Leaves:
-        start = product(received, pair)
-        parts = [product(received, pair.residual), *clients, start]
+        start = product(adapter, pair)
+        parts = [product(adapter, pair.residual), *clients, start]
         joined = factors.total(parts, [1.0, *shares, -1.0])
         return {
-            **_change(pair, start, received),
-            **_kept(pair.residual, joined, cap, received),
+            **_change(pair, start, adapter),
+            **_kept(pair.residual, joined, cap, adapter),
         }
 
-    return lambda updates: _beside(updates, rule)
+    return lambda adapter, updates: _beside(adapter, updates, rule)
 
 
 def residuals(adapter: Leaves, cap: int) -> Leaves:
@@ -189,18 +189,17 @@ def residuals(adapter: Leaves, cap: int) -> Leaves:
     return found
 
 
-def _by_layer(updates: Sequence[Update], rule: Rule) -> Leaves:
+def _by_layer(adapter: Leaves, updates: Sequence[Update], rule: Rule) -> Leaves:
     """The plain mean, with the rule's own change of each pair."""
-    change = mean(updates)
-    received, shares = updates[0].order.received, _shares(updates)
+    change, shares = mean(adapter, updates), _shares(updates)
     for pair in pairs(updates[0].delta):
-        change |= rule(pair, received, _clients(updates, pair), shares)
+        change |= rule(pair, adapter, _clients(updates, pair), shares)
     return change
 
 
-def _beside(updates: Sequence[Update], rule: Rule) -> Leaves:
+def _beside(adapter: Leaves, updates: Sequence[Update], rule: Rule) -> Leaves:
     """The same, and the frozen pair of a moving average is that of what it follows: no lag."""
-    change = _by_layer(updates, rule)
+    change = _by_layer(adapter, updates, rule)
     for pair in pairs(updates[0].delta):
         if pair.a.startswith(AVERAGE):
             led = (RESIDUAL + name.removeprefix(AVERAGE) for name in pair)
@@ -217,9 +216,9 @@ def _shares(updates: Sequence[Update]) -> list[float]:
 
 def _clients(updates: Sequence[Update], pair: Pair) -> list[Product]:
     """Each client's own factors: what it received, and its change."""
-    start = product(updates[0].order.received, pair)
+    starts = [product(u.order.received, pair) for u in updates]
     moved = [product(u.delta, pair) for u in updates]
-    return [Product(start.b + m.b, start.a + m.a) for m in moved]
+    return [Product(s.b + m.b, s.a + m.a) for s, m in zip(starts, moved, strict=True)]
 
 
 def _mean(clients: Sequence[Product], shares: Sequence[float]) -> Product:
@@ -238,18 +237,18 @@ def _rank(whole: Product, cap: int) -> int:
     return min(cap, len(whole.b), whole.a.shape[1])
 
 
-def _kept(pair: Pair, whole: Product, cap: int, received: Leaves) -> Leaves:
+def _kept(pair: Pair, whole: Product, cap: int, adapter: Leaves) -> Leaves:
     """The change of a residual to the closest product of its rank."""
     rank = _rank(whole, cap)
-    if len(received[pair.a]) != rank:
-        raise ValueError(f"{pair.a} has rank {len(received[pair.a])}, and not {rank}")
-    return _change(pair, factors.padded(factors.closest(whole, rank), rank), received)
+    if len(adapter[pair.a]) != rank:
+        raise ValueError(f"{pair.a} has rank {len(adapter[pair.a])}, and not {rank}")
+    return _change(pair, factors.padded(factors.closest(whole, rank), rank), adapter)
 
 
-def _change(pair: Pair, now: Product, received: Leaves) -> Leaves:
-    """What makes the received factors these, in their own shapes."""
+def _change(pair: Pair, now: Product, adapter: Leaves) -> Leaves:
+    """What makes the adapter's factors these, in their own shapes."""
     named = {pair.a: now.a, pair.b: now.b}
-    old = {name: received[name] for name in named}
+    old = {name: adapter[name] for name in named}
     return {k: (named[k].reshape(v.shape) - v.double()).float() for k, v in old.items()}
 
 
@@ -272,27 +271,36 @@ def sizes(adapter: Leaves) -> dict[str, Size]:
     return found
 
 
-def errors(updates: Sequence[Update], change: Leaves) -> dict[str, float]:
+def errors(updates: Sequence[Update], after: Leaves) -> dict[str, float]:
     """How far each layer's new product is from the ideal one, as a share of it, by any rule.
 
     Ideal is the weighted mean of what the clients computed with: their product, and the residual
-    that they received. New is the received adapter with the change, in float32 as the server adds
-    it, so 1e-7 is none. Norms are Frobenius; where the ideal is zero it is the new one's norm.
+    that they received. New is the server's adapter after the round, in float32, so 1e-7 is none.
+    Norms are Frobenius; where the ideal is zero it is the new one's norm.
 
     Cost: R = (K + 1) r and both residuals' ranks.
 
     Raises:
         ValueError: no client has a positive weight.
     """
-    received, shares, found = updates[0].order.received, _shares(updates), {}
-    after = leaves.add(received, change)
+    shares, found = _shares(updates), {}
     for pair in pairs(updates[0].delta):
         sent = factors.total(_clients(updates, pair), shares)
-        ideal = factors.total([sent, factors.residual(received, pair)])
+        ideal = factors.total([sent, _beside_them(updates, pair, shares)])
         off = factors.norm(factors.total([_whole(after, pair), ideal], [1.0, -1.0]))
         size = factors.norm(ideal)
         found[pair.layer] = off / (size or 1.0)
     return found
+
+
+def _beside_them(updates: Sequence[Update], pair: Pair, shares: Sequence[float]) -> Product:
+    """The mean of the residuals that the clients received; most often it is one for all."""
+    received = {id(u.order.received): u.order.received for u in updates}
+    held = dict.fromkeys(received, 0.0)
+    for update, share in zip(updates, shares, strict=True):
+        held[id(update.order.received)] += share
+    own = [factors.residual(one, pair) for one in received.values()]
+    return factors.total(own, list(held.values()))
 
 
 def _whole(adapter: Leaves, pair: Pair) -> Product:

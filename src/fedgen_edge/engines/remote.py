@@ -12,7 +12,6 @@ from fedgen_edge.engines.gate import Asked, Gate, Open, event_of
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.jobs import Job
 from fedgen_edge.types import Order, Update
-from fedgen_edge.uplink.transform import encode
 
 
 @runtime_checkable
@@ -97,9 +96,8 @@ class Distant:
     def call(self, orders: Sequence[Order]) -> Called:
         """Word a round's orders; the attempt is on the record before anybody is asked."""
         first = orders[0]
-        sent = self.algorithm.shared(first.received)
-        payload, attempt = encode(sent), self.attempt(first.round)
-        asked = Asked("train", self.terms, first.round, attempt, digest(payload))
+        attempt, base = self.attempt(first.round), digest(first.payload)
+        asked = Asked("train", self.terms, first.round, attempt, base)
         back = self.algorithm.shared(first.received, first.round)
         schema = {k: tuple(v.shape) for k, v in back.items()}
         found = Open(asked, schema, first.received, self.bounds(first.round), self.weights())
@@ -109,7 +107,7 @@ class Distant:
         by_name = {names[order.clients[0]]: order for order in orders}
         work = {
             name: Work("train", self.terms, order.clients[0], first.round, attempt,
-                       counted.get(name), payload)
+                       counted.get(name), order.payload)
             for name, order in by_name.items()
         }  # fmt: skip
         return Called(by_name, work, Gate(found), self.note)

@@ -101,7 +101,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         trained = time.perf_counter()
         line = _line(experiment, done, before)
         if _judged(settings, done.state.round):
-            line["layers"] = _layers(done, before)
+            line["layers"] = _layers(done)
             line["validation"] = experiment.validation(done.state)
         line["seconds"] = round(trained - began, 3)
         line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
@@ -172,12 +172,12 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
     }
 
 
-def _layers(done: Commit, before: Leaves) -> dict[str, dict[str, float]]:
+def _layers(done: Commit) -> dict[str, dict[str, float]]:
     """Of each layer's product: how far it is from the clients' mean one, and how large."""
     updates = [update for update in done.updates if pairs(update.delta)]
     if not updates:
         return {}
-    missed = errors(updates, leaves.subtract(done.state.adapter, before))
+    missed = errors(updates, done.state.adapter)
     found = sizes(done.state.adapter)
     return {layer: {"error": far, **found[layer]._asdict()} for layer, far in missed.items()}
 
@@ -185,7 +185,7 @@ def _layers(done: Commit, before: Leaves) -> dict[str, dict[str, float]]:
 def _mean_norm(done: Commit) -> float:
     """Of the cohort's mean change, where the method made something else of it."""
     sent = [update for update in done.updates if update.delta]
-    return float(leaves.norm(mean(sent))) if sent else 0.0
+    return float(leaves.norm(mean({}, sent))) if sent else 0.0
 
 
 def _size(leaf: Tensor) -> float:

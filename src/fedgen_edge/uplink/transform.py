@@ -27,12 +27,6 @@ def decode(payload: bytes) -> Leaves:
     return dict(sorted(load(payload).items())) if payload else {}
 
 
-def deliver(leaves: Leaves) -> tuple[Leaves, int]:
-    """What arrives, and the bytes that it took."""
-    payload = encode(leaves)
-    return decode(payload), len(payload)
-
-
 def length(shapes: Mapping[str, Sequence[int]]) -> int:
     """Bytes of `encode` for float32 leaves of these shapes, without making them.
 
