@@ -18,7 +18,7 @@ SOURCE = Path(config.__file__)
 RECIPES = sorted((SOURCE.parents[2] / "recipes").glob("*.toml"))
 PARTS = {name: part for name, part in get_type_hints(Settings).items() if name != "task"}
 DEFAULTS = dict(flat(Settings()))
-NEEDS = {"data.source": {"path": "texts"}}
+NEEDS = {"data.source": {"path": "texts"}, "uplink.feedback": {"values": "int8"}}
 """What a setting cannot be without."""
 
 

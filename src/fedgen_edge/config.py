@@ -37,6 +37,7 @@ Whole = Annotated[int, Number, Field(ge=0)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
+Density = Annotated[float, Number, Field(gt=0, le=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -357,6 +358,55 @@ class Judging:
 
 
 @dataclass(frozen=True, config=STRICT)
+class Downlink:
+    """How the adapter is shortened on its way to clients: its change since the first round.
+
+    What is judged and tuned after the last round travels whole.
+    """
+
+    keep: Literal["all", "top-k"] = "all"
+    """Which values are sent: top-k, those that changed most (with uplink.keep, FLASC,
+    arXiv:2406.05233)."""
+    density: Density = 0.1
+    """Share of the values that top-k keeps."""
+    values: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    """Type of what is sent; int8 and int4 round up or down at random."""
+    block: Count = 128
+    """Values of int8 and int4 that share a scale."""
+    zstd: Annotated[int, Number, Field(ge=0, le=19)] = 0
+    """Level at which zstd shortens the result (extra: compress); 0 does not."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class Uplink:
+    """How a client's change is shortened on its way to the server."""
+
+    rank: Whole = 0
+    """Send each matrix as the closest product of this rank, where that is less; 0 sends all."""
+    keep: Literal["all", "top-k", "random-k"] = "all"
+    """Which values are sent: top-k, the largest; random-k, at places that both sides draw."""
+    density: Density = 0.1
+    """Share of the values that top-k and random-k keep."""
+    values: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    """Type of what is sent; int8 and int4 round up or down at random."""
+    block: Count = 128
+    """Values of int8 and int4 that share a scale."""
+    zstd: Annotated[int, Number, Field(ge=0, le=19)] = 0
+    """Level at which zstd shortens the result (extra: compress); 0 does not."""
+    feedback: bool = False
+    """A client adds what it left out to its next change (arXiv:1901.09847)."""
+    decay: Annotated[float, Number, Field(ge=0, le=1)] = 0.9
+    """Share of what was left out that stays, for each round that the client missed since."""
+
+    def __post_init__(self) -> None:
+        if self.feedback and not self.rank and (self.keep, self.values) == ("all", "fp32"):
+            raise ConfigError(
+                "uplink.feedback=true has nothing to give back: say what is left out by "
+                "uplink.keep, uplink.values or uplink.rank"
+            )
+
+
+@dataclass(frozen=True, config=STRICT)
 class Settings:
     """One run, whole."""
 
@@ -370,6 +420,8 @@ class Settings:
     method: Method = Method()
     training: Training = Training()
     personal: Personal = Personal()
+    uplink: Uplink = Uplink()
+    downlink: Downlink = Downlink()
     gan: Gan = Gan()
     pretrain: Pretrain = Pretrain()
     engine: Engine = Engine()

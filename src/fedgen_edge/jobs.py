@@ -12,14 +12,15 @@ import torch
 
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.receive import KEPT
 from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
+from fedgen_edge.errors import TrainingError
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Task
 from fedgen_edge.types import Batch, Leaves, Order, Update
-from fedgen_edge.uplink.transform import decode, encode
+from fedgen_edge.uplink.transform import shapes
+from fedgen_edge.uplink.wire import Wire, came_up, sent_up
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,11 @@ class Job(Protocol):
 class Training(Job, Protocol):
     """A round's job."""
 
+    @property
+    def wire(self) -> Wire:
+        """How leaves travel."""
+        ...
+
     def accepted(self, updates: Sequence[Update]) -> None:
         """Told that these count: only now do clients change what they remember."""
         ...
@@ -83,6 +89,8 @@ class Clients:
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     memory: MutableMapping[int, Leaves] = field(default_factory=dict)
     """What each client has kept; of one that has kept nothing there is no entry."""
+    wire: Wire = field(default_factory=Wire)
+    """How leaves travel."""
 
     def start(self, order: Order) -> Leaves:
         """What the order's client begins from: what it received, and what it has kept."""
@@ -112,7 +120,7 @@ class Clients:
         """Starts, memories and batches of some orders: one as it is, or many with a first axis."""
         streams = [self.batches(order, budget, purpose) for order in orders]
         starts = [self.place(self.start(order)) for order in orders]
-        memories = [self.place(select(self.remembered(o), _not_in_start)) for o in orders]
+        memories = [self.place(select(self.remembered(o), _corrects)) for o in orders]
         if not stacked:
             return starts[0], memories[0], streams[0]
         return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
@@ -122,8 +130,9 @@ class Clients:
         return {k: v.to(self.device) for k, v in values.items()}
 
 
-def _not_in_start(name: str) -> bool:
-    return not name.startswith(KEPT)
+def _corrects(name: str) -> bool:
+    """Whether training sees it: what is kept for another purpose has that in its name."""
+    return ":" not in name
 
 
 @dataclass(frozen=True)
@@ -135,13 +144,18 @@ class Train:
     recipe: Callable[[int], Recipe]
     """For a round, since learning rates and trained leaves go by it."""
 
+    @property
+    def wire(self) -> Wire:
+        """How leaves travel."""
+        return self.clients.wire
+
     def steps(self, order: Order) -> int:
         """Optimiser steps."""
         return self.clients.steps(order, self.budget)
 
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
         """Train, and return what the server gets; nothing is remembered yet."""
-        return [arrived(sent) for sent in self.send(orders, stacked=stacked)]
+        return [self._arrived(sent) for sent in self.send(orders, stacked=stacked)]
 
     def send(self, orders: Sequence[Order], *, stacked: bool) -> list[Sent]:
         """Train, and return what leaves each client."""
@@ -164,27 +178,34 @@ class Train:
 
     def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
+        before, shared = self.clients.remembered(order), algorithm.shared(delta, order.round)
+        try:
+            payload, left = sent_up(self.wire, shared, before, order.round, order.clients[0])
+        except TrainingError as error:
+            who = "+".join(self.clients.shards[c].name for c in order.clients)
+            raise TrainingError(f"round {order.round + 1}, client {who}: {error}") from None
         return Sent(
             order=order,
-            payload=encode(algorithm.shared(delta, order.round)),
-            memory=algorithm.keeps(start, delta, self.clients.remembered(order)),
+            payload=payload,
+            memory={**algorithm.keeps(start, delta, before), **left},
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,
             steps=self.steps(order),
         )
 
-
-def arrived(sent: Sent) -> Update:
-    """The server's half: what it makes of a client's message."""
-    return Update(
-        order=sent.order,
-        delta=decode(sent.payload),
-        memory=sent.memory,
-        weight=sent.weight,
-        loss=sent.loss,
-        steps=sent.steps,
-        bytes_up=len(sent.payload),
-    )
+    def _arrived(self, sent: Sent) -> Update:
+        """The server's half: what it makes of a client's message."""
+        order = sent.order
+        schema = shapes(self.clients.algorithm.shared(order.received, order.round))
+        return Update(
+            order=order,
+            delta=came_up(self.wire, sent.payload, schema, order.round, order.clients[0]),
+            memory=sent.memory,
+            weight=sent.weight,
+            loss=sent.loss,
+            steps=sent.steps,
+            bytes_up=len(sent.payload),
+        )
 
 
 @dataclass(frozen=True)

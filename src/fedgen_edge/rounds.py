@@ -13,7 +13,8 @@ from fedgen_edge.errors import ConfigError
 from fedgen_edge.jobs import Job, Training
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Update
-from fedgen_edge.uplink.transform import decode, encode
+from fedgen_edge.uplink.transform import shapes
+from fedgen_edge.uplink.wire import came_down, sent_down
 
 LOSSES = "losses"
 """Where the server keeps every client's last training loss."""
@@ -111,8 +112,9 @@ def rounds(
     draw = draw or partial(sample, federation, clients)
     for r in range(state.round, federation.rounds):
         cohort = draw(r, state.memory.get(LOSSES))
-        payload = encode(algorithm.shared(state.adapter))
-        received = {**state.adapter, **decode(payload)}
+        shared = algorithm.shared(state.adapter)
+        payload = sent_down(job.wire, shared, r)
+        received = {**state.adapter, **came_down(job.wire, payload, shapes(shared))}
         groups = algorithm.groups(cohort)
         orders = [Order(group, r, received, payload, clients) for group in groups]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)

@@ -80,6 +80,26 @@ def test_a_federation_of_sites_ends_as_a_run_on_one_machine(tmp_path: Path, meth
     check(folder, sites, simulation, Loop({name: s.handle for name, s in sites.items()}))
 
 
+@pytest.mark.parametrize(
+    ("method", "up", "down"),
+    [
+        ("fedgen-edge", {"keep": "top-k", "density": 0.1, "values": "int8", "zstd": 3}, {}),
+        ("rolora", {"keep": "top-k", "values": "fp16", "feedback": True}, {"values": "bf16"}),
+        ("fedper", {"keep": "random-k", "feedback": True}, {"keep": "top-k", "values": "int4"}),
+        ("flexlora", {"rank": 1}, {"values": "int8", "zstd": 1}),
+    ],
+)
+def test_fewer_bytes_arrive_as_on_one_machine(
+    tmp_path: Path, method: str, up: dict[str, Any], down: dict[str, Any]
+) -> None:
+    more = {**QUICK, "method": {"name": method}, "uplink": up, "downlink": down}
+    data = write_rows(tmp_path / "all.jsonl", rows())
+    simulation = simulated(tmp_path / "run", recipe(data, **more))
+    sites = opened(tmp_path / "kits", **more)
+    folder = server(tmp_path / "fed", shared(recipe(None, **more)), NAMES, over_selection=1)
+    check(folder, sites, simulation, Loop({name: s.handle for name, s in sites.items()}))
+
+
 def posted(sites: dict[str, Site]) -> FlowerCarrier:
     """The same over Flower's own messages."""
     nodes = {11 * (at + 1): name for at, name in enumerate(sites)}

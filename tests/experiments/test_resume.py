@@ -101,12 +101,14 @@ def test_kill_9_at_random_moments_then_resume_is_bit_identical(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_any_method_stopped_and_resumed_ends_the_same(
+def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
     corpus: Path, tmp_path: Path, name: str
 ) -> None:
     quick = settings(
         corpus,
         method={"name": name, "residual_rank": 3},
+        uplink={"keep": "top-k", "density": 0.3, "values": "int8", "feedback": True},
+        downlink={"values": "fp16"},
         federation={"rounds": 4},
         evaluation={"baselines": [], "sample_tokens": 0},
         personal={"epochs": 1},
@@ -202,6 +204,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
     wild = {"optimiser": "sgd", "lr": 1e30, "clip": 0.0}
     create(settings(corpus, training=wild, method={"name": name}), folder)
     with pytest.raises(TrainingError, match=r"training\.lr=1e\+30"):
+        finish(folder)
+    assert not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("values", ["int8", "fp16"])
+def test_so_does_a_change_that_cannot_be_sent(corpus: Path, tmp_path: Path, values: str) -> None:
+    folder, wild = tmp_path / "run", {"optimiser": "sgd", "lr": 1e30, "clip": 0.0}
+    create(settings(corpus, training=wild, uplink={"values": values}), folder)
+    with pytest.raises(TrainingError, match=r"round 1, client client \d: .* training\.lr=1e\+30"):
         finish(folder)
     assert not (folder / "checkpoints").exists()
 

@@ -128,9 +128,7 @@ def test_the_largest_scale_is_fp16s() -> None:
     ],
 )
 def test_a_value_beyond_the_type_is_a_mistake_of_one_line(coder: Coder, value: float) -> None:
-    with pytest.raises(
-        TrainingError, match=rf"^a change of .* {coder.name} can hold: .*lr"
-    ) as found:
+    with pytest.raises(TrainingError, match=rf"^a change of .* {coder.name} can hold ") as found:
         coder.encode(torch.tensor([value]), generator("any"))
     assert "\n" not in str(found.value)
 

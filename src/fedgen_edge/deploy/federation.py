@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor
@@ -22,13 +23,14 @@ from fedgen_edge.engines.exchange import Answer, Carrier, Kind, Terms, Work, dig
 from fedgen_edge.engines.gate import Asked, answered, event_of
 from fedgen_edge.engines.remote import Distant, Remote
 from fedgen_edge.errors import QuorumError, RefusedError
-from fedgen_edge.experiments.build import Sums, added, rate_of
+from fedgen_edge.experiments.build import Sums, added, rate_of, wire
 from fedgen_edge.experiments.checkpoint import Memory
 from fedgen_edge.jobs import Job
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, Order, ServerState, Update
 from fedgen_edge.uplink.transform import encode
+from fedgen_edge.uplink.wire import Wire, stretch
 
 AGAIN = 10.0
 """Seconds after which a site that did not join is asked to again."""
@@ -91,6 +93,11 @@ class Deployment:
         """Sites, over the network: as many are waited for as are wanted now."""
         return Remote(self.reached, self.wanted, self.quorum, self.plan.deadline)(orders, job)
 
+    @cached_property
+    def wire(self) -> Wire:
+        """How leaves travel."""
+        return wire(self.settings, self.start)
+
     @property
     def train(self) -> Distant:
         """A round's job."""
@@ -103,6 +110,7 @@ class Deployment:
             self._attempt,
             self._counted,
             self._note,
+            self.wire,
         )
 
     def start(self) -> ServerState:
@@ -267,12 +275,18 @@ class Deployment:
         self.audit.write(event, **fields)
 
     def _bounds(self, round_: int) -> Bounds:
+        training, since = self.settings.training, round_
+        if self.wire.feedback:  # what earlier rounds left out may come with this one
+            since = 0
+        rates = (rate_of(self.settings, self.algorithm, r) for r in range(since, round_ + 1))
+        bound = not (self.wire.feedback and training.weight_decay)
         return Bounds(
             self.plan.largest_weight,
-            self.settings.training,
-            rate_of(self.settings, self.algorithm, round_),
+            training,
+            sum(rates),
             self.task.phases,
             self.plan.spectrum,
+            stretch(self.wire) if bound else math.inf,
         )
 
     def _attempt(self, round_: int) -> int:

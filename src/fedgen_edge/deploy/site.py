@@ -23,7 +23,7 @@ from fedgen_edge.deploy import settings as deployed
 from fedgen_edge.deploy.store import Asked, Said, State, Trained, open_state
 from fedgen_edge.engines.exchange import Answer, Terms, Work, digest, line, read, refusal
 from fedgen_edge.engines.payload import opened
-from fedgen_edge.errors import ConfigError, DataError, RefusedError
+from fedgen_edge.errors import ConfigError, DataError, RefusedError, TrainingError
 from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.build import (
     Experiment,
@@ -32,13 +32,15 @@ from fedgen_edge.experiments.build import (
     named,
     shards,
     task_of,
+    wired,
 )
 from fedgen_edge.experiments.models import save
 from fedgen_edge.experiments.provenance import holdings
 from fedgen_edge.jobs import Clients, Sent
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Order, ServerState
-from fedgen_edge.uplink.transform import decode, length
+from fedgen_edge.uplink.transform import length, shapes
+from fedgen_edge.uplink.wire import Wire, came_down, came_up, most_down
 
 MOST = 100_000
 """Sites of a federation, at most."""
@@ -67,7 +69,12 @@ class Site:
     @property
     def largest(self) -> int:
         """Bytes of a payload, at most."""
-        return length(self.shared)
+        return max(length(self.shared), most_down(self.wire, self.shared))
+
+    @property
+    def wire(self) -> Wire:
+        """How leaves travel in a round."""
+        return self.experiment.clients.wire
 
     def handle(self, text: str, payload: bytes) -> tuple[str, bytes]:
         """The answer to a message, as a line and a payload: whatever it says, nothing is raised."""
@@ -131,6 +138,18 @@ class Site:
             raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
         return {**self.start, **opened(payload, self.shared)}
 
+    def ordered(self, work: Work) -> Order:
+        """A round's work, as it came.
+
+        Raises:
+            RefusedError: its payload is not one of this backbone.
+        """
+        if not self.wire.down.stages:
+            received = self.received(work.payload)
+        else:
+            received = {**self.start, **came_down(self.wire, work.payload, self.shared)}
+        return Order((work.client,), work.round, received, work.payload)
+
 
 def finite(found: Leaves) -> bool:
     """Whether every value is a finite number."""
@@ -163,8 +182,10 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
     past, asked = site.state.past(work.terms.run), _asked(work)
     if (found := past.again(asked)) is not None:
         return found
-    order = Order((work.client,), work.round, site.received(work.payload))
-    sent = site.at(work).train.send([order], stacked=False)[0]
+    try:
+        sent = site.at(work).train.send([site.ordered(work)], stacked=False)[0]
+    except TrainingError as error:
+        raise RefusedError("diverged", f"{error}: lower training.lr") from None
     _check_sent(site, sent)
     said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
     past.keep(Trained(asked, sent.payload, sent.memory, said))
@@ -173,11 +194,16 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
 
 def _check_sent(site: Site, sent: Sent) -> None:
     """The last look at what leaves: the shared leaves and no other, all finite."""
-    delta, algorithm = decode(sent.payload), site.experiment.algorithm
-    now = algorithm.shared(site.start, sent.order.round)
+    order = sent.order
+    now = site.experiment.algorithm.shared(site.start, order.round)
     # of what was shared when the site opened, whatever the method says by now
     expected = {k: shape for k, shape in site.shared.items() if k in now}
-    if {k: tuple(v.shape) for k, v in delta.items()} != expected:
+    try:
+        delta = came_up(site.wire, sent.payload, expected, order.round, order.clients[0])
+    except RefusedError as error:
+        told = f"the update is not what these settings make: {error}"
+        raise RefusedError("private-leaf", told) from None
+    if shapes(delta) != expected:
         raise RefusedError("private-leaf", "the update is not of the shared leaves alone")
     if not math.isfinite(sent.loss) or not finite(delta) or not finite(sent.memory):
         raise RefusedError(
@@ -253,7 +279,7 @@ def open_site(folder: Path) -> Site:
     experiment = _alone(told.name, settings)
     algorithm, task = experiment.algorithm, experiment.task
     start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
-    shared = {k: tuple(v.shape) for k, v in algorithm.shared(start).items()}
+    shared = shapes(algorithm.shared(start))
     if not shared or algorithm.groups is not each_alone:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"
@@ -286,4 +312,4 @@ def _alone(name: str, settings: Settings) -> Experiment:
     check_method(algorithm, task, settings)
     own = shards(task, corpus, [holding], settings)
     clients = Clients(task, algorithm, own, settings.federation.seed, device)
-    return Experiment(settings, task, corpus, [holding], clients)
+    return wired(Experiment(settings, task, corpus, [holding], clients))

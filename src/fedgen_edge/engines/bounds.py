@@ -4,7 +4,7 @@ What moved farther was not made by the recipe. A bound says nothing of which way
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -52,6 +52,8 @@ class Bounds:
     """The task's."""
     spectrum: float | None = None
     """Largest singular value of the change of a product; none is any."""
+    stretch: float = 1.0
+    """How many times as far as training moved, a change may seem to have moved: `wire.stretch`."""
 
     def steps(self, weight: int) -> int | None:
         """Batches that a site with so many examples trains on in the round."""
@@ -129,15 +131,40 @@ def strayed(bounds: Bounds, steps: int, start: Leaves, delta: Leaves) -> str | N
         start: the leaves that it began from.
         delta: how they changed.
     """
+    if bounds.stretch != 1:
+        return _strayed_together(bounds, steps, start, delta)
     for phase in bounds.phases:
         found = bounds.reach(phase, steps)
-        own = [k for k in delta if k.removeprefix(AVERAGE).startswith(phase.prefix)]
+        own = _of(phase, delta)
         if found is not None:
             told = (_excess(found, group, start, delta) for group in _groups(own, each=found.each))
             excess = next(filter(None, told), None)
             if excess:
                 return excess
     return None
+
+
+def _strayed_together(bounds: Bounds, steps: int, start: Leaves, delta: Leaves) -> str | None:
+    """The same where leaves travel as one vector, so that the largest of all may have moved any."""
+    tops, each = [], True
+    for phase in bounds.phases:
+        found, own = bounds.reach(phase, steps), _of(phase, delta)
+        if found is None or any(name.removeprefix(AVERAGE) not in start for name in own):
+            return None
+        each = found.each
+        tops += [float(_limit(found, group, start).max()) for group in _groups(own, each=each)]
+    most = bounds.stretch * (max(tops, default=0.0) if each else sum(tops))
+    far = max(map(leaves.largest, delta.values()), default=0.0)
+    if not each:
+        far = float(torch.linalg.vector_norm(leaves.flat(delta)))
+    if far <= most:
+        return None
+    what = "an element" if each else "the norm of all leaves"
+    return f"{what} changed by {far:.3g}, and so many steps reach at most {most:.3g}"
+
+
+def _of(phase: Phase, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.removeprefix(AVERAGE).startswith(phase.prefix)]
 
 
 def _groups(names: Sequence[str], *, each: bool) -> list[list[str]]:
@@ -156,14 +183,11 @@ def _excess(found: Reach, names: Sequence[str], start: Leaves, delta: Leaves) ->
     led = [name.removeprefix(AVERAGE) for name in names]
     if any(name not in start for name in led):
         return None
-    slack = found.steps * ROUNDING
-    least = found.gained * (1 + slack)
+    least = found.gained * (1 + found.steps * ROUNDING)
     if found.each and max(leaves.largest(delta[name]) for name in names) <= least:
         return None  # the common case, for a fraction of the work: the rest only adds to the limit
     size = torch.abs if found.each else torch.linalg.vector_norm
-    moved, begun, led_from = _flat(delta, names), _flat(start, names), _flat(start, led)
-    limit = least + (found.decayed + slack) * size(led_from)
-    limit = limit + size(led_from - begun) + slack * size(begun)
+    moved, limit = _flat(delta, names), _limit(found, names, start)
     over = (size(moved) - limit).reshape(-1)
     if not bool((over > 0).any()):
         return None
@@ -171,6 +195,15 @@ def _excess(found: Reach, names: Sequence[str], start: Leaves, delta: Leaves) ->
     what = ("an element of " + names[0]) if found.each else f"the norm of {len(names)} leaves"
     far, most = float(size(moved).reshape(-1)[worst]), float(limit.reshape(-1)[worst])
     return f"{what} changed by {far:.3g}, and {found.steps} steps reach at most {most:.3g}"
+
+
+def _limit(found: Reach, names: Sequence[str], start: Leaves) -> Float[Tensor, "*values"]:
+    """How far these leaves can move: each element, or the norm of all."""
+    size = torch.abs if found.each else torch.linalg.vector_norm
+    slack = found.steps * ROUNDING
+    begun, led_from = _flat(start, names), _flat(start, [n.removeprefix(AVERAGE) for n in names])
+    limit = found.gained * (1 + slack) + (found.decayed + slack) * size(led_from)
+    return limit + size(led_from - begun) + slack * size(begun)
 
 
 def _flat(values: Leaves, names: Sequence[str]) -> Float[Tensor, " values"]:

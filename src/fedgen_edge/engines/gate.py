@@ -15,7 +15,7 @@ from fedgen_edge.engines.payload import opened, shown
 from fedgen_edge.errors import RefusedError
 from fedgen_edge.leaves import largest
 from fedgen_edge.types import Leaves
-from fedgen_edge.uplink.transform import length
+from fedgen_edge.uplink.wire import Wire, came_up, most_up
 
 CODES = {
     "payload-too-long": "The payload is longer than the leaves that were asked for.",
@@ -46,6 +46,9 @@ CODES = {
     "wrong-type": "A leaf is not float32.",
     "wrong-shape": "A leaf has another shape.",
     "wrong-offsets": "A leaf's values are not where they must be.",
+    "bad-frame": "The payload is not one whole frame of zstd.",
+    "bad-positions": "It does not say at which places its values are, or says what cannot be.",
+    "bad-values": "Its values are written as no honest sender writes them.",
     "not-finite": "A leaf has a value that is not a finite number.",
     "change-too-large": "A leaf moved farther than this recipe can move it.",
     "spectrum-too-large": "A layer's update changed more than the federation allows.",
@@ -80,6 +83,10 @@ class Open:
     bounds: Bounds
     weights: Mapping[str, int]
     """Training examples that each site joined with."""
+    wire: Wire = field(default_factory=Wire)
+    """How leaves travel."""
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Each site's, by its name."""
 
 
 @dataclass(frozen=True)
@@ -131,9 +138,9 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     Raises:
         RefusedError: with one of `CODES`.
     """
-    answer = answered(open_.asked, reply, length(open_.schema))
+    answer = answered(open_.asked, reply, most_up(open_.wire, open_.schema))
     weight, loss, steps = _said(open_, reply.site, answer.said)
-    found = opened(answer.payload, open_.schema)
+    found = _change(open_, reply.site, answer.payload)
     excess = strayed(open_.bounds, steps, open_.start, found)
     if excess:
         raise RefusedError("change-too-large", excess)
@@ -147,6 +154,13 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     if moved > ABSURD:
         raise RefusedError("change-too-large", f"an element changed by {moved:.3g}")
     return Accepted(found, weight, loss, steps, digest(answer.payload))
+
+
+def _change(open_: Open, site: str, payload: bytes) -> Leaves:
+    """How the leaves changed, all and only those that were asked for, and finite."""
+    if not open_.wire.up.stages:
+        return opened(payload, open_.schema)
+    return came_up(open_.wire, payload, open_.schema, open_.asked.round, open_.numbers[site])
 
 
 def answered(asked: Asked, reply: Reply, longest: int = 0) -> Answer:

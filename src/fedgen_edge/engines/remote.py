@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 from fedgen_edge.algorithms.algorithm import Algorithm
@@ -12,6 +12,8 @@ from fedgen_edge.engines.gate import Asked, Gate, Open, event_of
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.jobs import Job
 from fedgen_edge.types import Order, Update
+from fedgen_edge.uplink.transform import shapes
+from fedgen_edge.uplink.wire import Wire
 
 
 @runtime_checkable
@@ -79,6 +81,8 @@ class Distant:
     counted: Callable[[int], Mapping[str, str]]
     """SHA-256 of each site's last payload that counts, after so many rounds."""
     note: Note
+    wire: Wire = field(default_factory=Wire)
+    """How leaves travel."""
 
     def steps(self, order: Order) -> int:
         """Unknown here, and the same for all."""
@@ -99,8 +103,15 @@ class Distant:
         attempt, base = self.attempt(first.round), digest(first.payload)
         asked = Asked("train", self.terms, first.round, attempt, base)
         back = self.algorithm.shared(first.received, first.round)
-        schema = {k: tuple(v.shape) for k, v in back.items()}
-        found = Open(asked, schema, first.received, self.bounds(first.round), self.weights())
+        found = Open(
+            asked,
+            shapes(back),
+            first.received,
+            self.bounds(first.round),
+            self.weights(),
+            self.wire,
+            {name: number for number, name in enumerate(self.names())},
+        )
         self.note("opened", round=first.round, attempt=attempt)
         counted = self.counted(first.round)
         names = self.names()

@@ -15,7 +15,7 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.client import Patience, Recipe
-from fedgen_edge.config import Settings, Training, learning_rate
+from fedgen_edge.config import Downlink, Settings, Training, learning_rate
 from fedgen_edge.data import sources
 from fedgen_edge.data.batches import Budget, Shard, Shards, rows, spaced
 from fedgen_edge.data.corpus import Corpus, Images
@@ -30,6 +30,7 @@ from fedgen_edge.rounds import Engine, cohort_size, sample
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
 from fedgen_edge.types import Batch, Leaves, ServerState
+from fedgen_edge.uplink.wire import Wire, made
 
 Sums = dict[str, float]
 """Held-out statistics, which add up."""
@@ -183,8 +184,20 @@ def build(settings: Settings) -> Experiment:
             "trains a whole model for each client: say serial, or auto"
         )
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
-    experiment = Experiment(settings, task, corpus, holdings, clients)
+    experiment = wired(Experiment(settings, task, corpus, holdings, clients))
     return replace(experiment, settings=_resolved(experiment, cohort))
+
+
+def wired(experiment: Experiment) -> Experiment:
+    """The same, with its settings' ways for leaves to travel."""
+    told = wire(experiment.settings, experiment.start)
+    return replace(experiment, clients=replace(experiment.clients, wire=told))
+
+
+def wire(settings: Settings, start: Callable[[], ServerState]) -> Wire:
+    """How leaves travel by these settings, from a server that starts so."""
+    base = start().adapter if settings.downlink != Downlink() else {}
+    return made(settings.uplink, settings.downlink, settings.federation.seed, base)
 
 
 def named(settings: Settings, corpus: Corpus) -> Settings:
@@ -265,7 +278,7 @@ def beside(experiment: Experiment, name: str) -> Experiment:
     if (algorithm.adapts == "full") == task.model.stackable:
         task = task_of(settings, clients.device)
         clients = replace(clients, task=task)
-    return replace(experiment, settings=settings, task=task, clients=clients)
+    return wired(replace(experiment, settings=settings, task=task, clients=clients))
 
 
 def shards(task: Learnt, corpus: Corpus, holdings: Sequence[Holding], settings: Settings) -> Shards:

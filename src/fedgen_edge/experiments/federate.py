@@ -120,17 +120,26 @@ def _finite(experiment: Federated, orders: Sequence[Order], job: Job) -> Iterato
         TrainingError: a client's loss, change or memory is not finite.
     """
     updates: Iterator[Update] = experiment.engine(orders, job)
-    for update in updates:
-        sizes = (update.loss, drift(update), *map(_size, update.memory.values()))
-        if not all(map(math.isfinite, sizes)):
-            who = "+".join(experiment.names[c] for c in update.order.clients)
-            told = "" if experiment.algorithm.steps is add else ", or method.server_lr"
-            raise TrainingError(
-                f"round {update.order.round + 1}, client {who}: training left the finite numbers "
-                f"(its loss was {update.loss}): lower "
-                f"training.lr={experiment.settings.training.lr}{told}, or clip by training.clip"
-            )
-        yield update
+    told = "" if experiment.algorithm.steps is add else ", or method.server_lr"
+    try:
+        for update in updates:
+            _check_finite(update, experiment.names)
+            yield update
+    except TrainingError as error:
+        raise TrainingError(
+            f"{error}: lower training.lr={experiment.settings.training.lr}{told}, "
+            "or clip by training.clip"
+        ) from None
+
+
+def _check_finite(update: Update, names: Sequence[str]) -> None:
+    sizes = (update.loss, drift(update), *map(_size, update.memory.values()))
+    if not all(map(math.isfinite, sizes)):
+        who = "+".join(names[c] for c in update.order.clients)
+        raise TrainingError(
+            f"round {update.order.round + 1}, client {who}: training left the finite numbers "
+            f"(its loss was {update.loss})"
+        )
 
 
 def drift(update: Update) -> float:

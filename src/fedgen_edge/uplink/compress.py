@@ -1,9 +1,9 @@
 """A change in fewer bytes: all its leaves as one vector, through a chain of stages.
 
-The vector has the leaves in the order of names. A chain may keep some of its values (top-k or
-random-k), write them in fewer bits (fp16, bf16, int8 or int4), and have zstd shorten the file. All
-of the file but its values follows from the chain and the shapes of the leaves, so a receiver knows
-it beforehand, and refuses anything else.
+The vector has the leaves in the order of names. A chain may put thin factors in the place of
+matrices (low-rank), keep some of the values (top-k or random-k), write them in fewer bits (fp16,
+bf16, int8 or int4), and have zstd shorten the file. All of the file but its values follows from the
+chain and the shapes of the leaves, so a receiver knows it beforehand, and refuses anything else.
 """
 
 import math
@@ -18,11 +18,12 @@ from fedgen_edge.leaves import add, scale
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink import coding
 from fedgen_edge.uplink.coding import Form, Zstd
+from fedgen_edge.uplink.lowrank import LowRank
 from fedgen_edge.uplink.quantise import Cast, Coder, Quantise
 from fedgen_edge.uplink.sparsify import RandomK, Sparsifier, TopK
-from fedgen_edge.uplink.transform import Schema
+from fedgen_edge.uplink.transform import Schema, shapes
 
-ORDER = ((TopK, RandomK), (Cast, Quantise), (Zstd,))
+ORDER = ((LowRank,), (TopK, RandomK), (Cast, Quantise), (Zstd,))
 """Of these one at most from each, in this order."""
 
 
@@ -34,15 +35,21 @@ class Chain:
         ConfigError: two stages of one kind, or an order that cannot be undone.
     """
 
-    stages: tuple[Sparsifier | Coder | Zstd, ...] = ()
+    stages: tuple[LowRank | Sparsifier | Coder | Zstd, ...] = ()
 
     def __post_init__(self) -> None:
         at = [next(i for i, kinds in enumerate(ORDER) if isinstance(s, kinds)) for s in self.stages]
         if any(left >= right for left, right in pairwise(at)):
             raise ConfigError(
                 f"stages={', '.join(s.name for s in self.stages)} cannot be in this order: there "
-                "may be one of top-k, random-k; then one of fp16, bf16, int8, int4; then zstd"
+                "may be low-rank; then one of top-k, random-k; then one of fp16, bf16, int8, int4; "
+                "then zstd"
             )
+
+    @property
+    def low_rank(self) -> LowRank | None:
+        """What makes matrices thin."""
+        return next((s for s in self.stages if isinstance(s, LowRank)), None)
 
     @property
     def sparsifier(self) -> Sparsifier | None:
@@ -58,6 +65,10 @@ class Chain:
     def zstd(self) -> Zstd | None:
         """What shortens the file."""
         return next((s for s in self.stages if isinstance(s, Zstd)), None)
+
+    def sends(self, schema: Schema) -> Schema:
+        """Shapes of the leaves that become one vector."""
+        return self.low_rank.expects(schema) if self.low_rank else schema
 
     def keeps(self, count: int) -> int:
         """How many of `count` values are sent."""
@@ -83,9 +94,11 @@ def compress(chain: Chain, leaves: Leaves, rng: Generator, seed: int) -> bytes:
     """
     if not any(leaf.numel() for leaf in leaves.values()):
         return b""
+    if not all(leaf.isfinite().all() for leaf in leaves.values()):
+        raise TrainingError("a change that is not finite cannot be sent")
+    if chain.low_rank:
+        leaves = chain.low_rank.encode(leaves)
     values = torch.cat([leaves[k].detach().float().flatten().cpu() for k in sorted(leaves)])
-    if not values.isfinite().all():
-        raise TrainingError("a change that is not finite cannot be sent: lower training.lr")
     parts: coding.Parts = {}
     if chain.sparsifier:
         values, parts = chain.sparsifier.encode(values, seed)
@@ -106,7 +119,8 @@ def expand(chain: Chain, payload: bytes, schema: Schema, seed: int) -> Leaves:
         RefusedError: the payload is not what this chain makes of such leaves. The codes are
             `wrong-length`, `bad-header`, `bad-frame`, `bad-positions`, `bad-values`, `not-finite`.
     """
-    count = values_in(schema)
+    thin = chain.sends(schema)
+    count = values_in(thin)
     if not count:
         if payload:
             raise RefusedError("wrong-length", f"{len(payload)} bytes came for no values")
@@ -118,12 +132,15 @@ def expand(chain: Chain, payload: bytes, schema: Schema, seed: int) -> Leaves:
     values = chain.coder.decode(parts, chain.keeps(count))
     if chain.sparsifier:
         values = chain.sparsifier.decode(values, parts, count, seed)
-    if not values.isfinite().all():
-        raise RefusedError("not-finite", "the payload has values that are not finite")
-    names = sorted(schema)
-    pieces = values.split([math.prod(schema[k]) for k in names])
+    names = sorted(thin)
+    pieces = values.split([math.prod(thin[k]) for k in names])
     # copies: leaves that share memory cannot be saved
-    return {k: v.reshape(schema[k]).clone() for k, v in zip(names, pieces, strict=True)}
+    found = {k: v.reshape(thin[k]).clone() for k, v in zip(names, pieces, strict=True)}
+    if chain.low_rank:
+        found = chain.low_rank.decode(found, {k: schema[k] for k in sorted(schema)})
+    if not all(leaf.isfinite().all() for leaf in found.values()):
+        raise RefusedError("not-finite", "the payload has values that are not finite")
+    return found
 
 
 def fed_back(
@@ -153,7 +170,7 @@ def fed_back(
         raise ConfigError("scaled=True and error feedback diverge: set scaled=False for random-k")
     whole = add(delta, scale(residual, decay))
     payload = compress(chain, whole, rng, seed)
-    arrived = expand(chain, payload, {k: tuple(v.shape) for k, v in whole.items()}, seed)
+    arrived = expand(chain, payload, shapes(whole), seed)
     return payload, {k: v - arrived[k].to(v.device) for k, v in whole.items()}
 
 
@@ -163,7 +180,7 @@ def sizes(chain: Chain, schema: Schema) -> dict[str, int]:
     The header is the file's metadata, names, types and shapes of the parts, and 8 bytes for its
     own length. Their sum is the payload's length.
     """
-    count = values_in(schema)
+    count = values_in(chain.sends(schema))
     if not count:
         return {}
     form = chain.expects(count)

@@ -152,6 +152,6 @@ def _up(values: Tensor) -> Tensor:
 def _check_range(short: Tensor, values: Tensor, name: str) -> None:
     if not short.isfinite().all():
         raise TrainingError(
-            f"a change of {float(values.abs().max()):.3g} is more than {name} can hold: "
-            "bf16 holds more, and a lower training.lr changes less"
+            f"a change of {float(values.abs().max()):.3g} is more than {name} can hold "
+            "(bf16 holds most)"
         )
