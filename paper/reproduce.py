@@ -35,15 +35,23 @@ def settings_of(claim: Row, root: Path) -> Settings:
     return from_table(table)
 
 
-def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:
-    """The test records of one seed's run, which is gone on with where it stopped."""
-    settings = replace(settings, federation=replace(settings.federation, seed=seed))
+def finished(settings: Settings, folder: Path) -> Path:
+    """A folder of a finished run of these settings, which is gone on with where it stopped."""
     digest = hashlib.sha256(to_toml(settings).encode()).hexdigest()[:8]
     folder = folder.with_name(f"{folder.name}-{digest}")  # other settings are another run
     there = (folder / "run.json").exists()
+    if there and read_json(folder / "run.json").get("finished"):
+        return folder
     experiment = reopen(folder) if there else create(settings, folder)
     for event in proceed(experiment, folder):
-        print(f"seed {seed}: {event.stage} {event.done}/{event.total}", flush=True)
+        print(f"{folder.name}: {event.stage} {event.done}/{event.total}", flush=True)
+    return folder
+
+
+def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:
+    """The test records of one seed's run."""
+    settings = replace(settings, federation=replace(settings.federation, seed=seed))
+    folder = finished(settings, folder)
     told, sent = read_json(folder / "run.json"), uplink(read(folder))
     facts = {"seed": seed, "hardware": told["hardware"], "precision": told["precision"]}
     facts |= {"seconds_of": told["seconds"], "peak_bytes": told["peak_bytes"]}
