@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from fedgen_edge import leaves
+from fedgen_edge.adapters.ranks import padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.receive import KEPT
 from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
@@ -166,7 +167,7 @@ class Train:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
         return Sent(
             order=order,
-            payload=encode(algorithm.shared(delta, order.round)),
+            payload=encode(truncated(algorithm.shared(delta, order.round), order.rank)),
             memory=algorithm.keeps(start, delta, self.clients.remembered(order)),
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,
@@ -178,7 +179,7 @@ def arrived(sent: Sent) -> Update:
     """The server's half: what it makes of a client's message."""
     return Update(
         order=sent.order,
-        delta=decode(sent.payload),
+        delta=padded(decode(sent.payload), leaves.shapes(sent.order.received)),
         memory=sent.memory,
         weight=sent.weight,
         loss=sent.loss,

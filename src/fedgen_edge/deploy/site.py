@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
@@ -121,15 +122,21 @@ class Site:
         memory = {number: remembered} if remembered else {}
         return replace(experiment, clients=clients).remembering(memory)
 
-    def received(self, payload: bytes) -> Leaves:
-        """The global adapter of a payload.
+    def received(self, work: Work) -> Leaves:
+        """The global adapter of some work, with zeros beyond this site's rank.
 
         Raises:
-            RefusedError: it is not one of this backbone.
+            RefusedError: it is not one of this backbone, or of another rank.
         """
-        if len(payload) > self.largest:
+        if len(work.payload) > self.largest:
             raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
-        return {**self.start, **opened(payload, self.shared)}
+        rank = self.rank(work)
+        found = opened(work.payload, of_rank(self.shared, rank))
+        return {**cut(self.start, rank), **padded(found, self.shared)}
+
+    def rank(self, work: Work) -> int | None:
+        """By the number that the server gives this site, and the recipe, which all share."""
+        return self.experiment.algorithm.rank(work.client)
 
 
 def finite(found: Leaves) -> bool:
@@ -163,7 +170,7 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
     past, asked = site.state.past(work.terms.run), _asked(work)
     if (found := past.again(asked)) is not None:
         return found
-    order = Order((work.client,), work.round, site.received(work.payload))
+    order = Order((work.client,), work.round, site.received(work), rank=site.rank(work))
     sent = site.at(work).train.send([order], stacked=False)[0]
     _check_sent(site, sent)
     said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
@@ -176,7 +183,8 @@ def _check_sent(site: Site, sent: Sent) -> None:
     delta, algorithm = decode(sent.payload), site.experiment.algorithm
     now = algorithm.shared(site.start, sent.order.round)
     # of what was shared when the site opened, whatever the method says by now
-    expected = {k: shape for k, shape in site.shared.items() if k in now}
+    held = of_rank(site.shared, sent.order.rank)
+    expected = {k: shape for k, shape in held.items() if k in now}
     if {k: tuple(v.shape) for k, v in delta.items()} != expected:
         raise RefusedError("private-leaf", "the update is not of the shared leaves alone")
     if not math.isfinite(sent.loss) or not finite(delta) or not finite(sent.memory):
@@ -192,8 +200,8 @@ def _evaluate(site: Site, work: Work) -> tuple[Said, bytes]:
     """
     experiment = site.at(work)
     if work.payload:
-        state = ServerState(work.round, site.received(work.payload))
-        own = experiment.own(state, experiment.clients.memory.get(work.client, {}))
+        state = ServerState(work.round, site.received(work))
+        own = experiment.own(state, experiment.clients.memory.get(work.client, {}), work.client)
     else:
         own = experiment.task.model.backbone()
     shard = experiment.clients.shards[0]
@@ -209,8 +217,8 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
     if (found := past.tuned_again(asked)) is not None:
         return found, b""
     began, experiment = time.perf_counter(), site.at(work)
-    received = site.received(work.payload)
-    order = Order((work.client,), work.round, received)
+    received = site.received(work)
+    order = Order((work.client,), work.round, received, rank=site.rank(work))
     tuned = experiment.tune([order], stacked=False)[0]
     if not math.isfinite(tuned.history[tuned.chosen]) or not finite(tuned.adapter):
         raise RefusedError(
@@ -218,7 +226,8 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
             "tuning left the finite numbers: lower personal.lr, or say personal.fallback=true",
         )
     past.begin_tuning()
-    save(experiment, past.personal, ServerState(work.round, received), tuned.adapter, site.name)
+    own = truncated(tuned.adapter, order.rank)
+    save(experiment, past.personal, ServerState(work.round, received), own, site.name)
     said = {
         "validation": tuned.history,
         "chosen": tuned.chosen,
@@ -282,7 +291,7 @@ def _alone(name: str, settings: Settings) -> Experiment:
     check_held_out([holding])
     device = machine.device(settings.engine.device)
     task = task_of(settings, device)
-    algorithm = method(settings.method)
+    algorithm = method(settings.method, adapter=settings.adapter)
     check_method(algorithm, task, settings)
     own = shards(task, corpus, [holding], settings)
     clients = Clients(task, algorithm, own, settings.federation.seed, device)
