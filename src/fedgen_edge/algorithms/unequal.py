@@ -1,8 +1,8 @@
 """Slots that merge adapters of unequal ranks: each client holds the first terms of every product.
 
-What a client lacks is zero in its adapter, and scales are one for all, so alpha is never met here.
-Terms that nobody of a cohort holds stay as the server has them. Clients of one rank are a special
-case: each rule is then the plain one that it says.
+A term is a row of A and its column of B. What a client lacks is zero in its adapter, and scales are
+one for all, so alpha is never met here. Terms that nobody of a cohort holds stay as the server has
+them. Clients of one rank are a special case: each rule is then the plain one that it says.
 """
 
 from collections.abc import Callable, Sequence
@@ -80,7 +80,8 @@ def by_partitions(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
         ValueError: no client has a positive weight.
 
     Source: Wu et al. 2026, raFLoRA (arXiv:2602.13486).
-    Differs: by QR of the factors.
+    Differs: by QR of the factors. Terms that nobody of a cohort holds join the sum as the
+    server has them.
     """
     lacked = leaves.subtract(adapter, cut(adapter, _largest(updates)))
     raised, seconds = _raised(updates), {pair.b for u in updates for pair in pairs(u.delta)}
