@@ -213,6 +213,18 @@ FLAGS = {
         "--adapter.rank 17 --adapter.target-modules v_proj",
         ["adapter.rank=17", "take at most 16"],
     ),
+    "ranks above the adapter's": (
+        "--method.name rbla --adapter.ranks 2 9",
+        ["adapter.ranks=[2, 9]", "at most adapter.rank=8"],
+    ),
+    "ranks that a method cannot merge": (
+        "--adapter.ranks 2 8",
+        ["adapter.ranks=[2, 8]", "method.name='fedgen-edge'", "hetlora, rbla, raflora"],
+    ),
+    "ranks that a baseline cannot merge": (
+        "--method.name rbla --adapter.ranks 2 8 --evaluation.baselines fedper",
+        ["evaluation.baselines='fedper'", "hetlora, rbla, raflora"],
+    ),
     "rank a word": ("--adapter.rank eight", ["--adapter.rank", "'eight'"]),
     "unknown key": ("--adapter.rnak 4", ["'adapter.rnak'", "did you mean 'adapter.rank'?"]),
     "unknown key with =": ("--adapter.rnak=4", ["'adapter.rnak'", "did you mean 'adapter.rank'?"]),

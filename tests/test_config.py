@@ -37,7 +37,8 @@ def other(kind: Any, value: Any) -> Any:
     if get_origin(kind) is Literal:
         return next((choice for choice in reversed(get_args(kind)) if choice != value), value)
     if get_origin(kind) is tuple:
-        return (0.5, 0.25) if get_args(kind)[0] is float else ("a", 'b "c"\\')
+        numbers: dict[Any, Any] = {float: (0.5, 0.25), int: (3, 5)}
+        return numbers.get(get_args(kind)[0], ("a", 'b "c"\\'))
     if kind is bool:
         return not value
     if kind in {int, float}:
@@ -113,6 +114,8 @@ def refused(table: dict[str, Any], said: str) -> None:
         ({"adapter": {"dropout": 1.0}}, "adapter.dropout=1.0: .*less than 1"),
         ({"adapter": 3}, "adapter=3: "),
         ({"training": {"optimiser": "adam"}}, "training.optimiser='adam': .*'adamw' or 'sgd'"),
+        ({"adapter": {"ranks": [2, 9]}}, r"adapter.ranks=\[2, 9\] must be at most adapter.rank=8"),
+        ({"adapter": {"ranks": [2, 0]}}, r"adapter.ranks.1=0: .*greater than or equal to 1"),
         ({"partition": {"sizes": [1.0, -1.0]}}, r"partition.sizes.1=-1.0: .*greater than 0"),
         ({"federation": {"cohort": 3, "fraction": 0.5}}, "cohort=3 and federation.fraction=0.5"),
         ({"data": {"validation": 0.6, "test": 0.4}}, "data.validation=0.6 and data.test=0.4"),

@@ -65,6 +65,9 @@ class Adapter:
 
     rank: Count = 8
     """Rank of each update, r."""
+    ranks: tuple[Count, ...] = ()
+    """Ranks of the clients' updates, which clients take in turn, none above `rank`; none is `rank`
+    for all. What is sent shrinks with the rank, and the scale stays alpha / `rank`."""
     alpha: Positive = 16.0
     """Scale: an update is multiplied by alpha / rank."""
     rslora: bool = False
@@ -76,6 +79,13 @@ class Adapter:
     none is PEFT's choice for the architecture (q and v for Llama)."""
     initial: Path | None = None
     """PEFT folder to begin from; none is a fresh adapter."""
+
+    def __post_init__(self) -> None:
+        if max(self.ranks, default=0) > self.rank:
+            raise ConfigError(
+                f"adapter.ranks={list(self.ranks)} must be at most adapter.rank={self.rank}, the "
+                "global adapter's: lower them, or raise it"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)

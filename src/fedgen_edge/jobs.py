@@ -11,6 +11,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 
 from fedgen_edge import leaves
+from fedgen_edge.adapters.ranks import of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
@@ -19,7 +20,6 @@ from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Task
 from fedgen_edge.types import Batch, Leaves, Order, Update
-from fedgen_edge.uplink.transform import shapes
 from fedgen_edge.uplink.wire import Wire, came_up, sent_up
 
 
@@ -178,7 +178,8 @@ class Train:
 
     def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
-        before, shared = self.clients.remembered(order), algorithm.shared(delta, order.round)
+        before = self.clients.remembered(order)
+        shared = truncated(algorithm.shared(delta, order.round), order.rank)
         try:
             payload, left = sent_up(self.wire, shared, before, order.round, order.clients[0])
         except TrainingError as error:
@@ -196,10 +197,12 @@ class Train:
     def _arrived(self, sent: Sent) -> Update:
         """The server's half: what it makes of a client's message."""
         order = sent.order
-        schema = shapes(self.clients.algorithm.shared(order.received, order.round))
+        whole = leaves.shapes(self.clients.algorithm.shared(order.received, order.round))
+        sent_of = of_rank(whole, order.rank)
+        delta = came_up(self.wire, sent.payload, sent_of, order.round, order.clients[0])
         return Update(
             order=order,
-            delta=came_up(self.wire, sent.payload, schema, order.round, order.clients[0]),
+            delta=padded(delta, whole),
             memory=sent.memory,
             weight=sent.weight,
             loss=sent.loss,

@@ -68,6 +68,11 @@ def filled(members: Sequence[Leaves]) -> list[Leaves]:
     return [{k: m.get(k, torch.zeros_like(v)) for k, v in shapes.items()} for m in members]
 
 
+def shapes(leaves: Leaves) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf."""
+    return {k: tuple(v.shape) for k, v in leaves.items()}
+
+
 def row(leaves: Leaves, index: int) -> Leaves:
     """One client's leaves out of a stack."""
     return {k: v[index] for k, v in leaves.items()}

@@ -7,14 +7,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from fedgen_edge.adapters.ranks import cut, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Federation
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.jobs import Job, Training
+from fedgen_edge.leaves import shapes
 from fedgen_edge.seeds import generator
-from fedgen_edge.types import Commit, Order, ServerState, Update
-from fedgen_edge.uplink.transform import shapes
-from fedgen_edge.uplink.wire import came_down, sent_down
+from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
+from fedgen_edge.uplink.wire import Wire, came_down, sent_down
 
 LOSSES = "losses"
 """Where the server keeps every client's last training loss."""
@@ -112,17 +113,25 @@ def rounds(
     draw = draw or partial(sample, federation, clients)
     for r in range(state.round, federation.rounds):
         cohort = draw(r, state.memory.get(LOSSES))
-        shared = algorithm.shared(state.adapter)
-        payload = sent_down(job.wire, shared, r)
-        received = {**state.adapter, **came_down(job.wire, payload, shapes(shared))}
-        groups = algorithm.groups(cohort)
-        orders = [Order(group, r, received, payload, clients) for group in groups]
+        groups = [(group, algorithm.rank(group[0])) for group in algorithm.groups(cohort)]
+        sent = {rank: addressed(job.wire, algorithm, state, rank) for _, rank in groups}
+        orders = [Order(group, r, *sent[rank], clients, rank) for group, rank in groups]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
         state = algorithm.step(state, updates)
         if federation.candidates is not None:
             state = remembered(state, updates, clients)
         job.accepted(updates)
         yield Commit(state, updates, sum(len(order.payload) for order in orders))
+
+
+def addressed(
+    wire: Wire, algorithm: Algorithm, state: ServerState, rank: int | None
+) -> tuple[Leaves, bytes]:
+    """What clients of a rank receive, with zeros beyond it; and what travels, without them."""
+    shared = truncated(algorithm.shared(state.adapter), rank)
+    payload = sent_down(wire, shared, state.round)
+    found = padded(came_down(wire, payload, shapes(shared)), shapes(state.adapter))
+    return {**cut(state.adapter, rank), **found}, payload
 
 
 def mean_loss(updates: Sequence[Update]) -> float:

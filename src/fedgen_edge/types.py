@@ -64,6 +64,8 @@ class Order:
     """What travelled, of which `received` was made."""
     among: int = 1
     """Clients of the federation, drawn or not."""
+    rank: int | None = None
+    """Of the learner's adapter: `received` is zero beyond it; none is the global adapter's."""
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def test_peft_loads_it_as_one_adapter_and_it_is_read_back(
     theirs = PeftModel.from_pretrained(make(), str(tmp_path / "anna"))  # pyright: ignore[reportArgumentType]
     close(ours, logits(theirs))
     assert (ours - adapted_logits(model, lora, own)).abs().max() > 0.01
-    close(adapted_logits(model, lora, formats.read(tmp_path / "anna", lora, frozen=True)), ours)
+    close(adapted_logits(model, lora, formats.read(tmp_path / "anna", lora, any_rank=True)), ours)
     # as a start it would be of another rank than the one that was asked for
     with pytest.raises(formats.AdapterError, match=f"has rank {rank}, adapter.rank=2"):
         formats.read(tmp_path / "anna", lora)

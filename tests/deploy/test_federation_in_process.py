@@ -1,5 +1,6 @@
 """A server and its sites without a network: they end as one process does, bit for bit."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgen_edge import config
+from fedgen_edge.adapters.ranks import truncated
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.config import Method, Settings, from_table
@@ -17,9 +19,11 @@ from fedgen_edge.deploy.settings import digest
 from fedgen_edge.deploy.site import Site, open_site
 from fedgen_edge.engines.exchange import Carrier
 from fedgen_edge.engines.flower import FlowerCarrier
+from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, build
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.rounds import sample
+from fedgen_edge.uplink.transform import encode
 from loop import InlineGrid, Loop, conduct, hurry, model, outcome, server, stubs
 from sites import NAMES, kit, recipe, rows, write_rows
 
@@ -92,12 +96,44 @@ def test_a_federation_of_sites_ends_as_a_run_on_one_machine(tmp_path: Path, meth
 def test_fewer_bytes_arrive_as_on_one_machine(
     tmp_path: Path, method: str, up: dict[str, Any], down: dict[str, Any]
 ) -> None:
-    more = {**QUICK, "method": {"name": method}, "uplink": up, "downlink": down}
+    ranks = {"rank": 4, "ranks": [1, 4, 2]} if method == "flexlora" else {}
+    more = {**QUICK, "method": {"name": method}, "uplink": up, "downlink": down, "adapter": ranks}
     data = write_rows(tmp_path / "all.jsonl", rows())
     simulation = simulated(tmp_path / "run", recipe(data, **more))
     sites = opened(tmp_path / "kits", **more)
     folder = server(tmp_path / "fed", shared(recipe(None, **more)), NAMES, over_selection=1)
     check(folder, sites, simulation, Loop({name: s.handle for name, s in sites.items()}))
+
+
+def test_sites_of_unequal_ranks_end_as_on_one_machine_and_send_fewer_bytes(tmp_path: Path) -> None:
+    more = {
+        **QUICK,
+        "method": {"name": "raflora"},
+        "adapter": {"rank": 4, "ranks": [1, 4, 2], "rslora": True},
+        "federation": {"cohort": None},
+    }
+    data = write_rows(tmp_path / "all.jsonl", rows())
+    simulation = simulated(tmp_path / "run", recipe(data, **more))
+    sites = opened(tmp_path / "kits", **more)
+    folder = server(tmp_path / "fed", shared(recipe(None, **more)), NAMES, over_selection=1)
+    carrier = Loop({name: s.handle for name, s in sites.items()})
+    check(folder, sites, simulation, carrier)
+    # what travelled, either way and for any work but to join, is as long as the rank makes it
+    whole = sites["north"].start
+    ranks = dict(zip(NAMES, (1, 4, 2), strict=True))
+    lengths = {name: len(encode(truncated(whole, rank))) for name, rank in ranks.items()}
+    assert lengths["east"] < lengths["west"] < lengths["north"]
+    down = {(name, len(work.payload)) for name, work in carrier.asked if work.payload}
+    assert down == {*lengths.items()}
+    assert {(r.site, len(r.payload)) for r in carrier.heard if r.payload} == {*lengths.items()}
+    for line in records.lines(folder / "run" / "rounds.jsonl"):
+        told = {own["client"]: (own["rank"], own["bytes_up"]) for own in line["clients"]}
+        assert told == {name: (ranks[name], lengths[name]) for name in NAMES}
+        assert line["bytes_down"] == sum(lengths.values())
+    for name, rank in ranks.items():
+        own = simulation / "adapters" / "clients" / name / "adapter_config.json"
+        found = json.loads(own.read_text())
+        assert (found["r"], found["lora_alpha"]) == (rank, 16 * (rank / 4) ** 0.5)
 
 
 def posted(sites: dict[str, Site]) -> FlowerCarrier:

@@ -113,7 +113,7 @@ def test_sites_that_train_and_tune_end_as_the_simulation_bit_for_bit(
     answers = [server.ask(c, "evaluate", state.round, state.adapter) for c in range(3)]
     assert sum(a.said["validation"]["total"] for a in answers) == judged["total"]
     for number, site in enumerate(sites):
-        own = simulated.own(commit.state, memory.get(number, {}))
+        own = simulated.own(commit.state, memory.get(number, {}), number)
         shard = simulated.clients.shards[number]
         assert answers[number].said["test"] == simulated.sums(own, shard.test)
         order = Order((number,), state.round, commit.state.adapter)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from attacks import ATTACKS, OPEN, PAYLOAD, START, TERMS, reply
 
+from fedgen_edge.adapters.ranks import cut, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Federation
 from fedgen_edge.engines.exchange import Carrier, Reply, Work, digest
@@ -19,7 +20,8 @@ from fedgen_edge.types import Leaves, Order
 from fedgen_edge.uplink.transform import decode, encode
 
 NAMES = ("one", "site", "two")
-STATE = Algorithm().init(START)
+PLAIN = Algorithm()
+STATE = PLAIN.init(START)
 SENT = encode(STATE.adapter)
 
 
@@ -64,11 +66,13 @@ def honest(name: str, size: float) -> Reply:
     return based(replace(reply(encode(scale(decode(PAYLOAD), size))), site=name))
 
 
-def ended(replies: list[Reply], wanted: int = 3, quorum: int = 1) -> tuple[Leaves, Heard, Scripted]:
+def ended(
+    replies: list[Reply], wanted: int = 3, quorum: int = 1, algorithm: Algorithm = PLAIN
+) -> tuple[Leaves, Heard, Scripted]:
     """The adapter after the eighth round."""
     heard, carrier = Heard(), Scripted(replies)
     job = Distant(
-        Algorithm(),
+        algorithm,
         TERMS,
         lambda: NAMES,
         lambda: dict.fromkeys(NAMES, 9),
@@ -79,7 +83,7 @@ def ended(replies: list[Reply], wanted: int = 3, quorum: int = 1) -> tuple[Leave
     )
     plan, start = Federation(clients=3, rounds=8), replace(STATE, round=7)
     engine = Remote(carrier, wanted, quorum, 60.0)
-    (commit,) = rounds(start, Algorithm(), engine, job, plan)
+    (commit,) = rounds(start, algorithm, engine, job, plan)
     return commit.state.adapter, heard, carrier
 
 
@@ -157,6 +161,34 @@ def test_fewer_than_the_quorum_change_nothing() -> None:
     with pytest.raises(QuorumError, match=r"round 8 had 2 of the 3 updates .* 3 sites asked"):
         ended(OTHERS, quorum=3)
     assert same(START, before)
+
+
+def test_a_site_of_a_lower_rank_answers_what_it_was_sent_and_no_other_rank() -> None:
+    # `one` and `two` hold one of the two terms of `m`, and `site` both
+    algorithm, few = Algorithm(ranks=(1, 2)), encode(truncated(STATE.adapter, 1))
+    sent = {"one": few, "site": SENT, "two": few}
+    delta = decode(PAYLOAD)
+
+    def answer(name: str, base: str, rank: int) -> Reply:
+        own = reply(encode(truncated(delta, rank)), base=digest(sent[base]))
+        return replace(own, site=name)
+
+    right = [answer("one", "one", 1), answer("site", "site", 2)]
+    adapter, heard, carrier = ended(right, algorithm=algorithm)
+    assert {name: work.payload for name, work in carrier.work[0].items()} == sent
+    assert [line["event"] for line in heard.lines] == ["opened", "accepted", "accepted"]
+    for name, value in delta.items():
+        # a plain mean counts zero for what `one` lacks
+        expected = START[name] + (cut(delta, 1)[name] + value) / 2
+        torch.testing.assert_close(adapter[name], expected)
+    for wrong, code in (
+        (answer("two", "site", 2), "payload-too-long"),
+        (answer("two", "site", 1), "wrong-base"),
+        (answer("site", "one", 1), "wrong-base"),
+        (answer("site", "site", 1), "wrong-shape"),
+    ):
+        _, heard, _ = ended([wrong, right[0]], algorithm=algorithm)
+        assert [line.get("code") for line in heard.lines] == [None, code, None]
 
 
 def test_what_a_carrier_says_has_failed_is_written_down_and_is_no_refusal() -> None:

@@ -100,12 +100,18 @@ def test_kill_9_at_random_moments_then_resume_is_bit_identical(
         assert found[name] == value, name
 
 
-@pytest.mark.parametrize("name", METHODS)
+UNEQUAL = [name for name, entry in METHODS.items() if entry.unequal]
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks"), [*((n, []) for n in METHODS), *((n, [2, 8, 3]) for n in UNEQUAL)]
+)
 def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
-    corpus: Path, tmp_path: Path, name: str
+    corpus: Path, tmp_path: Path, name: str, ranks: list[int]
 ) -> None:
     quick = settings(
         corpus,
+        adapter={"ranks": ranks},
         method={"name": name, "residual_rank": 3},
         uplink={"keep": "top-k", "density": 0.3, "values": "int8", "feedback": True},
         downlink={"values": "fp16"},

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 
 from fedgen_edge.config import Downlink, Uplink, from_table
 from fedgen_edge.errors import ConfigError, RefusedError, TrainingError
-from fedgen_edge.leaves import norm
+from fedgen_edge.leaves import norm, shapes
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves
-from fedgen_edge.uplink.transform import encode, shapes
+from fedgen_edge.uplink.transform import encode
 from fedgen_edge.uplink.wire import (
     LEFT,
     SINCE,

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedgen_edge import files
 from fedgen_edge.adapters.lora import Lora
+from fedgen_edge.adapters.ranks import padded
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import AdapterError
 from fedgen_edge.types import Leaves
@@ -98,16 +99,17 @@ def of_rank(settings: Adapter, rank: int) -> Adapter:
     """The settings at another rank, with the alpha that keeps the scale."""
     ratio = rank / settings.rank
     alpha = settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio)
-    return replace(settings, rank=rank, alpha=alpha)
+    return replace(settings, rank=rank, alpha=alpha, ranks=())
 
 
-def read(folder: Path, lora: Lora, *, frozen: bool = False) -> Leaves:
+def read(folder: Path, lora: Lora, *, any_rank: bool = False) -> Leaves:
     """One adapter from a PEFT folder, its scale turned into ours.
 
     Args:
         folder: as `write` or PEFT has made it.
         lora: the layers that it must belong to.
-        frozen: whether it may have a higher rank; the rest is frozen then, beside the first ones.
+        any_rank: whether it may have another one: of a higher rank the rest is frozen beside the
+            first ones, a lower one is filled with zeros.
 
     Raises:
         AdapterError: no such folder, a pickle, another rank, other layers, or a kind of adapter
@@ -115,7 +117,7 @@ def read(folder: Path, lora: Lora, *, frozen: bool = False) -> Leaves:
     """
     config = _config(folder)
     rank = config["r"]
-    if rank != lora.rank and not (frozen and rank > lora.rank):
+    if rank != lora.rank and not any_rank:
         raise AdapterError(
             f"{folder}: the adapter has rank {rank}, adapter.rank={lora.rank}: make them equal"
         )
@@ -124,7 +126,7 @@ def read(folder: Path, lora: Lora, *, frozen: bool = False) -> Leaves:
     _check(folder, found, replace(lora, rank=rank))
     ratio = theirs / lora.scale
     scaled = {k: v * ratio if k.endswith("_B") else v for k, v in found.items()}
-    return scaled if rank == lora.rank else lora.narrowed(scaled)
+    return lora.narrowed(scaled) if rank > lora.rank else padded(scaled, lora.shapes())
 
 
 def to_peft(name: str) -> str:

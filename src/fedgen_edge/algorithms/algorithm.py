@@ -40,11 +40,17 @@ class Algorithm:
     """Whether leaves are an adapter's or the whole model's."""
     residual: int = 0
     """Rank of a frozen pair beside each trained one, which the server alone changes; 0 is none."""
+    ranks: tuple[int, ...] = ()
+    """Ranks of adapters, which clients take in turn; none is the global adapter's for all."""
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
         more = residuals(adapter, self.residual) if self.residual else {}
         return ServerState(round=0, adapter=dict(sorted({**adapter, **more}.items())))
+
+    def rank(self, client: int) -> int | None:
+        """Of a client's adapter; none is the global adapter's."""
+        return self.ranks[client % len(self.ranks)] if self.ranks else None
 
     def shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
         """Of these leaves, those that a client sends in a round; without one, those it receives."""

@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import products, share, step
+from fedgen_edge.algorithms import products, share, step, unequal
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
-from fedgen_edge.config import Method
+from fedgen_edge.config import Adapter, Method
 from fedgen_edge.errors import ConfigError
 
 
@@ -25,6 +25,8 @@ class Entry(NamedTuple):
 
     about: str
     make: Callable[[Method], Algorithm]
+    unequal: bool = False
+    """Whether clients' adapters may have different ranks."""
 
 
 def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
@@ -58,6 +60,22 @@ METHODS: dict[str, Entry] = {
     "flexlora": Entry(
         "the closest adapter to the mean of the clients' products (arXiv:2402.11505)",
         lambda _: Algorithm(merges=products.by_svd),
+        unequal=True,
+    ),
+    "hetlora": Entry(
+        "clients of any ranks, each layer's mean weighed by the product's size (arXiv:2401.06432)",
+        lambda _: Algorithm(merges=unequal.by_norm),
+        unequal=True,
+    ),
+    "rbla": Entry(
+        "clients of any ranks, each term's mean over those that hold it (arXiv:2408.08699)",
+        lambda _: Algorithm(merges=unequal.over_holders),
+        unequal=True,
+    ),
+    "raflora": Entry(
+        "flexlora for clients of any ranks, each term weighed over its holders (arXiv:2602.13486)",
+        lambda _: Algorithm(merges=unequal.by_partitions),
+        unequal=True,
     ),
     "lora-fair": Entry(
         "mean factors, and B corrected for what their product misses (arXiv:2411.14961)",
@@ -102,7 +120,9 @@ METHODS: dict[str, Entry] = {
         lambda _: Algorithm(merges=by_agreement),
     ),
     "local-only": Entry(
-        "nothing is shared: every client trains alone", lambda _: Algorithm(sends=nothing)
+        "nothing is shared: every client trains alone",
+        lambda _: Algorithm(sends=nothing),
+        unequal=True,
     ),
     "centralised": Entry(
         "one learner meets every client's batches: what federation gives up",
@@ -111,15 +131,18 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def method(settings: Method, setting: str = "method.name") -> Algorithm:
+def method(
+    settings: Method, setting: str = "method.name", adapter: Adapter | None = None
+) -> Algorithm:
     """The algorithm of these settings.
 
     Args:
         settings: its name and parameters.
         setting: where the name was given, for the error.
+        adapter: the clients' ranks.
 
     Raises:
-        ConfigError: no method has this name.
+        ConfigError: no method has this name, or it cannot merge adapters of these ranks.
     """
     if settings.name not in METHODS:
         near = difflib.get_close_matches(settings.name, METHODS, n=1, cutoff=0.0)[0]
@@ -127,4 +150,11 @@ def method(settings: Method, setting: str = "method.name") -> Algorithm:
             f"{setting}={settings.name!r} is not known: did you mean {near!r}? "
             f"There are {', '.join(METHODS)}"
         )
-    return METHODS[settings.name].make(settings)
+    entry = METHODS[settings.name]
+    if adapter and {*adapter.ranks} - {adapter.rank} and not entry.unequal:
+        able = ", ".join(name for name, other in METHODS.items() if other.unequal)
+        raise ConfigError(
+            f"adapter.ranks={list(adapter.ranks)} cannot go with {setting}={settings.name!r}, "
+            f"which merges adapters of one rank: take one of {able}, or leave the ranks out"
+        )
+    return replace(entry.make(settings), ranks=adapter.ranks if adapter else ())

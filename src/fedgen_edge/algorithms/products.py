@@ -44,8 +44,8 @@ def by_svd(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
         ValueError: no client has a positive weight.
 
     Source: Bai et al. 2024, FlexLoRA (arXiv:2402.11505).
-    Differs: all clients have one rank; singular values are split, not all in B; by QR of the
-    factors, where theirs decomposes the dense product.
+    Differs: singular values are split, not all in B; by QR of the factors, where theirs decomposes
+    the dense product. A client of a lower rank receives the first columns, as there: the largest.
     """
     change = _by_layer(adapter, updates, _closest)
     for pair in pairs(updates[0].delta):

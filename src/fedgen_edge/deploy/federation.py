@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fedgen_edge.adapters.ranks import truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Settings
 from fedgen_edge.deploy.among import Among
@@ -161,8 +162,9 @@ class Deployment:
             names: whom to ask.
             bare: judge the backbone as it came instead.
         """
-        payload = b"" if bare else self.payload(state.adapter)
-        said = self.ask("evaluate", state.round, payload, names)
+        bare_ones = dict.fromkeys(names, b"")
+        payloads = bare_ones if bare else self.payloads(state.adapter, names)
+        said = self.ask("evaluate", state.round, payloads)
         parts = {"validation"} | ({"test"} if self._over(state.round) else set())
         found = {}
         for name, answer in said:
@@ -173,22 +175,21 @@ class Deployment:
         return {name: found[name] for name in self.names if name in found}
 
     def ask(
-        self, kind: Kind, round_: int, payload: bytes, names: Sequence[str]
+        self, kind: Kind, round_: int, payloads: Mapping[str, bytes]
     ) -> Iterator[tuple[str, Answer]]:
         """Have sites do other work than training; what is not as it must be is left out.
 
         Args:
             kind: of the work.
             round_: rounds that are committed.
-            payload: leaves that go with it.
-            names: whom to ask.
+            payloads: whom to ask, and the leaves that go with it.
         """
         counted, at = self._counted(round_), self.roll.numbers()
         work = {
             name: Work(kind, self.terms, at[name], round_, 0, counted.get(name), payload)
-            for name in names
+            for name, payload in payloads.items()
         }
-        asked, left = Asked(kind, self.terms, round_, 0, digest(payload)), set(names)
+        left = set(payloads)
         # whoever joins has nothing to work on
         seconds = min(self.plan.gather, JOINING) if kind == "join" else self.plan.deadline
         with closing(self.reached.exchange(work, seconds)) as replies:
@@ -196,8 +197,9 @@ class Deployment:
                 if reply.failed is not None:
                     self._note("failed", why=reply.failed, site=reply.site, round=round_)
                     continue
+                base = digest(payloads.get(reply.site, b""))
                 try:
-                    answer = answered(asked, reply)
+                    answer = answered(Asked(kind, self.terms, round_, 0, base), reply)
                 except RefusedError as error:
                     self.offended(reply.site, round_, error)
                     continue
@@ -205,9 +207,12 @@ class Deployment:
                     left.remove(reply.site)
                     yield reply.site, answer
 
-    def payload(self, adapter: Leaves) -> bytes:
-        """The leaves that travel, encoded."""
-        return encode(self.algorithm.shared(adapter))
+    def payloads(self, adapter: Leaves, names: Sequence[str]) -> dict[str, bytes]:
+        """The leaves that travel to each of these sites, encoded."""
+        at, shared = self.roll.numbers(), self.algorithm.shared(adapter)
+        ranks = {name: self.algorithm.rank(at[name]) for name in names}
+        found = {rank: encode(truncated(shared, rank)) for rank in {*ranks.values()}}
+        return {name: found[rank] for name, rank in ranks.items()}
 
     def _over(self, round_: int) -> bool:
         return round_ >= self.settings.federation.rounds
@@ -224,7 +229,7 @@ class Deployment:
         ]
         if new:
             self.roll.enrol(new)
-            for name, answer in self.ask("join", 0, b"", new):
+            for name, answer in self.ask("join", 0, dict.fromkeys(new, b"")):
                 self._join(name, answer)
             again = [name for name in new if name not in self.greeted]
             self.invited.update(dict.fromkeys(again, time.monotonic()))

@@ -137,7 +137,7 @@ def deployable(settings: Settings, sites: int) -> None:
         ConfigError: names the setting, and the way out.
     """
     algorithm, federation, evaluation = (
-        method(settings.method),
+        method(settings.method, adapter=settings.adapter),
         settings.federation,
         settings.evaluation,
     )

@@ -155,7 +155,7 @@ def deployment(
         home.plan,
         home.settings,
         home.task,
-        method(home.settings.method),
+        method(home.settings.method, adapter=home.settings.adapter),
         home.terms,
         carrier,
         audit,

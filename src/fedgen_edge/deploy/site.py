@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
@@ -37,9 +38,10 @@ from fedgen_edge.experiments.build import (
 from fedgen_edge.experiments.models import save
 from fedgen_edge.experiments.provenance import holdings
 from fedgen_edge.jobs import Clients, Sent
+from fedgen_edge.leaves import shapes
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Order, ServerState
-from fedgen_edge.uplink.transform import length, shapes
+from fedgen_edge.uplink.transform import length
 from fedgen_edge.uplink.wire import Wire, came_down, came_up, most_down
 
 MOST = 100_000
@@ -128,15 +130,21 @@ class Site:
         memory = {number: remembered} if remembered else {}
         return replace(experiment, clients=clients).remembering(memory)
 
-    def received(self, payload: bytes) -> Leaves:
-        """The global adapter of a payload.
+    def received(self, work: Work) -> Leaves:
+        """The global adapter of some work, with zeros beyond this site's rank.
 
         Raises:
-            RefusedError: it is not one of this backbone.
+            RefusedError: it is not one of this backbone, or of another rank.
         """
-        if len(payload) > self.largest:
+        if len(work.payload) > self.largest:
             raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
-        return {**self.start, **opened(payload, self.shared)}
+        rank = self.rank(work)
+        found = opened(work.payload, of_rank(self.shared, rank))
+        return {**cut(self.start, rank), **padded(found, self.shared)}
+
+    def rank(self, work: Work) -> int | None:
+        """By the number that the server gives this site, and the recipe, which all share."""
+        return self.experiment.algorithm.rank(work.client)
 
     def ordered(self, work: Work) -> Order:
         """A round's work, as it came.
@@ -144,11 +152,13 @@ class Site:
         Raises:
             RefusedError: its payload is not one of this backbone.
         """
+        rank = self.rank(work)
         if not self.wire.down.stages:
-            received = self.received(work.payload)
+            received = self.received(work)
         else:
-            received = {**self.start, **came_down(self.wire, work.payload, self.shared)}
-        return Order((work.client,), work.round, received, work.payload)
+            found = came_down(self.wire, work.payload, of_rank(self.shared, rank))
+            received = {**cut(self.start, rank), **padded(found, self.shared)}
+        return Order((work.client,), work.round, received, work.payload, rank=rank)
 
 
 def finite(found: Leaves) -> bool:
@@ -197,7 +207,7 @@ def _check_sent(site: Site, sent: Sent) -> None:
     order = sent.order
     now = site.experiment.algorithm.shared(site.start, order.round)
     # of what was shared when the site opened, whatever the method says by now
-    expected = {k: shape for k, shape in site.shared.items() if k in now}
+    expected = {k: shape for k, shape in of_rank(site.shared, order.rank).items() if k in now}
     try:
         delta = came_up(site.wire, sent.payload, expected, order.round, order.clients[0])
     except RefusedError as error:
@@ -218,8 +228,8 @@ def _evaluate(site: Site, work: Work) -> tuple[Said, bytes]:
     """
     experiment = site.at(work)
     if work.payload:
-        state = ServerState(work.round, site.received(work.payload))
-        own = experiment.own(state, experiment.clients.memory.get(work.client, {}))
+        state = ServerState(work.round, site.received(work))
+        own = experiment.own(state, experiment.clients.memory.get(work.client, {}), work.client)
     else:
         own = experiment.task.model.backbone()
     shard = experiment.clients.shards[0]
@@ -235,8 +245,8 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
     if (found := past.tuned_again(asked)) is not None:
         return found, b""
     began, experiment = time.perf_counter(), site.at(work)
-    received = site.received(work.payload)
-    order = Order((work.client,), work.round, received)
+    received = site.received(work)
+    order = Order((work.client,), work.round, received, rank=site.rank(work))
     tuned = experiment.tune([order], stacked=False)[0]
     if not math.isfinite(tuned.history[tuned.chosen]) or not finite(tuned.adapter):
         raise RefusedError(
@@ -244,7 +254,8 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
             "tuning left the finite numbers: lower personal.lr, or say personal.fallback=true",
         )
     past.begin_tuning()
-    save(experiment, past.personal, ServerState(work.round, received), tuned.adapter, site.name)
+    own = truncated(tuned.adapter, order.rank)
+    save(experiment, past.personal, ServerState(work.round, received), own, site.name)
     said = {
         "validation": tuned.history,
         "chosen": tuned.chosen,
@@ -308,7 +319,7 @@ def _alone(name: str, settings: Settings) -> Experiment:
     check_held_out([holding])
     device = machine.device(settings.engine.device)
     task = task_of(settings, device)
-    algorithm = method(settings.method)
+    algorithm = method(settings.method, adapter=settings.adapter)
     check_method(algorithm, task, settings)
     own = shards(task, corpus, [holding], settings)
     clients = Clients(task, algorithm, own, settings.federation.seed, device)

@@ -73,13 +73,15 @@ def _rounds(deployment: Deployment, run: Path) -> Iterator[Event]:
 def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:
     """Have every site tune an adapter of its own; of it only numbers come back."""
     state, _ = last(run)
-    log, payload = run / "personal.jsonl", deployment.payload(state.adapter)
+    log = run / "personal.jsonl"
     done = {line["client"] for line in records.lines(log)}
     records.truncate(log, len(done))
     pauses = waits(deployment.plan)
     while True:
         left = [name for name in deployment.ready() if name not in done]
-        for name, answer in deployment.ask("personalise", state.round, payload, left):
+        for name, answer in deployment.ask(
+            "personalise", state.round, deployment.payloads(state.adapter, left)
+        ):
             try:
                 line = {"client": name, **tuned(answer.said, deployment.counts)}
             except RefusedError as error:

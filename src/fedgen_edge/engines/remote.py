@@ -5,14 +5,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from fedgen_edge.adapters.ranks import padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Carrier, Reply, Terms, Work, digest
 from fedgen_edge.engines.gate import Asked, Gate, Open, event_of
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.jobs import Job
+from fedgen_edge.leaves import shapes
 from fedgen_edge.types import Order, Update
-from fedgen_edge.uplink.transform import shapes
 from fedgen_edge.uplink.wire import Wire
 
 
@@ -34,18 +35,21 @@ class Called:
 
     orders: Mapping[str, Order]
     work: Mapping[str, Work]
-    gate: Gate
+    gates: Mapping[int | None, Gate]
+    """By the rank of the adapters that pass."""
     note: Note
 
     def update(self, reply: Reply) -> Update | None:
         """What a reply counts for: none where it is refused, or said before, or failed."""
-        asked = self.gate.open.asked
+        order = self.orders.get(reply.site)
+        gate = self.gates[order.rank] if order else next(iter(self.gates.values()))
+        asked = gate.open.asked
         said = {"site": reply.site, "round": asked.round, "attempt": asked.attempt}
         if reply.failed is not None:
             self.note("failed", why=reply.failed, **said)
             return None
         try:
-            taken = self.gate.take(reply)
+            taken = gate.take(reply)
         except RefusedError as error:
             payload = digest(reply.payload)
             self.note(event_of(error), why=str(error), code=error.code, payload=payload, **said)
@@ -55,7 +59,7 @@ class Called:
         self.note("accepted", payload=taken.sha256, **said)
         return Update(
             order=self.orders[reply.site],
-            delta=taken.leaves,
+            delta=padded(taken.leaves, shapes(self.orders[reply.site].received)),
             memory={},
             weight=float(taken.weight),
             loss=taken.loss,
@@ -100,18 +104,8 @@ class Distant:
     def call(self, orders: Sequence[Order]) -> Called:
         """Word a round's orders; the attempt is on the record before anybody is asked."""
         first = orders[0]
-        attempt, base = self.attempt(first.round), digest(first.payload)
-        asked = Asked("train", self.terms, first.round, attempt, base)
-        back = self.algorithm.shared(first.received, first.round)
-        found = Open(
-            asked,
-            shapes(back),
-            first.received,
-            self.bounds(first.round),
-            self.weights(),
-            self.wire,
-            {name: number for number, name in enumerate(self.names())},
-        )
+        attempt = self.attempt(first.round)
+        gates = {order.rank: Gate(self._open(order, attempt)) for order in orders}
         self.note("opened", round=first.round, attempt=attempt)
         counted = self.counted(first.round)
         names = self.names()
@@ -121,7 +115,16 @@ class Distant:
                        counted.get(name), order.payload)
             for name, order in by_name.items()
         }  # fmt: skip
-        return Called(by_name, work, Gate(found), self.note)
+        return Called(by_name, work, gates, self.note)
+
+    def _open(self, order: Order, attempt: int) -> Open:
+        """What the answer of an order's site must be, and of all others of its rank."""
+        asked = Asked("train", self.terms, order.round, attempt, digest(order.payload))
+        start = truncated(order.received, order.rank)
+        schema = shapes(self.algorithm.shared(start, order.round))
+        numbers = {name: number for number, name in enumerate(self.names())}
+        bounds, weights = self.bounds(order.round), self.weights()
+        return Open(asked, schema, start, bounds, weights, self.wire, numbers)
 
 
 @dataclass(frozen=True)

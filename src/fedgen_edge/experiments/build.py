@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import method
@@ -99,9 +100,12 @@ class Experiment:
         """Who takes part in a round."""
         return sample(self.settings.federation, len(self.holdings), round_, losses)
 
-    def own(self, state: ServerState, memory: Leaves) -> Leaves:
-        """A client's model as the rounds left it: the global adapter and what it has kept."""
-        return self.algorithm.receives(state.adapter, memory)
+    def own(self, state: ServerState, memory: Leaves, client: int) -> Leaves:
+        """A client's model as the rounds left it: the global adapter and what it has kept.
+
+        Of the global one it has the terms that its rank has room for.
+        """
+        return self.algorithm.receives(cut(state.adapter, self.algorithm.rank(client)), memory)
 
     def sums(self, adapter: Leaves, examples: Batch) -> Sums:
         """A task's statistics of one client's examples under one adapter."""
@@ -114,7 +118,7 @@ class Experiment:
         able = len(self.holdings) - self.settings.federation.newcomers
         memory = self.clients.memory
         each = {
-            shard.name: self.sums(self.own(state, memory.get(c, {})), shard.validation)
+            shard.name: self.sums(self.own(state, memory.get(c, {}), c), shard.validation)
             for c, shard in enumerate(self.clients.shards[:able])
         }
         return added(each)
@@ -158,9 +162,9 @@ def build(settings: Settings) -> Experiment:
     Raises:
         FedGenError: anything in the settings that cannot be carried out.
     """
-    algorithm = method(settings.method)
+    algorithm = method(settings.method, adapter=settings.adapter)
     beside_it = [
-        method(replace(settings.method, name=name), "evaluation.baselines")
+        method(replace(settings.method, name=name), "evaluation.baselines", settings.adapter)
         for name in settings.evaluation.baselines
     ]
     if settings.evaluation.tensorboard and not find_spec("tensorboard"):
@@ -273,7 +277,7 @@ def check_held_out(holdings: Sequence[Holding]) -> None:
 def beside(experiment: Experiment, name: str) -> Experiment:
     """The same data, batches and budget with another method."""
     settings = replace(experiment.settings, method=replace(experiment.settings.method, name=name))
-    algorithm = method(settings.method)
+    algorithm = method(settings.method, adapter=settings.adapter)
     task, clients = experiment.task, replace(experiment.clients, algorithm=algorithm, memory={})
     if (algorithm.adapts == "full") == task.model.stackable:
         task = task_of(settings, clients.device)

@@ -48,7 +48,7 @@ def test(found: Left) -> Iterator[dict[str, Any]]:
     experiment = found.experiment
     for c, shard in enumerate(experiment.clients.shards):
         began = time.perf_counter()
-        own = experiment.own(found.state, found.memory.get(c, {}))
+        own = experiment.own(found.state, found.memory.get(c, {}), c)
         added = experiment.sums(own, shard.test)
         seconds = round(time.perf_counter() - began, 3)
         yield {**tested(shard.name, found.model, added, found.drawn), "seconds": seconds}

@@ -162,6 +162,7 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
             "weight": u.weight,
             "bytes_up": u.bytes_up,
             "drift": drift(u),
+            **({"rank": u.order.rank} if u.order.rank else {}),
         }
         for u in done.updates
     ]

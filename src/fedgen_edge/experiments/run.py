@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgen_edge import files
+from fedgen_edge.adapters.ranks import cut, truncated
 from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
@@ -128,9 +129,9 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
         return
     records.truncate(log, done)
     for at in range(done, total, CHUNK):
-        orders = [
-            Order((c,), state.round, state.adapter) for c in range(at, min(at + CHUNK, total))
-        ]
+        ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + CHUNK, total))}
+        held = {rank: cut(state.adapter, rank) for rank in {*ranks.values()}}
+        orders = [Order((c,), state.round, held[r], rank=r) for c, r in ranks.items()]
         began = time.perf_counter()
         for number, tuned in enumerate(experiment.engine(orders, experiment.tune)):
             line = _own(experiment, run, names, state, tuned)
@@ -157,7 +158,8 @@ def _own(
             f"personal.lr={experiment.settings.personal.lr}, or say personal.fallback=true"
         )
     target = run / "adapters" / "clients" / names[shard.name]
-    save(experiment, target, state, tuned.adapter, shard.name)
+    own = truncated(tuned.adapter, tuned.order.rank)
+    save(experiment, target, state, own, shard.name)
     return {
         "client": shard.name,
         "folder": names[shard.name],

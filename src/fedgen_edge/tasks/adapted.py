@@ -103,7 +103,7 @@ class Adapted:
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
-            return self._with_averages(formats.read(folder, self.adapter, frozen=True))
+            return self._with_averages(formats.read(folder, self.adapter, any_rank=True))
         return self._with_averages(load_file(folder / self.weights))
 
     def merged(self, folder: Path, leaves: Leaves) -> None:

@@ -14,14 +14,14 @@ import torch
 from torch import Generator
 
 from fedgen_edge.errors import ConfigError, RefusedError, TrainingError
-from fedgen_edge.leaves import add, scale
+from fedgen_edge.leaves import add, scale, shapes
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink import coding
 from fedgen_edge.uplink.coding import Form, Zstd
 from fedgen_edge.uplink.lowrank import LowRank
 from fedgen_edge.uplink.quantise import Cast, Coder, Quantise
 from fedgen_edge.uplink.sparsify import RandomK, Sparsifier, TopK
-from fedgen_edge.uplink.transform import Schema, shapes
+from fedgen_edge.uplink.transform import Schema
 
 ORDER = ((LowRank,), (TopK, RandomK), (Cast, Quantise), (Zstd,))
 """Of these one at most from each, in this order."""

@@ -15,11 +15,6 @@ Schema = Mapping[str, tuple[int, ...]]
 """Shapes of float32 leaves, by name."""
 
 
-def shapes(leaves: Leaves) -> dict[str, tuple[int, ...]]:
-    """Of these leaves."""
-    return {k: tuple(v.shape) for k, v in leaves.items()}
-
-
 def encode(leaves: Leaves) -> bytes:
     """One safetensors file: names, shapes, types and values; nothing to send takes no bytes."""
     if not leaves:

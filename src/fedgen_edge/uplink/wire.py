@@ -4,11 +4,12 @@ Without a chain they go as they are, each under its name. With one, what goes do
 change since before the first round, which every client can make for itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 import torch
+from torch import Tensor
 
 from fedgen_edge.config import Downlink, Uplink
 from fedgen_edge.leaves import add
@@ -81,7 +82,10 @@ def sent_down(on: Wire, leaves: Leaves, round_: int) -> bytes:
     """What travels to the clients of a round."""
     if not on.down.stages:
         return encode(leaves)
-    moved = {k: v - on.base[k] if k in on.base else v for k, v in leaves.items()}
+    moved = {
+        k: v - begun if (begun := _begun(on, k, v.shape)) is not None else v
+        for k, v in leaves.items()
+    }
     return compress(on.down, moved, generator(on.seed, "rounding", round_), 0)
 
 
@@ -93,7 +97,9 @@ def came_down(on: Wire, payload: bytes, schema: Schema) -> Leaves:
     """
     if not on.down.stages:
         return decode(payload)
-    return add(expand(on.down, payload, schema, 0), dict(on.base))
+    moved = expand(on.down, payload, schema, 0)
+    begun = {k: _begun(on, k, v.shape) for k, v in moved.items()}
+    return add(moved, {k: v for k, v in begun.items() if v is not None})
 
 
 def sent_up(
@@ -156,6 +162,11 @@ def stretch(on: Wire) -> float:
         return inf
     scaled = 1 / sparse.density if isinstance(sparse, RandomK) and sparse.scaled else 1.0
     return scaled * (1 + off) if on.up.stages else 1.0
+
+
+def _begun(on: Wire, name: str, shape: Sequence[int]) -> Tensor | None:
+    """A leaf before the first round, cut as adapters of a lower rank are."""
+    return on.base[name][tuple(slice(n) for n in shape)] if name in on.base else None
 
 
 def _places(on: Wire, round_: int, client: int) -> int:
