@@ -292,7 +292,7 @@ class Personal:
     """What each client does with the last global adapter."""
 
     epochs: Whole = 3
-    """Most epochs of tuning; 0 leaves every client the global adapter."""
+    """Most epochs of tuning; 0 leaves every client the global adapter, or its own model."""
     steps: Count | None = None
     """Steps in an epoch; none is one pass over the client's examples."""
     lr: Positive = 5e-4
@@ -302,7 +302,7 @@ class Personal:
     pull: NotNegative = 0.0
     """Pull, in each step, towards the adapter that tuning began from, as FedProx's mu."""
     fallback: bool = True
-    """Keep the global adapter where tuning does not lower the client's validation loss."""
+    """Keep what tuning began from where tuning does not lower the client's validation loss."""
     mixing: tuple[Part, ...] = ()
     """Shares of the tuned adapter in what layers put out, the rest of which is the global one's:
     each client keeps the one that its validation data like best, and 1 is always among them; none

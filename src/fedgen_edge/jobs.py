@@ -3,7 +3,6 @@
 Here is all that a client has and a server does not: its data, and what it remembers.
 """
 
-import math
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -129,11 +128,13 @@ class Clients:
     ) -> tuple[Leaves, Leaves, Iterator[Batch]]:
         """Starts, memories and batches of some orders: one as it is, or many with a first axis.
 
-        Of clients' own models, starts of the shared one take the memories' place.
+        Of clients' own models, if the method has any, starts of the shared one take the memories'
+        place.
         """
-        begins, beside = (self.own, self.start) if own else (self.start, self._noted)
+        begins = self.own if own else self.start
+        noted = self.start if own and self.algorithm.beside else self._noted
         streams = [self.batches(order, budget, purpose) for order in orders]
-        starts, memories = ([self.place(of(o)) for o in orders] for of in (begins, beside))
+        starts, memories = ([self.place(of(o)) for o in orders] for of in (begins, noted))
         if not stacked:
             return starts[0], memories[0], streams[0]
         return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
@@ -277,7 +278,7 @@ class Personalise:
         own = unmixed(tuned.adapter, shared, beside.share if beside else 1.0)
         shares = sorted({*self.mixing, 1.0}, reverse=True)
         losses = {s: judge(self.clients.place(mixed(own, shared, s))) for s in shares}
-        share = min(shares, key=lambda s: math.inf if math.isnan(losses[s]) else losses[s])
+        share = min(shares, key=losses.__getitem__)
         return tuned._replace(adapter=mixed(own, shared, share), share=share)
 
     def _judge(self, orders: Sequence[Order]) -> Judge:

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import sentences
 from fedgen_edge.adapters.lora import Lora
+from fedgen_edge.algorithms.methods import MIXING as MIXING_OF_FEDDPA
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.experiments.evaluate import left
 from fedgen_edge.experiments.models import reopen
@@ -97,18 +98,19 @@ def test_as_a_baseline_a_method_is_judged_by_clients_own_models(tmp_path: Path) 
     for line in lines(run / "evaluation.jsonl"):
         found.setdefault(line["model"], {})[line["client"]] = line["total"]
     # without a pull, each trains alone; who never trained has the shared model, or the backbone
-    *trained, newcomer = experiment_names(run)
+    *trained, newcomer = reopen(run).names
     for client in trained:
         assert found["ditto"][client] == found["local-only"][client] != found["global"][client]
     assert found["ditto"][newcomer] == found["global"][newcomer]
 
 
-def experiment_names(run: Path) -> list[str]:
-    return list(reopen(run).names)
-
-
-def test_a_client_of_feddpa_as_a_baseline_has_the_mixture_of_its_training(tmp_path: Path) -> None:
+def test_a_client_of_feddpa_chooses_its_mixture_and_has_that_of_training_as_a_baseline(
+    tmp_path: Path,
+) -> None:
     run = ran(tmp_path, method={"name": "feddpa"}, evaluation={"baselines": ["feddpa"]})
+    told = [line["share"] for line in lines(run / "personal.jsonl")]
+    assert {*told} <= {*MIXING_OF_FEDDPA}
+    assert any(0 < share < 1 for share in told)
     experiment = reopen(run)
     shared, beside = left(experiment, run, "global"), left(experiment, run, "feddpa")
     assert shared.adapter(0) == shared.state.adapter

@@ -48,7 +48,7 @@ METHODS: dict[str, Entry] = {
         lambda m: Algorithm(sends=all_but_last(m.personal_layers)),
     ),
     "fedrep": Entry(
-        "as fedper, and in each round those train first, alone (arXiv:2102.07078)",
+        "as fedper, and in each round what stays is trained first (arXiv:2102.07078)",
         lambda m: Algorithm(sends=all_but_last(m.personal_layers), head_epochs=m.head_epochs),
     ),
     "ditto": Entry(

@@ -329,6 +329,6 @@ def _stack(experiment: Experiment) -> int:
     """Clients that fit in one stack, by the batch of the largest."""
     clients, batch = experiment.clients, experiment.settings.training.batch
     examples = max((shard.train for shard in clients.shards), key=rows)
-    adapter = clients.place(experiment.start().adapter)
+    adapter = clients.place(clients.algorithm.own(experiment.start().adapter, {}))
     drawn = experiment.task.draw(spaced(examples, batch), generator(0))
     return machine.stack_size(experiment.task, adapter, clients.place(drawn))
