@@ -38,6 +38,7 @@ Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
 Density = Annotated[float, Number, Field(gt=0, le=1)]
+Part = Annotated[float, Number, Field(ge=0, le=1)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -211,7 +212,15 @@ class Method:
     mu: NotNegative = 0.01
     """FedProx: pull of each local step towards the received adapter."""
     personal_layers: Count = 1
-    """FedPer: last layers whose leaves stay at the client."""
+    """FedPer, FedRep: last layers whose leaves stay at the client."""
+    head_epochs: Count = 1
+    """FedRep: first epochs of a round, which train what stays at the client; the others train what
+    is shared."""
+    own_pull: NotNegative = 0.1
+    """Ditto: pull of each step of a client's own model towards the received adapter, the paper's
+    lambda."""
+    own_share: Annotated[float, Number, Field(gt=0, lt=1)] = 0.5
+    """FedDPA: share of a client's own adapter in what layers put out, as it is trained."""
     residual_rank: Count = 32
     """FedEx-LoRA, FLoRA: rank of the frozen pair beside each trained one, which keeps what means
     miss; a rank above it is cut."""
@@ -294,7 +303,7 @@ class Personal:
     """What each client does with the last global adapter."""
 
     epochs: Whole = 3
-    """Most epochs of tuning; 0 leaves every client the global adapter."""
+    """Most epochs of tuning; 0 leaves every client the global adapter, or its own model."""
     steps: Count | None = None
     """Steps in an epoch; none is one pass over the client's examples."""
     lr: Positive = 5e-4
@@ -304,7 +313,11 @@ class Personal:
     pull: NotNegative = 0.0
     """Pull, in each step, towards the adapter that tuning began from, as FedProx's mu."""
     fallback: bool = True
-    """Keep the global adapter where tuning does not lower the client's validation loss."""
+    """Keep what tuning began from where tuning does not lower the client's validation loss."""
+    mixing: tuple[Part, ...] = ()
+    """Shares of the tuned adapter in what layers put out, the rest of which is the global one's:
+    each client keeps the one that its validation data like best, and 1 is always among them; none
+    is 1 alone (of FedDPA: 0, 0.25, 0.5, 0.75 and 1)."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -405,7 +418,7 @@ class Uplink:
     """Level at which zstd shortens the result (extra: compress); 0 does not."""
     feedback: bool = False
     """A client adds what it left out to its next change (arXiv:1901.09847)."""
-    decay: Annotated[float, Number, Field(ge=0, le=1)] = 0.9
+    decay: Part = 0.9
     """Share of what was left out that stays, for each round that the client missed since."""
 
     def __post_init__(self) -> None:

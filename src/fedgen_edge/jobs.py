@@ -4,7 +4,7 @@ Here is all that a client has and a server does not: its data, and what it remem
 """
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -13,6 +13,7 @@ import torch
 from fedgen_edge import leaves
 from fedgen_edge.adapters.ranks import of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.beside import mixed, unmixed
 from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
 from fedgen_edge.errors import TrainingError
@@ -49,6 +50,8 @@ class Tuned(NamedTuple):
     """Validation loss at the start, then after each epoch."""
     chosen: int
     """The epoch that it kept; 0 is the start."""
+    share: float | None = None
+    """Of what layers put out, the tuned adapter's; none where there was no choice."""
 
 
 @runtime_checkable
@@ -57,6 +60,10 @@ class Job(Protocol):
 
     def steps(self, order: Order) -> int:
         """How long the order is."""
+        ...
+
+    def kin(self, order: Order) -> int:
+        """Orders of one number may be carried out together."""
         ...
 
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update] | list[Tuned]:
@@ -96,6 +103,10 @@ class Clients:
         """What the order's client begins from: what it received, and what it has kept."""
         return self.algorithm.receives(order.received, self.remembered(order))
 
+    def own(self, order: Order) -> Leaves:
+        """What the order's client begins from with its own model."""
+        return self.algorithm.own(self.start(order), self.remembered(order))
+
     def remembered(self, order: Order) -> Leaves:
         """What the order's client has kept."""
         return self.memory.get(order.clients[0], {})
@@ -115,22 +126,36 @@ class Clients:
         return sum(steps(self.shards[c].train, budget) for c in order.clients)
 
     def together(
-        self, orders: Sequence[Order], budget: Budget, purpose: str, *, stacked: bool
+        self,
+        orders: Sequence[Order],
+        budget: Budget,
+        purpose: str,
+        *,
+        stacked: bool,
+        own: bool = False,
     ) -> tuple[Leaves, Leaves, Iterator[Batch]]:
-        """Starts, memories and batches of some orders: one as it is, or many with a first axis."""
+        """Starts, memories and batches of some orders: one as it is, or many with a first axis.
+
+        Of clients' own models, if the method has any, starts of the shared one take the memories'
+        place.
+        """
+        begins = self.own if own else self.start
+        noted = self.start if own and self.algorithm.beside else self._noted
         streams = [self.batches(order, budget, purpose) for order in orders]
-        starts = [self.place(self.start(order)) for order in orders]
-        memories = [self.place(select(self.remembered(o), _corrects)) for o in orders]
+        starts, memories = ([self.place(of(o)) for o in orders] for of in (begins, noted))
         if not stacked:
             return starts[0], memories[0], streams[0]
         return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
+
+    def _noted(self, order: Order) -> Leaves:
+        return select(self.remembered(order), _of_no_model)
 
     def place(self, values: Leaves) -> Leaves:
         """On the device."""
         return {k: v.to(self.device) for k, v in values.items()}
 
 
-def _corrects(name: str) -> bool:
+def _of_no_model(name: str) -> bool:
     """Whether training sees it: what is kept for another purpose has that in its name."""
     return ":" not in name
 
@@ -153,6 +178,12 @@ class Train:
         """Optimiser steps."""
         return self.clients.steps(order, self.budget)
 
+    def kin(self, order: Order) -> int:
+        """Steps in an epoch, where it says which leaves are trained."""
+        if not self.clients.algorithm.head_epochs:
+            return 0
+        return self.budget.each(self.clients.shards[order.clients[0]].train)
+
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
         """Train, and return what the server gets; nothing is remembered yet."""
         return [self._arrived(sent) for sent in self.send(orders, stacked=stacked)]
@@ -165,16 +196,34 @@ class Train:
         delta, loss = local_update(self.clients.task, start, memory, batches, recipe)
         losses = (loss.total / loss.count.clamp(min=1)).reshape(-1).tolist()
         rows = [{k: v[i] if stacked else v for k, v in delta.items()} for i in range(len(orders))]
-        return [
+        found = [
             self._sent(order, {k: v.cpu() for k, v in own.items()}, mean)
             for order, own, mean in zip(orders, rows, losses, strict=True)
         ]
+        return found if self.clients.algorithm.beside is None else self._beside(found, stacked)
 
     def accepted(self, updates: Sequence[Update]) -> None:
         """Remember what each of these clients kept."""
         for update in updates:
             if update.memory:
                 self.clients.memory[update.order.clients[0]] = update.memory
+
+    def _beside(self, sent: list[Sent], stacked: bool) -> list[Sent]:
+        """The same, and the clients' own models trained and kept."""
+        clients, orders = self.clients, [each.order for each in sent]
+        beside = clients.algorithm.beside
+        assert beside is not None
+        start, shared, batches = clients.together(
+            orders, self.budget, "train", stacked=stacked, own=True
+        )
+        recipe = replace(self.recipe(orders[0].round), corrects=beside.corrects)
+        delta, _ = local_update(clients.task, start, shared, batches, recipe)
+        now = {k: v.cpu() for k, v in leaves.add(start, delta).items()}
+        rows = [leaves.row(now, i) if stacked else now for i in range(len(sent))]
+        return [
+            replace(one, memory=one.memory | beside.keeps(row, clients.start(one.order)))
+            for one, row in zip(sent, rows, strict=True)
+        ]
 
     def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
@@ -219,22 +268,42 @@ class Personalise:
     budget: Budget
     recipe: Recipe
     patience: Patience
+    mixing: tuple[float, ...] = ()
+    """Shares of the tuned adapter to choose from, the rest being the shared one's; none is 1."""
 
     def steps(self, order: Order) -> int:
         """Most optimiser steps."""
         return self.clients.steps(order, self.budget)
 
+    def kin(self, order: Order) -> int:
+        """All may be together."""
+        del order
+        return 0
+
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Tuned]:
         """Tune, and return every client's own adapter, which goes nowhere."""
-        given = self.clients.together(orders, self.budget, "personalise", stacked=stacked)
+        clients, judge = self.clients, self._judge(orders)
+        given = clients.together(orders, self.budget, "personalise", stacked=stacked, own=True)
         start, memory, batches = given
-        walk = descend(self.clients.task, start, memory, batches, self.recipe)
-        starts = [self.clients.place(self.clients.start(order)) for order in orders]
-        found = personalise(walk, starts, self._judge(orders), self.patience)
-        return [
+        walk = descend(clients.task, start, memory, batches, self.recipe)
+        starts = [clients.place(clients.own(order)) for order in orders]
+        found = personalise(walk, starts, judge, self.patience)
+        tuned = [
             Tuned(order, {k: v.cpu() for k, v in best.items()}, history, chosen)
             for order, (best, history, chosen) in zip(orders, found, strict=True)
         ]
+        return [self._mixed(one, partial(judge, at)) for at, one in enumerate(tuned)]
+
+    def _mixed(self, tuned: Tuned, judge: Callable[[Leaves], float]) -> Tuned:
+        """The mixture with what is shared that the client's validation data like best."""
+        if not self.mixing:
+            return tuned
+        shared, beside = self.clients.start(tuned.order), self.clients.algorithm.beside
+        own = unmixed(tuned.adapter, shared, beside.share if beside else 1.0)
+        shares = sorted({*self.mixing, 1.0}, reverse=True)
+        losses = {s: judge(self.clients.place(mixed(own, shared, s))) for s in shares}
+        share = min(shares, key=losses.__getitem__)
+        return tuned._replace(adapter=mixed(own, shared, share), share=share)
 
     def _judge(self, orders: Sequence[Order]) -> Judge:
         task, shards = self.clients.task, self.clients.shards

@@ -488,6 +488,8 @@ TALES: dict[str, dict[str, Any]] = {
     "losses in words": {"validation": ["1.5"]},
     "an epoch that was not": {"chosen": 2},
     "no epoch": {"chosen": True},
+    "more than all of its adapter": {"share": 1.5},
+    "no share of its adapter": {"share": -0.1},
     "no test": {"test": {}},
 }
 

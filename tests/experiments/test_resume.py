@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from conftest import sentences
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.config import Settings, from_table
+from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import federate
 from fedgen_edge.experiments.diagnose import agreement
@@ -118,6 +118,8 @@ def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
         federation={"rounds": 4},
         evaluation={"baselines": [], "sample_tokens": 0},
         personal={"epochs": 1},
+        # fedrep has epochs for what stays and for what is shared
+        training={"epochs": 1 + METHODS[name].make(Method()).head_epochs},
     )
     for folder in (whole := tmp_path / "whole", broken := tmp_path / "broken"):
         create(quick, folder)
@@ -207,7 +209,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
     corpus: Path, tmp_path: Path, name: str
 ) -> None:
     folder = tmp_path / "run"
-    wild = {"optimiser": "sgd", "lr": 1e30, "clip": 0.0}
+    epochs = 1 + METHODS[name].make(Method()).head_epochs
+    wild = {"optimiser": "sgd", "lr": 1e30, "clip": 0.0, "epochs": epochs}
     create(settings(corpus, training=wild, method={"name": name}), folder)
     with pytest.raises(TrainingError, match=r"training\.lr=1e\+30"):
         finish(folder)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedgen_edge.algorithms import correct, merge, receive, share, step
+from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.products import residuals
 from fedgen_edge.types import RESIDUAL, Leaves, ServerState, Update
 
@@ -42,6 +43,11 @@ class Algorithm:
     """Rank of a frozen pair beside each trained one, which the server alone changes; 0 is none."""
     ranks: tuple[int, ...] = ()
     """Ranks of adapters, which clients take in turn; none is the global adapter's for all."""
+    head_epochs: int = 0
+    """First epochs of a round, which train what stays at the client, and the others what is shared;
+    0 trains both throughout."""
+    beside: Beside | None = None
+    """A client's own model, which it trains beside the shared one; none has but that."""
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
@@ -57,6 +63,25 @@ class Algorithm:
         names = self.sends(list(leaves), round_)
         frozen = () if round_ is None else RESIDUAL
         return {k: v for k, v in leaves.items() if k in names and not k.startswith(frozen)}
+
+    def training(self, names: Sequence[str], round_: int) -> Callable[[str, int], bool]:
+        """Whether one of these leaves is trained in an epoch of the round."""
+        shared = self.sends(names, None) if self.head_epochs else set()
+
+        def trained(name: str, epoch: int) -> bool:
+            turn = not self.head_epochs or (name in shared) == (epoch >= self.head_epochs)
+            return turn and self.trains(name, round_, epoch)
+
+        return trained
+
+    def own(self, shared: Leaves, memory: Leaves) -> Leaves:
+        """A client's own model as the rounds left it: the shared one where there is no other.
+
+        Args:
+            shared: what the client begins from with the shared one.
+            memory: the client's.
+        """
+        return self.beside.begins(shared, memory) if self.beside else shared
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.

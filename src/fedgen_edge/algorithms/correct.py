@@ -22,3 +22,20 @@ def proximal(mu: float) -> Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]:
         return {k: g + mu * (now[k] - start[k]) for k, g in grads.items()}
 
     return corrects
+
+
+def towards_shared(pull: float) -> Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]:
+    """Pull a client's own model towards the shared one: the gradient of pull / 2 |own - shared|^2.
+
+    The shared one is what the client received in the round, in the memory's place.
+
+    Source: Li et al. 2021, Ditto (arXiv:2012.04221), algorithm 1.
+    Differs: the distance is between factors, so that of products depends on how they are factored;
+    and the pull is clipped with the gradient.
+    """
+
+    def corrects(grads: Leaves, now: Leaves, start: Leaves, memory: Leaves) -> Leaves:
+        del start
+        return {k: g + pull * (now[k] - memory[k]) for k, g in grads.items()}
+
+    return corrects

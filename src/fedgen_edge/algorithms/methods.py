@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fedgen_edge.algorithms import products, share, step, unequal
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.correct import proximal
+from fedgen_edge.algorithms.beside import Beside
+from fedgen_edge.algorithms.correct import proximal, towards_shared
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Adapter, Method
@@ -34,6 +35,9 @@ def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorith
     return Algorithm(steps=step.adaptive(second, rate, m.server_momentum, m.server_floor))
 
 
+MIXING = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""Shares of its own adapter that a client of FedDPA chooses from, where the settings name none."""
+
 METHODS: dict[str, Entry] = {
     "fedgen-edge": Entry(
         "FedAvg of LoRA adapters, the backbone frozen (arXiv:2511.11585)", lambda _: Algorithm()
@@ -44,6 +48,18 @@ METHODS: dict[str, Entry] = {
     "fedper": Entry(
         "the last layers' adapters stay at the client (arXiv:1912.00818)",
         lambda m: Algorithm(sends=all_but_last(m.personal_layers)),
+    ),
+    "fedrep": Entry(
+        "as fedper, and in each round what stays is trained first (arXiv:2102.07078)",
+        lambda m: Algorithm(sends=all_but_last(m.personal_layers), head_epochs=m.head_epochs),
+    ),
+    "ditto": Entry(
+        "each client trains a model of its own, pulled towards the shared one (arXiv:2012.04221)",
+        lambda m: Algorithm(beside=Beside(towards_shared(m.own_pull))),
+    ),
+    "feddpa": Entry(
+        "each client trains an adapter of its own with the shared one mixed in (arXiv:2403.19211)",
+        lambda m: Algorithm(beside=Beside(share=m.own_share, mixing=MIXING)),
     ),
     "ffa-lora": Entry(
         "A stays as it was drawn, so that the mean is exact (arXiv:2403.12313)",

@@ -63,6 +63,9 @@ def tuned(said: Mapping[str, Any], counts: Sequence[str]) -> dict[str, Any]:
     each = numbers({str(i): v for i, v in enumerate(history)}, [*map(str, range(len(history)))], ())
     if type(chosen) is not int or not 0 <= chosen < len(history):
         raise RefusedError("bad-numbers", f"chosen is {shown(chosen)}")
+    share = numbers({"share": said["share"]}, (), ("share",)) if "share" in said else {}
+    if share.get("share", 1.0) > 1:
+        raise RefusedError("bad-numbers", f"share is {shown(said['share'])}")
     seconds = numbers({"seconds": said.get("seconds")}, (), ("seconds",))
     found = sums(said.get("test"), counts)
-    return {"validation": [*each.values()], "chosen": chosen, "test": found, **seconds}
+    return {"validation": [*each.values()], "chosen": chosen, **share, "test": found, **seconds}

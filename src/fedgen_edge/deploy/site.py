@@ -259,6 +259,7 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
     said = {
         "validation": tuned.history,
         "chosen": tuned.chosen,
+        **({} if tuned.share is None else {"share": tuned.share}),
         "test": experiment.sums(tuned.adapter, experiment.clients.shards[0].test),
         "seconds": round(time.perf_counter() - began, 3),
     }

@@ -93,6 +93,11 @@ class Distant:
         del order
         return 0
 
+    def kin(self, order: Order) -> int:
+        """The same: sites are never together."""
+        del order
+        return 0
+
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
         """Never done on this machine."""
         raise NotImplementedError("sites do this job: the engine is Remote")

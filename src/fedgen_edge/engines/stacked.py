@@ -16,7 +16,9 @@ def stacked(size: int) -> Engine:
 
     def run(orders: Sequence[Order], job: Job) -> Iterator[Update | Tuned]:
         ranked = sorted(orders, key=job.steps, reverse=True)
-        for at in range(0, len(ranked), size):
-            yield from job(ranked[at : at + size], stacked=True)
+        for kin in dict.fromkeys(map(job.kin, ranked)):
+            alike = [order for order in ranked if job.kin(order) == kin]
+            for at in range(0, len(alike), size):
+                yield from job(alike[at : at + size], stacked=True)
 
     return run

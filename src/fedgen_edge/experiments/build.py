@@ -85,7 +85,9 @@ class Experiment:
         corrects = proximal(p.pull) if p.pull else unchanged
         recipe = Recipe(optimiser(t, p.lr), t.clip, corrects=corrects)
         budget = Budget(t.batch, p.epochs, p.steps)
-        return Personalise(self.clients, budget, recipe, Patience(p.patience, p.fallback))
+        beside, patience = self.algorithm.beside, Patience(p.patience, p.fallback)
+        mixing = p.mixing or (beside.mixing if beside else ())
+        return Personalise(self.clients, budget, recipe, patience, mixing)
 
     def start(self) -> ServerState:
         """The server before the first round."""
@@ -126,10 +128,7 @@ class Experiment:
     def _recipe(self, round_: int) -> Recipe:
         t, algorithm = self.settings.training, self.algorithm
         rate = rate_of(self.settings, algorithm, round_)
-
-        def trains(name: str, epoch: int) -> bool:
-            return algorithm.trains(name, round_, epoch)
-
+        trains = algorithm.training(list(self.task.model.leaf_shapes()), round_)
         return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects)
 
 
@@ -231,6 +230,13 @@ def check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None
         raise ConfigError(
             f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
             "trains every weight: leave it out, or merge it into the backbone first"
+        )
+    t, head = settings.training, algorithm.head_epochs
+    if head and (t.steps or t.epochs <= head):
+        told = f"training.steps={t.steps}" if t.steps else f"training.epochs={t.epochs}"
+        raise ConfigError(
+            f"{told} leaves no epoch for what is shared, after the method.head_epochs={head} for "
+            f"what stays at the client: say training.epochs={head + 1} or more, and no steps"
         )
     algorithm.sends(list(task.model.leaf_shapes()), None)
 
@@ -340,6 +346,6 @@ def _stack(experiment: Experiment) -> int:
     """Clients that fit in one stack, by the batch of the largest."""
     clients, batch = experiment.clients, experiment.settings.training.batch
     examples = max((shard.train for shard in clients.shards), key=rows)
-    adapter = clients.place(experiment.start().adapter)
+    adapter = clients.place(clients.algorithm.own(experiment.start().adapter, {}))
     drawn = experiment.task.draw(spaced(examples, batch), generator(0))
     return machine.stack_size(experiment.task, adapter, clients.place(drawn))

@@ -25,6 +25,12 @@ class Left(NamedTuple):
     drawn: Set[str]
     """Clients that some round drew."""
 
+    def adapter(self, client: int) -> Leaves:
+        """What a client has: of this run's method the shared model, of a baseline its own."""
+        memory = self.memory.get(client, {})
+        shared = self.experiment.own(self.state, memory, client)
+        return shared if self.model == "global" else self.experiment.algorithm.own(shared, memory)
+
 
 def models(experiment: Experiment) -> list[str]:
     """What a run's rounds leave, in the order of its tables; personal models come after them."""
@@ -48,8 +54,7 @@ def test(found: Left) -> Iterator[dict[str, Any]]:
     experiment = found.experiment
     for c, shard in enumerate(experiment.clients.shards):
         began = time.perf_counter()
-        own = experiment.own(found.state, found.memory.get(c, {}), c)
-        added = experiment.sums(own, shard.test)
+        added = experiment.sums(found.adapter(c), shard.test)
         seconds = round(time.perf_counter() - began, 3)
         yield {**tested(shard.name, found.model, added, found.drawn), "seconds": seconds}
 

@@ -236,7 +236,7 @@ def _each(experiment: Experiment, run: Path, model: str) -> Iterator[tuple[Pictu
     else:
         found = left(experiment, run, model)
         task, clients = found.experiment.task, range(len(experiment.names))
-        adapters = (found.experiment.own(found.state, found.memory.get(c, {}), c) for c in clients)
+        adapters = (found.adapter(c) for c in clients)
     assert isinstance(task, Pictured)
     for client, adapter in enumerate(adapters):
         yield task, adapter, client

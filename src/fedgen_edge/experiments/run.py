@@ -165,6 +165,7 @@ def _own(
         "folder": names[shard.name],
         "validation": tuned.history,
         "chosen": tuned.chosen,
+        **({} if tuned.share is None else {"share": tuned.share}),
         "test": experiment.sums(tuned.adapter, shard.test),
     }
 
