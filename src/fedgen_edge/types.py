@@ -98,13 +98,27 @@ class ServerState:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """What the virtual clock says of a commit."""
+
+    clock: float
+    """Seconds from the start of training to the commit."""
+    dropped: tuple[int, ...] = ()
+    """Clients that were asked and do not count."""
+    bytes_up: int = 0
+    """What these had sent by then."""
+
+
+@dataclass(frozen=True)
 class Commit:
     """One round, done: the new state, and what made it."""
 
     state: ServerState
     updates: Sequence[Update]
     bytes_down: int
-    """Serialised length of what the cohort received."""
+    """Serialised length of what was sent to clients."""
+    timing: Timing | None = None
+    """Where devices are described."""
 
 
 def none_follow(adapter: Leaves) -> Leaves:

@@ -306,7 +306,9 @@ class Inline:
 SHARING = [
     name
     for name, entry in METHODS.items()
-    if (made := entry.make(Method())).sends is not nothing and made.groups is each_alone
+    if (made := entry.make(Method())).sends is not nothing
+    and made.groups is each_alone
+    and not made.buffer
 ]
 
 

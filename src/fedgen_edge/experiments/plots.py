@@ -109,7 +109,8 @@ def training_curves(run: RunFiles) -> Figure | None:
     """Mean training loss of each round; the band is from the best client to the worst."""
     figure, axes = _figure()
     for label, colour, rounds in _methods(run):
-        _line(axes, [(row["round"], row["loss"]) for row in rounds], label, colour)
+        trained = [row for row in rounds if row["loss"] is not None]
+        _line(axes, [(row["round"], row["loss"]) for row in trained], label, colour)
     whole = [row for row in run.rounds if row["clients"]]
     losses = [[c["loss"] for c in row["clients"]] for row in whole]
     _band(axes, [row["round"] for row in whole], losses, COLOURS[GLOBAL])
