@@ -355,9 +355,9 @@ class Evaluation:
     """Most test blocks of each client at the end, evenly spaced; 0 is all."""
     baselines: Words = ()
     """Methods to train beside this one, on the same batches with the same budget."""
-    target: Positive | None = None
-    """Validation number (a language model's perplexity) that the report tells the rounds, bytes and
-    seconds to; none is the best that all of these methods reach."""
+    target: Annotated[float, Number] | None = None
+    """Validation number, such as a perplexity, to which the report counts rounds, bytes and virtual
+    seconds; none is the best that all of these methods reach."""
     prompts: Words = ()
     """What the backbone, the global and the personal models are asked for, for the report: text to
     continue (none is `The `), or classes of pictures (none is all)."""

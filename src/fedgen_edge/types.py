@@ -94,7 +94,7 @@ class ServerState:
     adapter: Leaves
     """The global adapter."""
     memory: Leaves = field(default_factory=dict)
-    """What the server's own step keeps (moments, variates)."""
+    """What the server's own step keeps (moments, variates), and its virtual clock."""
 
 
 @dataclass(frozen=True)
