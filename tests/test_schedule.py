@@ -151,8 +151,8 @@ def test_who_finish_together_count_by_lot() -> None:
 
 
 def test_over_selection_asks_a_share_more_rounded_up() -> None:
-    # of 10: 7 more, not 8 for the sake of 7.000000000000001; of 3, 0.3 are 1 more
-    assert asked_size(Federation(over=0.7), 10, 99) == 17
+    # of 100: 7 more, not 8 for the sake of 7.000000000000001; of 3, 0.3 are 1 more
+    assert asked_size(Federation(over=0.07), 100, 999) == 107
     assert asked_size(Federation(over=0.1), 3, 99) == 4
     assert asked_size(Federation(over=9.0, newcomers=2), 3, 10) == 8
     assert len(sample(Federation(cohort=4, over=0.5), 10, 0)) == 6
@@ -300,6 +300,16 @@ def test_who_comes_after_the_deadline_is_never_trained() -> None:
     assert [each.timing for each in done] == [Timing(5.0, (1,), 0), Timing(10.0, (1,), 0)]
     # both received the adapter
     assert [each.bytes_down for each in done] == [2 * SIZE] * 2
+
+
+def test_more_than_the_cohort_are_asked_and_the_first_of_them_count() -> None:
+    # all three are asked, 0 and 2 come first after 2 seconds: the mean of halfway to 4 and to 8
+    devices = Devices(steps_per_second=(1.0, 0.1, 0.5))
+    done, trained = federated([4, 99, 8], devices, rounds=1, cohort=2, over=0.5)
+    assert [order.clients for order in trained] == [(0,), (2,)]
+    assert w(done[0]) == 3.0
+    assert done[0].timing == Timing(2.0, (1,), 0)
+    assert done[0].bytes_down == 3 * SIZE
 
 
 def test_a_round_that_nobody_finishes_changes_nothing_but_the_time() -> None:

@@ -55,7 +55,7 @@ def available(devices: Devices, seed: int, round_: int, client: int) -> bool:
 
 def asked_size(federation: Federation, cohort: int, clients: int) -> int:
     """Clients that a round asks, of whom the cohort is to come: never more than there are."""
-    # 0.7 of 10 is 7, whatever floats make of it
+    # 0.07 of 100 is 7, whatever floats make of it
     more = math.ceil(round(federation.over * cohort, 9))
     return min(cohort + more, clients - federation.newcomers)
 
