@@ -293,6 +293,29 @@ FLAGS = {
         "--federation.candidates 1",
         ["federation.candidates=1", "must be from"],
     ),
+    "more than the cohort, of devices without speed": (
+        "--federation.over 0.5",
+        ["federation.over=0.5", "devices.steps_per_second"],
+    ),
+    "a deadline for devices without speed": (
+        "--federation.deadline 9",
+        ["federation.deadline=9", "devices.steps_per_second"],
+    ),
+    "a device that is never there": ("--devices.available 0", ["devices.available.0=0"]),
+    "a device that always fails": ("--devices.fails 1", ["devices.fails.0=1"]),
+    "a device that stands still": ("--devices.up 0", ["devices.up.0=0"]),
+    "a buffer of more than there are": (
+        "--method.name fedbuff --method.buffer 3",
+        ["method.buffer=3", "at most 2"],
+    ),
+    "a buffer of a baseline": (
+        "--evaluation.baselines fedbuff --method.buffer 3",
+        ["method.buffer=3", "at most 2"],
+    ),
+    "candidates without rounds": (
+        "--method.name fedbuff --federation.cohort 1 --federation.candidates 2",
+        ["federation.candidates=2", "fedbuff", "leave it out"],
+    ),
     "text for a model of pictures": ("--task diffusion", ["the data are text", "set data.source"]),
     "no class of pictures": (
         "--task diffusion --data.source digits --partition.by iid --federation.clients 2 "

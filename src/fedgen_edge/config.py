@@ -183,15 +183,21 @@ class Federation:
     partition.sizes, else 10."""
     cohort: Count | None = None
     """Clients drawn each round, without replacement; none is all."""
-    fraction: Annotated[float, Number, Field(gt=0, le=1)] | None = None
+    fraction: Density | None = None
     """The cohort as a share of the clients (the paper's C), instead of a number."""
     candidates: Count | None = None
     """Clients drawn each round, of whom the cohort is those whose last training loss was highest
     (power of choice, arXiv:2010.01243); none draws the cohort itself."""
     newcomers: Whole = 0
     """Clients, the last ones, that never train and only personalise the result."""
+    over: NotNegative = 0.0
+    """So many more clients are asked each round, as a share of the cohort; the first to finish
+    count, and no more than the cohort. FedBuff, which has no rounds, does without."""
+    deadline: Positive | None = None
+    """Virtual seconds that a round lasts at most: who has not finished by then does not count. None
+    waits for the cohort. FedBuff does without."""
     rounds: Count = 10
-    """Rounds of training."""
+    """Rounds of training; of FedBuff, commits."""
     seed: Whole = 0
     """With the round and the client, seeds every draw."""
 
@@ -201,6 +207,25 @@ class Federation:
                 f"federation.cohort={self.cohort} and federation.fraction={self.fraction} "
                 "both say how many clients a round draws: give one of them"
             )
+
+
+@dataclass(frozen=True, config=STRICT)
+class Devices:
+    """How fast a simulation's clients are, by a virtual clock.
+
+    Client k has entry k of each list, which begins again where it is too short.
+    """
+
+    steps_per_second: tuple[Positive, ...] = ()
+    """Optimiser steps; none is any number at once."""
+    up: tuple[Positive, ...] = ()
+    """Bytes a second to the server; none is any number at once."""
+    down: tuple[Positive, ...] = ()
+    """Bytes a second from the server; none is any number at once."""
+    available: tuple[Density, ...] = ()
+    """Share of the rounds in which the client can be drawn; none is all."""
+    fails: tuple[Share, ...] = ()
+    """Chance that the client drops out of what it has begun; none is never."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -234,6 +259,10 @@ class Method:
     """FedAdam and FedYogi: decay of the running mean of squared changes."""
     server_floor: Positive = 1e-3
     """Adaptive server optimisers: tau, which is added to the root of the squares."""
+    buffer: Count = 2
+    """FedBuff: updates that make a commit."""
+    staleness: NotNegative = 0.5
+    """FedBuff: an update that is s commits old counts (1 + s)^-staleness of itself."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -349,6 +378,9 @@ class Evaluation:
     """Most test blocks of each client at the end, evenly spaced; 0 is all."""
     baselines: Words = ()
     """Methods to train beside this one, on the same batches with the same budget."""
+    target: Annotated[float, Number] | None = None
+    """Validation number, such as a perplexity, to which the report counts rounds, bytes and virtual
+    seconds; none is the best that all of these methods reach."""
     prompts: Words = ()
     """What the backbone, the global and the personal models are asked for, for the report: text to
     continue (none is `The `), or classes of pictures (none is all)."""
@@ -440,6 +472,7 @@ class Settings:
     data: Data = Data()
     partition: Partition = Partition()
     federation: Federation = Federation()
+    devices: Devices = Devices()
     method: Method = Method()
     training: Training = Training()
     personal: Personal = Personal()

@@ -85,6 +85,10 @@ class Training(Job, Protocol):
         ...
 
 
+Engine = Callable[[Sequence[Order], Job], Iterator]
+"""Has clients do a job; results come in any order, each with its own order in it."""
+
+
 @dataclass(frozen=True)
 class Clients:
     """The clients of a simulation."""

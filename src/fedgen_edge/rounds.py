@@ -3,26 +3,37 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedgen_edge.adapters.ranks import cut, padded, truncated
+from fedgen_edge import schedule
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.config import Federation
+from fedgen_edge.buffered import Buffered
+from fedgen_edge.config import Devices, Federation
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.jobs import Job, Training
-from fedgen_edge.leaves import shapes
+from fedgen_edge.jobs import Engine, Training
+from fedgen_edge.orders import load, wording
+from fedgen_edge.schedule import INSTANT
 from fedgen_edge.seeds import generator
-from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
-from fedgen_edge.uplink.wire import Wire, came_down, sent_down
+from fedgen_edge.types import Commit, Order, ServerState, Timing, Update
 
 LOSSES = "losses"
 """Where the server keeps every client's last training loss."""
-Engine = Callable[[Sequence[Order], Job], Iterator]
-"""Has clients do a job; results come in any order, each with its own order in it."""
 Draw = Callable[[int, Tensor | None], list[int]]
-"""The cohort of a round, in the clients' order, from its number and every client's last loss."""
+"""Whom a round asks, in the clients' order, from its number and every client's last loss."""
+
+
+class Roster(NamedTuple):
+    """Who can be asked, and how fast they are."""
+
+    draw: Draw | None = None
+    """Whom each round asks; none is `sample`."""
+    devices: Devices = INSTANT
+
+
+ANYBODY = Roster()
 
 
 def cohort_size(federation: Federation, clients: int) -> int:
@@ -54,26 +65,38 @@ def cohort_size(federation: Federation, clients: int) -> int:
     return size
 
 
+def present(federation: Federation, clients: int, devices: Devices, round_: int) -> list[int]:
+    """Clients that can be drawn in a round, in the order of its draw."""
+    seed = federation.seed
+    rng = generator(seed, "sample", round_)
+    order = torch.randperm(clients - federation.newcomers, generator=rng).tolist()
+    return [c for c in order if schedule.available(devices, seed, round_, c)]
+
+
 def sample(
-    federation: Federation, clients: int, round_: int, losses: Tensor | None = None
+    federation: Federation,
+    clients: int,
+    round_: int,
+    losses: Tensor | None = None,
+    devices: Devices = INSTANT,
 ) -> list[int]:
-    """The round's cohort, without replacement, in the clients' order.
+    """Whom the round asks, without replacement, in the clients' order.
 
     Args:
-        federation: who takes part; where it names candidates, the cohort is those of them whose
-            loss is highest.
+        federation: who takes part; where it names candidates, those of them whose loss is highest
+            are asked.
         clients: how many there are.
         round_: counted from 0.
         losses: each client's last training loss, `[clients]`, infinite of one that never trained;
             none is before the first round.
+        devices: how often clients can be drawn.
 
     Source: of candidates, Cho et al. 2020, Power-of-Choice (arXiv:2010.01243), the variant whose
     losses are those of clients' last rounds, so that nothing more is sent.
     Differs: candidates are drawn evenly, not by their share of the data.
     """
-    rng = generator(federation.seed, "sample", round_)
-    drawn = torch.randperm(clients - federation.newcomers, generator=rng)
-    size = cohort_size(federation, clients)
+    drawn = torch.tensor(present(federation, clients, devices, round_), dtype=torch.long)
+    size = schedule.asked_size(federation, cohort_size(federation, clients), clients)
     if federation.candidates is not None and losses is not None:
         few = drawn[: federation.candidates]
         drawn = few[losses[few].argsort(descending=True, stable=True)]
@@ -94,9 +117,11 @@ def rounds(
     engine: Engine,
     job: Training,
     federation: Federation,
-    draw: Draw | None = None,
+    roster: Roster = ANYBODY,
 ) -> Iterator[Commit]:
     """Yield after each round until the federation's last.
+
+    A round that nobody finishes changes nothing but the time.
 
     Args:
         state: where to go on from: `algorithm.init(task.init(...))`, or a checkpoint's.
@@ -104,34 +129,63 @@ def rounds(
         engine: how clients run.
         job: what they do: `jobs.Train`.
         federation: who takes part; `clients` must be their number.
-        draw: each round's cohort, where it is not `sample`'s.
+        roster: whom each round asks, and their devices.
 
     Raises:
         QuorumError: the engine had too few answers; the last commit stands.
     """
     clients = federation.clients or 0
-    draw = draw or partial(sample, federation, clients)
+    if algorithm.buffer:
+        at_once = cohort_size(federation, clients)
+        free = partial(present, federation, clients, roster.devices)
+        server = Buffered(algorithm, engine, job, federation, roster.devices, at_once, free)
+        yield from server.commits(state)
+        return
+    draw = roster.draw or partial(sample, federation, clients, devices=roster.devices)
     for r in range(state.round, federation.rounds):
-        cohort = draw(r, state.memory.get(LOSSES))
-        groups = [(group, algorithm.rank(group[0])) for group in algorithm.groups(cohort)]
-        sent = {rank: addressed(job.wire, algorithm, state, rank) for _, rank in groups}
-        orders = [Order(group, r, *sent[rank], clients, rank) for group, rank in groups]
+        asked = draw(r, state.memory.get(LOSSES))
+        order = wording(algorithm, job, state, clients)
+        each = {client: order((client,)) for client in asked}
+        cohort, timing = asked, None
+        if roster.devices != INSTANT:
+            racing = [*each.values()]
+            cohort, timing = _raced(state, algorithm, job, federation, roster.devices, racing)
+        groups = algorithm.groups(cohort) if cohort else []
+        orders = [order(group) for group in groups]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
-        state = algorithm.step(state, updates)
+        state = algorithm.step(state, updates) if updates else replace(state, round=r + 1)
         if federation.candidates is not None:
             state = remembered(state, updates, clients)
+        down = sum(len(order.payload) for order in orders)
+        if timing:
+            state = replace(state, memory=schedule.ticked(state.memory, timing.clock))
+            down += sum(len(each[client].payload) for client in timing.dropped)
         job.accepted(updates)
-        yield Commit(state, updates, sum(len(order.payload) for order in orders))
+        yield Commit(state, updates, down, timing)
 
 
-def addressed(
-    wire: Wire, algorithm: Algorithm, state: ServerState, rank: int | None
-) -> tuple[Leaves, bytes]:
-    """What clients of a rank receive, with zeros beyond it; and what travels, without them."""
-    shared = truncated(algorithm.shared(state.adapter), rank)
-    payload = sent_down(wire, shared, state.round)
-    found = padded(came_down(wire, payload, shapes(shared)), shapes(state.adapter))
-    return {**cut(state.adapter, rank), **found}, payload
+def _raced(
+    state: ServerState,
+    algorithm: Algorithm,
+    job: Training,
+    federation: Federation,
+    devices: Devices,
+    orders: Sequence[Order],
+) -> tuple[list[int], Timing]:
+    """Who of those asked makes the cohort, and when: each client by itself, pooled data or not."""
+    stints = [
+        schedule.stint(
+            devices,
+            order.clients[0],
+            load(algorithm, job, order),
+            schedule.luck(federation.seed, order.round, order.clients[0]),
+        )
+        for order in orders
+    ]
+    wanted = cohort_size(federation, federation.clients or 0)
+    done = schedule.race(stints, wanted, federation.deadline)
+    clock = schedule.clock_of(state.memory) + done.seconds
+    return done.cohort, Timing(clock, done.dropped, done.bytes_up)
 
 
 def mean_loss(updates: Sequence[Update]) -> float:

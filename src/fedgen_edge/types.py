@@ -96,7 +96,19 @@ class ServerState:
     adapter: Leaves
     """The global adapter."""
     memory: Leaves = field(default_factory=dict)
-    """What the server's own step keeps (moments, variates)."""
+    """What the server's own step keeps (moments, variates), and its virtual clock."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What the virtual clock says of a commit."""
+
+    clock: float
+    """Seconds from the start of training to the commit."""
+    dropped: tuple[int, ...] = ()
+    """Clients that were asked and do not count."""
+    bytes_up: int = 0
+    """What these had sent by then."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,9 @@ class Commit:
     state: ServerState
     updates: Sequence[Update]
     bytes_down: int
-    """Serialised length of what the cohort received."""
+    """Serialised length of what was sent to clients."""
+    timing: Timing | None = None
+    """Where devices are described."""
 
 
 def none_follow(adapter: Leaves) -> Leaves:

@@ -187,8 +187,9 @@ def same(found: Leaves, expected: Leaves, near: float) -> None:
 def at_client(name: str) -> bool:
     """Whether a method changes what clients do: the others are the server's, whatever is learnt."""
     made = METHODS[name].make(Method())
-    server = {"merges": Algorithm().merges, "steps": Algorithm().steps}
-    return replace(made, **server) != Algorithm()
+    plain = Algorithm()
+    server = {k: getattr(plain, k) for k in ("merges", "steps", "buffer", "ages")}
+    return replace(made, **server) != plain
 
 
 @pytest.mark.parametrize(
@@ -304,7 +305,9 @@ class Inline:
 SHARING = [
     name
     for name, entry in METHODS.items()
-    if (made := entry.make(Method())).sends is not nothing and made.groups is each_alone
+    if (made := entry.make(Method())).sends is not nothing
+    and made.groups is each_alone
+    and not made.buffer
 ]
 
 

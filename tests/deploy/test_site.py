@@ -311,6 +311,7 @@ def test_the_recipes_digest_is_the_simulations(sites: list[Site], simulation: Ex
     [
         ({"data": {"text_field": "body"}}, DataError, "data.text_field='body'"),
         ({"method": {"name": "local-only"}}, ConfigError, "method.name='local-only'"),
+        ({"method": {"name": "fedbuff"}}, ConfigError, "method.name='fedbuff'"),
         ({"method": {"name": "centralised"}}, ConfigError, "method.name='centralised'"),
         ({"data": {"validation": 0}}, ConfigError, "data.validation=0"),
         ({"partition": {"minimum": 999}}, DataError, "partition.minimum=999"),

@@ -16,10 +16,11 @@ from conftest import sentences
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
-from fedgen_edge.experiments import federate
+from fedgen_edge.experiments import federate, targets
 from fedgen_edge.experiments.diagnose import agreement
 from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.experiments.summary import read
 
 TIMES = ("seconds", "evaluate_seconds")
 
@@ -133,6 +134,42 @@ def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
     # what a method makes of the mean is not taken for it: a mean cosine is one
     rows = [json.loads(line) for line in (whole / "rounds.jsonl").read_text().splitlines()]
     assert all(abs(agreement(row) or 0.0) <= 1.001 for row in rows)
+
+
+def test_a_run_on_devices_stopped_at_any_commit_ends_the_same_with_its_clock(
+    corpus: Path, tmp_path: Path
+) -> None:
+    slow = settings(
+        corpus,
+        method={"name": "fedavgm"},
+        federation={"rounds": 4, "cohort": 2, "over": 0.5, "deadline": 25.0},
+        devices={"steps_per_second": [0.3, 1, 2], "up": [5e3], "fails": [0.3], "available": [0.9]},
+        evaluation={"baselines": ["fedbuff"], "sample_tokens": 0},
+        personal={"epochs": 0},
+    )
+    for folder in (whole := tmp_path / "whole", broken := tmp_path / "broken"):
+        create(slow, folder)
+    finish(whole)
+    for _ in range(7):
+        events = proceed(reopen(broken), broken)
+        next(events)
+        events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    finish(broken)
+    assert outcome(broken) == outcome(whole)
+    for log in ("rounds.jsonl", "baselines/fedbuff/rounds.jsonl"):
+        rows = [json.loads(line) for line in (whole / log).read_text().splitlines()]
+        clocks = [row["clock"] for row in rows]
+        assert clocks[0] > 0
+        assert clocks == sorted(clocks)
+        assert any(row["dropped"] for row in rows)
+        # what those had sent who do not count is in the sum
+        sent = [row["bytes_up"] - sum(c["bytes_up"] for c in row["clients"]) for row in rows]
+        assert min(sent) >= 0
+        assert max(sent) > 0
+    costs = targets.costs(read(whole))
+    assert costs
+    assert [cost.method for cost in costs.methods] == ["fedavgm", "fedbuff"]
+    assert all(cost.rounds <= 4 and cost.seconds > 0 for cost in costs.methods)
 
 
 def test_between_the_record_and_its_commit_the_line_is_written_once(

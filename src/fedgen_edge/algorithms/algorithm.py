@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedgen_edge.algorithms import correct, merge, receive, share, step
+from fedgen_edge.algorithms import correct, merge, receive, share, stale, step
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.products import residuals
 from fedgen_edge.types import RESIDUAL, Leaves, ServerState, Update
@@ -23,6 +23,8 @@ Steps = Callable[[ServerState, Leaves], ServerState]
 """The server's state after a change."""
 Groups = Callable[[Sequence[int]], list[tuple[int, ...]]]
 """Whose data train together, of a cohort."""
+Ages = Callable[[int], float]
+"""What a change counts of itself, from the commits since the version that it began from."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Algorithm:
     0 trains both throughout."""
     beside: Beside | None = None
     """A client's own model, which it trains beside the shared one; none has but that."""
+    buffer: int = 0
+    """Updates that make a commit, whichever come first; 0 waits for the round's cohort."""
+    ages: Ages = stale.never
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
@@ -88,6 +93,8 @@ class Algorithm:
 
         A cohort that sends nothing leaves the adapter as it is.
         """
+        if self.buffer:
+            updates = [stale.aged(u, self.ages(state.round - u.order.round)) for u in updates]
         merged = self.merges(state.adapter, updates) if any(u.delta for u in updates) else {}
         after = self.steps(state, merged)
         return ServerState(round=state.round + 1, adapter=after.adapter, memory=after.memory)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import products, share, step, unequal
+from fedgen_edge.algorithms import products, share, stale, step, unequal
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.correct import proximal, towards_shared
@@ -130,6 +130,10 @@ METHODS: dict[str, Entry] = {
     "fednova": Entry(
         "each client's change counts by step, whatever its number of steps (arXiv:2007.07481)",
         lambda _: Algorithm(merges=by_steps),
+    ),
+    "fedbuff": Entry(
+        "a commit for every few updates, whoever sends them, and no rounds (arXiv:2106.06639)",
+        lambda m: Algorithm(buffer=m.buffer, ages=stale.by_power(m.staleness)),
     ),
     "layerwise": Entry(
         "each layer's mean weighs a client by how well it agrees (after L-DAWA, arXiv:2307.07393)",

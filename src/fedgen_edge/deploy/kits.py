@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.algorithms.share import each_alone, nothing
-from fedgen_edge.config import Settings, load
+from fedgen_edge.config import Settings, flat, load
 from fedgen_edge.deploy import contents
 from fedgen_edge.deploy.address import reached
 from fedgen_edge.deploy.members import members, names, revoked
@@ -24,6 +24,8 @@ from fedgen_edge.deploy.settings import Federation, Name, read
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.rounds import cohort_size
 
+TIMED = ("devices.", "federation.over", "federation.deadline")
+"""What settings of a simulation's clock begin with."""
 MOST = 500
 """Sites of one server: about as many as Flower's can keep in touch with."""
 
@@ -142,6 +144,7 @@ def deployable(settings: Settings, sites: int) -> None:
         settings.evaluation,
     )
     pictures = settings.task != "language"
+    timed = [f"{k}={v!r}" for k, v in flat(settings) if k.startswith(TIMED) and v]
     strange = [name for name in evaluation.prompts if name not in settings.data.names]
     alone = algorithm.sends is nothing or algorithm.groups is not each_alone
     objections = {
@@ -153,6 +156,10 @@ def deployable(settings: Settings, sites: int) -> None:
         ),
         f"federation.candidates={federation.candidates} needs the last loss of every site, and "
         "some may be away: leave it out": federation.candidates is not None,
+        f"method.name={settings.method.name!r} commits by a virtual clock, and sites have none: "
+        "use `fedgen run`, or another method": bool(algorithm.buffer),
+        f"{', '.join(timed)}: a simulation's devices and rounds by its clock, which sites do not "
+        "have: leave it out; federation.toml has over_selection and deadline": bool(timed),
         f"federation.newcomers={federation.newcomers} are for `fedgen run`: leave it out, and add "
         "sites at any time by `fedgen deploy add`": bool(federation.newcomers),
         f"federation.clients={federation.clients} is not the number of sites, {sites}: leave it "

@@ -292,6 +292,11 @@ def open_site(folder: Path) -> Site:
     algorithm, task = experiment.algorithm, experiment.task
     start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
     shared = shapes(algorithm.shared(start))
+    if algorithm.buffer:
+        raise ConfigError(
+            f"method.name={settings.method.name!r} commits by a virtual clock, and a site has "
+            "none: take another"
+        )
     if not shared or algorithm.groups is not each_alone:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"

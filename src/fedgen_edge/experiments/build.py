@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
+from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal, unchanged
@@ -100,7 +101,8 @@ class Experiment:
 
     def cohort(self, round_: int, losses: Tensor | None) -> list[int]:
         """Who takes part in a round."""
-        return sample(self.settings.federation, len(self.holdings), round_, losses)
+        settings = self.settings
+        return sample(settings.federation, len(self.holdings), round_, losses, settings.devices)
 
     def own(self, state: ServerState, memory: Leaves, client: int) -> Leaves:
         """A client's model as the rounds left it: the global adapter and what it has kept.
@@ -179,6 +181,7 @@ def build(settings: Settings) -> Experiment:
     task = task_of(settings, device)
     _check_judging(settings, task, len(holdings), device)
     _check_candidates(settings)
+    schedule.check(federation, settings.devices, (algorithm, *beside_it), len(holdings))
     for each in (algorithm, *beside_it):
         check_method(each, task, settings)
     if settings.engine.name == "stacked" and not task.model.stackable:

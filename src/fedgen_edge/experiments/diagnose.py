@@ -69,7 +69,7 @@ def _nothing(run: RunFiles) -> Finding:
 
 def not_finite(run: RunFiles) -> str | None:
     """A loss is NaN or infinite."""
-    losses = [(f"round {row['round']}", row["loss"]) for row in run.rounds]
+    losses = [(f"round {row['round']}", row["loss"]) for row in run.rounds if row["clients"]]
     judged = [(f"the validation of round {n}", loss) for n, loss in validation(run.rounds)]
     final = [(f"the test of {r['model']} for {r['client']}", r["total"]) for r in run.evaluation]
     bad = [where for where, loss in (*losses, *judged, *final) if not math.isfinite(loss)]
@@ -105,7 +105,7 @@ def swings(run: RunFiles) -> str | None:
 
 def stuck(run: RunFiles) -> str | None:
     """The loss hardly moves, and the test does not say otherwise."""
-    losses = [row["loss"] for row in run.rounds]
+    losses = [row["loss"] for row in run.rounds if row["clients"]]
     levels = [run.measure.level(loss) for loss in losses]
     helps = any(row.model == GLOBAL and row.over_backbone > 0 for row in judged(run))
     if len(losses) < 3 or helps or run.measure.trained or not levels[0] - min(levels) < FLAT:

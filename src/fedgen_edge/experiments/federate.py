@@ -20,7 +20,7 @@ from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.checkpoint import Memory, commit, latest
 from fedgen_edge.jobs import Job, Training
-from fedgen_edge.rounds import Engine, mean_loss, rounds
+from fedgen_edge.rounds import Engine, Roster, mean_loss, rounds
 from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
 
 
@@ -92,7 +92,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         partial(_finite, experiment),
         experiment.train,
         settings.federation,
-        experiment.cohort,
+        Roster(experiment.cohort, settings.devices),
     )
     for message in refused:
         yield {"round": state.round, "refused": message}
@@ -153,7 +153,7 @@ def _judged(settings: Settings, done: int) -> bool:
 
 def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
     """What rounds.jsonl says of a round."""
-    names = experiment.names
+    names, t = experiment.names, done.timing
     clients = [
         {
             "client": "+".join(names[c] for c in u.order.clients),
@@ -167,25 +167,38 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
         for u in done.updates
     ]
     change = leaves.norm(leaves.subtract(done.state.adapter, before))
-    plain = experiment.algorithm.merges is mean and experiment.algorithm.steps is add
+    algorithm = experiment.algorithm
+    plain = algorithm.merges is mean and algorithm.steps is add and not algorithm.buffer
     other = {} if plain else {"mean_norm": _mean_norm(done)}
     return {
         **other,
+        **_timed(experiment, done),
         "round": done.state.round,
         "cohort": [names[c] for u in done.updates for c in u.order.clients],
-        "loss": mean_loss(done.updates),
+        "loss": mean_loss(done.updates) if done.updates else None,
         "validation": None,
-        "bytes_up": sum(u.bytes_up for u in done.updates),
+        "bytes_up": sum(u.bytes_up for u in done.updates) + (t.bytes_up if t else 0),
         "bytes_down": done.bytes_down,
         "clients": clients,
         "update_norm": float(change),
     }
 
 
+def _timed(experiment: Federated, done: Commit) -> records.Line:
+    """What the virtual clock says of a round, where there is one."""
+    if done.timing is None:
+        return {}
+    dropped = [experiment.names[c] for c in done.timing.dropped]
+    return {"clock": done.timing.clock, "dropped": dropped}
+
+
 def _layers(done: Commit) -> dict[str, dict[str, float]]:
-    """Of each layer's product: how far it is from the clients' mean one, and how large."""
+    """Of each layer's product: how far it is from the clients' mean one, and how large.
+
+    Nothing of updates that began from older versions: the mean of those is no adapter's aim.
+    """
     updates = [update for update in done.updates if pairs(update.delta)]
-    if not updates:
+    if not updates or any(u.order.round + 1 != done.state.round for u in updates):
         return {}
     missed = errors(updates, done.state.adapter)
     found = sizes(done.state.adapter)

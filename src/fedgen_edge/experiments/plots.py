@@ -75,10 +75,10 @@ Point = tuple[Number, Number]
 Draw = Callable[[RunFiles], Figure | None]
 
 
-def pictures(run: RunFiles) -> dict[str, str]:
-    """Every picture that the run has numbers for, by name."""
+def pictures(run: RunFiles, draws: Mapping[str, Draw] | None = None) -> dict[str, str]:
+    """Every picture that the run has numbers for, by name: of these, or of `PICTURES`."""
     with mpl.rc_context(STYLE):
-        drawn = {name: draw(run) for name, draw in PICTURES.items()}
+        drawn = {name: draw(run) for name, draw in (draws or PICTURES).items()}
         return {name: _svg(figure, name) for name, figure in drawn.items() if figure}
 
 
@@ -109,7 +109,8 @@ def training_curves(run: RunFiles) -> Figure | None:
     """Mean training loss of each round; the band is from the best client to the worst."""
     figure, axes = _figure()
     for label, colour, rounds in _methods(run):
-        _line(axes, [(row["round"], row["loss"]) for row in rounds], label, colour)
+        trained = [row for row in rounds if row["loss"] is not None]
+        _line(axes, [(row["round"], row["loss"]) for row in trained], label, colour)
     whole = [row for row in run.rounds if row["clients"]]
     losses = [[c["loss"] for c in row["clients"]] for row in whole]
     _band(axes, [row["round"] for row in whole], losses, COLOURS[GLOBAL])
@@ -133,6 +134,16 @@ def quality_for_bytes(run: RunFiles) -> Figure | None:
     drawn = _finished(figure, axes, "sent by all clients so far", held)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     return drawn
+
+
+def against(
+    run: RunFiles, points: Callable[[Sequence[Row]], Sequence[Point]], x: str
+) -> Figure | None:
+    """Validation of each method against something else that its rounds have."""
+    figure, axes = _figure()
+    for label, colour, rounds in _methods(run):
+        _line(axes, points(rounds), label, colour)
+    return _finished(figure, axes, x, f"validation {run.measure.name}")
 
 
 def client_gains(run: RunFiles) -> Figure | None:

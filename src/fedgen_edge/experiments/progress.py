@@ -61,7 +61,7 @@ def told(event: Event, measure: Measure) -> str:
         return f"{printable(line['client'])} {start} -> {best}"
     if "loss" not in line:
         return ""
-    said = f"loss {line['loss']:.3f}"
+    said = "nobody finished" if line["loss"] is None else f"loss {line['loss']:.3f}"
     if line["validation"]:
         held = line["validation"]
         said += f", {measure.name} {number(measure.shown(held['total'], held['count']))}"

@@ -133,7 +133,8 @@ class Board:
     def write(self, line: Line) -> None:
         """Show one round."""
         at = line["round"]
-        self.writer.add_scalar("train/loss", line["loss"], at)
+        if line["loss"] is not None:
+            self.writer.add_scalar("train/loss", line["loss"], at)
         self.writer.add_scalar("bytes/up", line["bytes_up"], at)
         if line["validation"]:
             held = line["validation"]

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from fedgen_edge import files
 from fedgen_edge.errors import CheckpointError
-from fedgen_edge.experiments import plots, summary
+from fedgen_edge.experiments import plots, summary, targets
 from fedgen_edge.experiments.diagnose import diagnose
 from fedgen_edge.experiments.summary import (
     BACKBONE,
@@ -33,7 +33,7 @@ from fedgen_edge.experiments.summary import (
 )
 
 SEED = "federation.seed"
-ASIDE = (SEED, "engine.", "evaluation.keep")
+ASIDE = (SEED, "engine.", "evaluation.keep", targets.TARGET)
 """Settings that make no other experiment: the seed, and how the machine carries it out."""
 CALLED = {
     BACKBONE: "the frozen backbone",
@@ -47,6 +47,7 @@ CAPTIONS = {
     "validation": ("Learning", "Validation {name} after each round."),
     "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
     "bytes": ("Quality for bytes", "Validation {name} against what clients have sent."),
+    "clock": ("Quality for time", "Validation {name} against the virtual clock of the devices."),
     "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
     "data": ("Who holds what", "Training data of each client."),
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
@@ -124,7 +125,8 @@ def single(run: RunFiles) -> dict[str, Any]:
         "adapter_bytes": run.facts.get("adapter_bytes", 0),
         "full_bytes": run.facts.get("full_bytes", 0),
         "findings": diagnose(run),
-        "pictures": plots.pictures(run),
+        "costs": targets.costs(run),
+        "pictures": plots.pictures(run) | plots.pictures(run, targets.PICTURES),
         "samples": samples(run),
         "provenance": provenance(run),
         "settings": (run.folder / "settings.toml").read_text("utf-8"),

@@ -122,7 +122,7 @@ def sent_up(
         return encode(delta), {}
     if not on.feedback or not delta:
         return compress(on.up, delta, rng, places), {}
-    missed = round_ - int(memory[SINCE]) - 1 if SINCE in memory else 0
+    missed = max(0, round_ - int(memory[SINCE]) - 1) if SINCE in memory else 0
     left = {k: memory[LEFT + k] for k in delta if LEFT + k in memory}
     payload, rest = fed_back(on.up, delta, left, on.decay**missed, rng, places)
     return payload, {SINCE: torch.tensor(float(round_)), **{LEFT + k: v for k, v in rest.items()}}

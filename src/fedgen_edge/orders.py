@@ -1,0 +1,46 @@
+"""How the server words a round: what each client receives, and what travels to it."""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
+from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.jobs import Training
+from fedgen_edge.leaves import shapes
+from fedgen_edge.schedule import Load
+from fedgen_edge.types import Leaves, Order, ServerState
+from fedgen_edge.uplink.wire import came_down, most_up, sent_down
+
+
+def wording(
+    algorithm: Algorithm, job: Training, state: ServerState, clients: int
+) -> Callable[[Sequence[int]], Order]:
+    """Makes the order of whoever trains together; clients of one rank receive the same.
+
+    Args:
+        algorithm: what the method changes.
+        job: what clients do.
+        state: after so many rounds; they train from it.
+        clients: of the federation.
+    """
+
+    @cache
+    def addressed(rank: int | None) -> tuple[Leaves, bytes]:
+        """With zeros beyond the rank; and what travels, without them."""
+        shared = truncated(algorithm.shared(state.adapter), rank)
+        payload = sent_down(job.wire, shared, state.round)
+        found = padded(came_down(job.wire, payload, shapes(shared)), shapes(state.adapter))
+        return {**cut(state.adapter, rank), **found}, payload
+
+    def order(group: Sequence[int]) -> Order:
+        rank = algorithm.rank(group[0])
+        return Order(tuple(group), state.round, *addressed(rank), clients, rank)
+
+    return order
+
+
+def load(algorithm: Algorithm, job: Training, order: Order) -> Load:
+    """What an order asks of its client; of bytes that zstd shortens, at most."""
+    shared = shapes(algorithm.shared(order.received, order.round))
+    up = most_up(job.wire, of_rank(shared, order.rank))
+    return Load(job.steps(order), len(order.payload), up)
