@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedgen_edge.experiments.diagnose import SIGNATURES, agreement, diagnose
+from fedgen_edge.experiments.diagnose import SIGNATURES, diagnose
 from fedgen_edge.experiments.summary import Row, RunFiles
 from fedgen_edge.tasks.language import MEASURE
 
@@ -245,23 +245,3 @@ def test_advice_names_a_setting_with_its_value() -> None:
 def test_an_empty_run_is_only_unfinished() -> None:
     empty = RunFiles(Path("run"), {}, {}, MEASURE, [], [], {}, [], [], [], [])
     assert [finding.title for finding in diagnose(empty)] == ["The run has not finished"]
-
-
-@pytest.mark.parametrize(("norm", "cosine"), [(0.0, -1.0), (math.sqrt(0.5), 0.0), (1.0, 1.0)])
-def test_agreement_is_the_cosine_that_the_norms_imply(norm: float, cosine: float) -> None:
-    # Two unit updates, halved and added: opposite ones cancel, orthogonal ones leave sqrt(1/2).
-    clients = [{"client": c, "weight": 5.0, "drift": 1.0} for c in "ab"]
-    row = {"bytes_up": 1, "update_norm": norm, "clients": clients}
-    assert agreement(row) == pytest.approx(cosine, abs=1e-12)
-
-
-def test_agreement_minds_the_weights() -> None:
-    # 3/4 (1, 0) + 1/4 (0, 1) has norm sqrt(10)/4, and the two are orthogonal.
-    clients = [{"client": c, "weight": w, "drift": 1.0} for c, w in (("a", 3.0), ("b", 1.0))]
-    row = {"bytes_up": 1, "update_norm": math.sqrt(10) / 4, "clients": clients}
-    assert agreement(row) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("change", [{"clients": HEALTHY.rounds[0]["clients"][:1]}, {"bytes_up": 0}])
-def test_nothing_merged_has_no_agreement(change: Row) -> None:
-    assert agreement({**HEALTHY.rounds[0], **change}) is None

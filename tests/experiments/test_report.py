@@ -10,7 +10,8 @@ from rich.console import Console
 
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots
-from fedgen_edge.experiments.report import grouped, headline, samples, table_for_terminal, write
+from fedgen_edge.experiments.comparison import grouped
+from fedgen_edge.experiments.report import headline, samples, table_for_terminal, write
 from fedgen_edge.experiments.summary import read
 from fedgen_edge.tasks.language import MEASURE
 

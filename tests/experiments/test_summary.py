@@ -10,7 +10,6 @@ from fedgen_edge.experiments.summary import (
     judged,
     number,
     paired_interval,
-    per_client,
     read,
     size,
     uplink,
@@ -107,14 +106,6 @@ def test_a_client_with_a_broken_model_is_the_worst(folder: Path) -> None:
     broken = {**on_test("global", "b", 1), "total": math.nan}
     (folder / "evaluation.jsonl").write_text(lines([on_test("global", "a", 5), broken]))
     assert judged(read(folder))[0].worst_client == "b"
-
-
-def test_each_client_has_a_perplexity_for_each_model_it_was_tested_with(folder: Path) -> None:
-    newcomer = per_client(read(folder))[2]
-    assert newcomer.newcomer
-    assert newcomer.tested == pytest.approx(
-        {"backbone": 2, "local-only": 2, "global": 512, "personal": 512}
-    )
 
 
 def test_saving_is_measured_against_the_whole_model_for_every_upload(folder: Path) -> None:
