@@ -6,7 +6,7 @@ from itertools import pairwise
 from statistics import fmean, median
 
 from fedgen_edge.experiments.apart import distances
-from fedgen_edge.experiments.merging import agreement
+from fedgen_edge.experiments.merging import agreement, by_layer
 from fedgen_edge.experiments.summary import (
     GLOBAL,
     PERSONAL,
@@ -26,6 +26,10 @@ RELAPSE = 0.05  # above the best round, in the same terms, 5 %: more than rounds
 SWING = 0.5  # rises to falls: a curve on its way down gives back far less than half of what it won
 AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
 FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
+WIDE = 2.0  # effective rank: a product that never had two directions has none to lose
+SINGLE = (
+    1.25  # effective rank: all but a twentieth lies in one direction; sound runs stay above 1.5
+)
 LOPSIDED = 0.5  # share of the training data: above it, one client outvotes all the others
 ALIKE = 0.5  # diversity: half as far apart as real pictures, more than blur alone would do
 MISSED = 0.1  # recall: samples that look real, and leave out nine in ten real ones
@@ -149,6 +153,24 @@ def pulled_apart(run: RunFiles) -> str | None:
     return (
         f"In a round a client moves by {number(drift)}, their mean by {number(merged)}: two "
         f"clients' updates have a cosine of about {typical:.2f}."
+    )
+
+
+def rank_collapses(run: RunFiles) -> str | None:
+    """The products of half of the layers or more have shrunk to one direction.
+
+    B begins at zero, so a small rank is no sign; that it was larger once is.
+    """
+    ranks = [found for row in run.rounds if (found := by_layer(row, "rank"))]
+    last = ranks[-1] if ranks else {}
+    best = {layer: max(each.get(layer, 0.0) for each in ranks) for layer in last}
+    gone = [layer for layer in last if best[layer] >= WIDE and last[layer] <= SINGLE]
+    if not gone or 2 * len(gone) < len(last):
+        return None
+    worst = max(gone, key=best.__getitem__)
+    return (
+        f"In {len(gone)} of {len(last)} layers the product of B and A is all but of rank 1: in "
+        f"{worst} its effective rank fell from {number(best[worst])} to {number(last[worst])}."
     )
 
 

@@ -74,6 +74,9 @@ SIGNATURES: tuple[Signature, ...] = (
     ("warning", "Clients pull the adapter apart", checks.pulled_apart,
      "Lower [training.lr], train less in each round (training.steps), or pull towards the global "
      "adapter (method.name=fedprox)."),
+    ("warning", "Adapters have lost their rank (rank collapse)", checks.rank_collapses,
+     "Lower [training.weight_decay] or [training.lr], or merge products (method.name=flexlora), "
+     "which keeps A's rank; if the quality will do, so will a lower [adapter.rank]."),
     ("warning", "Samples are too much alike (mode collapse)", checks.collapsed,
      "Look at the grids. Of a GAN, penalise the critic more ([gan.r1]) or slow it down "
      "([gan.critic_rate]); of another model, train longer, or take [evaluation.sample_steps] up."),

@@ -101,7 +101,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         trained = time.perf_counter()
         line = _line(experiment, done, before)
         if _judged(settings, done.state.round):
-            line["layers"] = _layers(done)
+            line["layers"] = _layers(experiment.algorithm, done)
             line["validation"] = experiment.validation(done.state)
         line["seconds"] = round(trained - began, 3)
         line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
@@ -172,14 +172,23 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
     }
 
 
-def _layers(done: Commit) -> dict[str, dict[str, float]]:
-    """Of each layer's product: how far it is from the clients' mean one, and how large."""
-    updates = [update for update in done.updates if pairs(update.delta)]
-    if not updates:
+def _layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
+    """Of each layer's product: how large, and how far from the clients' mean one if they sent both.
+
+    Where clients keep a factor of their own, the server's product is nobody's.
+    """
+    sent = [update for update in done.updates if update.delta]
+    if not sent:
         return {}
-    missed = errors(updates, done.state.adapter)
-    found = sizes(done.state.adapter)
-    return {layer: {"error": far, **found[layer]._asdict()} for layer, far in missed.items()}
+    adapter, round_ = done.state.adapter, done.state.round - 1
+    shared = algorithm.sends(list(adapter), None)
+    own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
+    whole = [pair for pair in pairs(adapter) if shared & {*pair} and not own & {*pair}]
+    missed = errors(sent, adapter) if pairs(sent[0].delta) else {}
+    told = {layer: {"error": far} for layer, far in missed.items()}
+    found = sizes(adapter)
+    layers = [pair.layer for pair in whole if pair.layer in found]
+    return {layer: {**told.get(layer, {}), **found[layer]._asdict()} for layer in layers}
 
 
 def _mean_norm(done: Commit) -> float:

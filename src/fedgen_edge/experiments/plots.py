@@ -28,6 +28,7 @@ from fedgen_edge.experiments.drawing import (
     to_svg,
 )
 from fedgen_edge.experiments.gains import per_client
+from fedgen_edge.experiments.merging_plots import MERGING
 from fedgen_edge.experiments.summary import (
     BACKBONE,
     Number,
@@ -141,6 +142,7 @@ PICTURES: dict[str, Draw] = {
     "bytes": quality_for_bytes,
     "training": training_curves,
     "data": who_holds_what,
+    **MERGING,
 }
 
 
