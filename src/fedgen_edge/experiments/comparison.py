@@ -9,10 +9,9 @@ from typing import Any
 
 from fedgen_edge.experiments import plots, summary
 from fedgen_edge.experiments.diagnose import diagnose
+from fedgen_edge.experiments.gains import PAIRS
 from fedgen_edge.experiments.summary import (
-    BACKBONE,
     GLOBAL,
-    LOCAL,
     PERSONAL,
     Number,
     RunFiles,
@@ -23,8 +22,6 @@ from fedgen_edge.experiments.summary import (
 SEED = "federation.seed"
 ASIDE = (SEED, "engine.", "evaluation.keep")
 """Settings that make no other experiment: the seed, and how the machine carries it out."""
-PAIRS = ((GLOBAL, BACKBONE), (GLOBAL, LOCAL), (PERSONAL, BACKBONE), (PERSONAL, LOCAL))
-"""Differences that a comparison reports: a model, less a reference."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ WIDTH = 5.8
 """Inches: small enough that 10-point text is readable on a phone."""
 LOGARITHMIC = 8
 """Largest value to smallest, from where an axis is logarithmic."""
+DECADES = 1000
+"""Largest value to smallest, from where only powers of ten are named."""
 PAPER = (
     "<style>svg{color:#1b1f24;background:#fff}@media(prefers-color-scheme:dark)"
     "{svg{color:#e6e8eb;background:#14171c}}</style>"
@@ -118,7 +120,7 @@ def _ticks(axes: Axes, which: Literal["x", "y"], logarithmic: bool) -> None:
     low, high = axis.get_data_interval()
     if logarithmic and low > 0 and high > LOGARITHMIC * low:
         axes.set(**{f"{which}scale": "log"})
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < DECADES * low else (1,)))
         axis.set_minor_formatter(NullFormatter())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 

@@ -27,10 +27,11 @@ from fedgen_edge.experiments.drawing import (
     methods_of,
     to_svg,
 )
-from fedgen_edge.experiments.gains import per_client
+from fedgen_edge.experiments.gains import gains, per_client
 from fedgen_edge.experiments.merging_plots import MERGING
 from fedgen_edge.experiments.summary import (
     BACKBONE,
+    PERSONAL,
     Number,
     Row,
     RunFiles,
@@ -122,6 +123,28 @@ def client_gains(run: RunFiles) -> Figure | None:
     return finished(figure, axes, f"test {run.measure.name}", "", columns=4)
 
 
+def sorted_gains(run: RunFiles) -> Figure | None:
+    """Each client's gain from its personal adapter, from the least to the largest."""
+    figure, axes = figure_of()
+    for gain in gains(run):
+        values = [value for value in gain.each.values() if math.isfinite(value)]
+        if gain.model != PERSONAL or gain.reference == BACKBONE or not values:
+            continue
+        places = [100 * (at + 0.5) / len(values) for at in range(len(values))]
+        colour, mark = COLOURS[gain.reference], MARKS[gain.reference]
+        label = f"over {gain.reference}" + " (new)" * gain.newcomers
+        face = "none" if gain.newcomers else colour
+        style = {"color": colour, "markerfacecolor": face, "label": label, "alpha": 0.9}
+        size = 6.5 if len(values) <= MOST else 3
+        axes.plot(places, values, f"{mark}:", linewidth=1, markersize=size, **style)
+    if not axes.has_data():
+        return None
+    axes.axhline(0, color=INK, alpha=0.4, linewidth=1)
+    axes.set_xlim(0, 100)
+    y = f"test {run.measure.name} lowered by, %"
+    return finished(figure, axes, "clients, % of them, sorted", y, logarithmic=False)
+
+
 def who_holds_what(run: RunFiles) -> Figure | None:
     """Training examples of each client by label, or its items where labels say nothing."""
     rows = _spread(sorted(run.clients, key=lambda row: row["train"]))
@@ -139,6 +162,7 @@ def who_holds_what(run: RunFiles) -> Figure | None:
 PICTURES: dict[str, Draw] = {
     "validation": validation_curves,
     "clients": client_gains,
+    "gains": sorted_gains,
     "bytes": quality_for_bytes,
     "training": training_curves,
     "data": who_holds_what,

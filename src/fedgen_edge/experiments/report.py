@@ -19,7 +19,8 @@ from fedgen_edge.experiments.apart import distances
 from fedgen_edge.experiments.comparison import SEED, compared
 from fedgen_edge.experiments.diagnose import diagnose
 from fedgen_edge.experiments.drawing import standalone
-from fedgen_edge.experiments.gains import per_client
+from fedgen_edge.experiments.gains import gains, per_client
+from fedgen_edge.experiments.merging import layer_rows
 from fedgen_edge.experiments.summary import (
     BACKBONE,
     GLOBAL,
@@ -41,9 +42,31 @@ CALLED = {
 CAPTIONS = {
     "validation": ("Learning", "Validation {name} after each round."),
     "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
+    "gains": (
+        "Who gains from a personal adapter",
+        "Percent by which each client's test {name} falls; hollow: clients that never took part.",
+    ),
     "bytes": ("Quality for bytes", "Validation {name} against what clients have sent."),
     "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
     "data": ("Who holds what", "Training data of each client."),
+    "error": (
+        "What averaging misses",
+        "How far a layer's merged product is from the mean of the clients' products, as a share of "
+        "it: median over layers; the band spans the run's.",
+    ),
+    "rank": (
+        "Effective rank",
+        "Of a layer's merged product: median over layers; the band spans the run's.",
+    ),
+    "norms": ("A against B", "Frobenius norms: medians over layers; the bands span them."),
+    "drift": (
+        "Client drift",
+        "How far clients move in a round: mean over the cohort; the band spans the run's clients.",
+    ),
+    "cosine": (
+        "Do clients agree?",
+        "Mean cosine between the changes of two clients; below zero they cancel in the mean.",
+    ),
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
 }
 PROVENANCE = {
@@ -111,6 +134,9 @@ def single(run: RunFiles) -> dict[str, Any]:
         "headline": headline(run),
         "measure": run.measure,
         "models": (models := summary.judged(run)),
+        "newcomers": summary.judged(run, newcomers=True),
+        "gains": gains(run),
+        "layers": layer_rows(run),
         "by_word": any(not math.isnan(row.word) for row in models),
         "clients": per_client(run),
         "distances": distances(run),
@@ -219,6 +245,19 @@ def table_for_terminal(run: RunFiles) -> Table:
         table.add_section()
         table.add_row(f"mean of {count}", *_best([m.mean for m in models]), style="bold")
         table.add_row("worst client", *_best([m.worst for m in models]))
+    return table
+
+
+def gains_for_terminal(run: RunFiles) -> Table:
+    """Gains over clients in at most 80 columns; without a row where nothing is compared."""
+    table = Table(title="Gain of each client, %", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "clients", "mean", "worst tenth", "gained", "lost"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for gain in gains(run):
+        told = f"{gain.model} over {gain.reference}" + " (new)" * gain.newcomers
+        shares = (f"{100 * share:.0f} %" for share in (gain.gained, gain.lost))
+        numbers = (_signed(gain.mean), _signed(gain.worst_decile))
+        table.add_row(Text(told), str(len(gain.each)), *numbers, *shares)
     return table
 
 

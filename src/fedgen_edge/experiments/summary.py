@@ -189,9 +189,11 @@ def shared(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
     """Evaluation rows of the clients that took part (or that never did) and every model has.
 
     Who never took part has the backbone for its local-only model: in a mean it would count against
-    training alone.
+    training alone, so newcomers have none.
     """
     models = by_model(run)
+    if newcomers:
+        models.pop(LOCAL, None)
     new = {row["client"] for row in run.clients if row.get("newcomer", False)}
     new |= {row["client"] for row in run.evaluation if not row.get("participated", True)}
     found = [c for c in next(iter(models.values()), {}) if (c in new) == newcomers]
@@ -217,11 +219,16 @@ def _model_row(measure: Measure, model: str, fair: Mapping[str, Mapping[str, Row
         pooled=measure.shown(total, sum(row["count"] for row in rows.values())),
         worst=each[worst[0]],
         worst_client=worst[0],
-        worst_decile=fmean(each[client] for client in worst[: math.ceil(len(worst) / 10)]),
+        worst_decile=fmean(each[client] for client in worst[: tenth(len(worst))]),
         word=measure.shown(total, sum(row.get("words", 0) for row in rows.values())),
         over_backbone=gain(measure, rows, fair.get(BACKBONE, {})),
         over_local=gain(measure, rows, fair.get(LOCAL, {})),
     )
+
+
+def tenth(count: int) -> int:
+    """How many of so many clients a tenth is, rounded up."""
+    return math.ceil(count / 10)
 
 
 def difference(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
