@@ -1,13 +1,19 @@
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from conftest import sentences
+from fedgen_edge.config import from_table
+from fedgen_edge.experiments.checks import rank_collapses
 from fedgen_edge.experiments.diagnose import SIGNATURES, diagnose
-from fedgen_edge.experiments.summary import Row, RunFiles
+from fedgen_edge.experiments.federate import federate
+from fedgen_edge.experiments.run import create
+from fedgen_edge.experiments.summary import Row, RunFiles, read
 from fedgen_edge.tasks.language import MEASURE
 
 CLIENTS = ("a", "b", "c", "d")
@@ -81,6 +87,14 @@ def judged(**change: Any) -> dict[str, Any]:
         "real_shares": {"0": 0.5, "1": 0.5},
     }
     return {"distances": [{**row, "model": "backbone", "recall": 0.0}, {**row, **change}]}
+
+
+def ranked(layers: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Healthy rounds, with a layer's effective rank in each."""
+    return [
+        {**row, "layers": {k: {"rank": float(each[at])} for k, each in layers.items()}}
+        for at, row in enumerate(HEALTHY.rounds)
+    ]
 
 
 def without_data(**change: Any) -> list[Row]:
@@ -177,6 +191,12 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rounds": of_all("update_norm", 0.1)},
         "moves by 1.00, their mean by 0.100: two clients' updates have a cosine of about -0.32",
     ),
+    "rank collapse": (
+        "Adapters have lost their rank (rank collapse)",
+        {"rounds": ranked({"x": (4, 5, 3, 2, 1.2), "y": (3, 3, 3, 3, 3), "z": (2, 3, 2, 2, 1.1)})},
+        "In 2 of 3 layers the product of B and A is all but of rank 1: in x its effective rank "
+        "fell from 5.00 to 1.20.",
+    ),
     "lopsided": (  # 42,000 of 42,000 + 3 x 6,000
         "One client outweighs all others",
         {"clients": without_data(items=42000)},
@@ -224,6 +244,49 @@ def test_one_step_a_round_is_too_little_data() -> None:
         for row in HEALTHY.rounds
     ]
     assert "a (6000 tokens)" in diagnose(replace(HEALTHY, rounds=rounds))[0].evidence
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {"begins at zero": (0, 1, 1.5, 1.5, 1.5)},
+        {"never had two": (1.5, 1.9, 1.4, 1.2, 1.1)},
+        {"fell to a third": (8, 6, 4, 3, 2.7)},
+        {"came back": (5, 1.1, 2, 3, 3)},
+        {"one of three": (5, 4, 3, 2, 1), "x": (5, 5, 5, 5, 5), "y": (4, 4, 4, 4, 4)},
+    ],
+    ids=lambda layers: next(iter(layers)),
+)
+def test_a_rank_that_is_low_for_other_reasons_is_no_collapse(
+    layers: Mapping[str, Sequence[float]],
+) -> None:
+    assert rank_collapses(replace(HEALTHY, rounds=ranked(layers))) is None
+
+
+@pytest.mark.parametrize(("decay", "collapses"), [(0.0, False), (20.0, True)])
+def test_weight_decay_that_is_too_strong_makes_adapters_lose_their_rank(
+    tmp_path: Path, decay: float, collapses: bool
+) -> None:
+    # |A|^2 + |B|^2, which decay lowers, is at least twice the sum of the product's singular values:
+    # directions with little gradient fade from both factors at once.
+    told = [{"text": text, "who": c} for c in (0, 1) for text in sentences(40, c)]
+    (tmp_path / "data").write_text("".join(json.dumps(row) + "\n" for row in told))
+    table = {
+        "backbone": {"path": "tiny"},
+        "data": {
+            "source": "jsonl",
+            "path": str(tmp_path / "data"),
+            "client_field": "who",
+            "length": 16,
+        },
+        "federation": {"rounds": 11},
+        "training": {"lr": 0.01, "steps": 4, "weight_decay": decay},
+        "evaluation": {"blocks": 2},
+    }
+    for _ in federate(create(from_table(table), tmp_path / "run"), tmp_path / "run"):
+        pass
+    found = rank_collapses(read(tmp_path / "run"))
+    assert bool(found) == collapses, found
 
 
 def test_newcomers_are_expected_to_be_idle() -> None:

@@ -74,6 +74,10 @@ def a_round(number: int, each: int) -> dict[str, Any]:
         "bytes_down": 3 * each,
         "clients": [{"client": c, **told} for c in CLIENTS],
         "update_norm": 0.9,
+        "layers": {
+            name: {"error": 0.1 / number, "rank": 3.0, "a": 2.0, "b": number}
+            for name in ("plain", HOSTILE)
+        },
     }
 
 

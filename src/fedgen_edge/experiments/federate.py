@@ -101,7 +101,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         trained = time.perf_counter()
         line = _line(experiment, done, before)
         if _judged(settings, done.state.round):
-            line["layers"] = _layers(experiment.algorithm, done)
+            line["layers"] = layers(experiment.algorithm, done)
             line["validation"] = experiment.validation(done.state)
         line["seconds"] = round(trained - began, 3)
         line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
@@ -172,23 +172,24 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
     }
 
 
-def _layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
+def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
     """Of each layer's product: how large, and how far from the clients' mean one if they sent both.
 
-    Where clients keep a factor of their own, the server's product is nobody's.
+    A layer of which clients send nothing, or keep a factor of their own, is left out: the server's
+    product is nobody's.
     """
-    sent = [update for update in done.updates if update.delta]
+    sent, adapter = [update for update in done.updates if update.delta], done.state.adapter
     if not sent:
         return {}
-    adapter, round_ = done.state.adapter, done.state.round - 1
-    shared = algorithm.sends(list(adapter), None)
+    shared, round_ = algorithm.sends(list(adapter), None), done.state.round - 1
     own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
-    whole = [pair for pair in pairs(adapter) if shared & {*pair} and not own & {*pair}]
     missed = errors(sent, adapter) if pairs(sent[0].delta) else {}
-    told = {layer: {"error": far} for layer, far in missed.items()}
     found = sizes(adapter)
-    layers = [pair.layer for pair in whole if pair.layer in found]
-    return {layer: {**told.get(layer, {}), **found[layer]._asdict()} for layer in layers}
+    whole = {p.layer for p in pairs(adapter) if shared & {*p} and not own & {*p}} & found.keys()
+    return {
+        layer: {**({"error": missed[layer]} if layer in missed else {}), **found[layer]._asdict()}
+        for layer in sorted(whole)
+    }
 
 
 def _mean_norm(done: Commit) -> float:

@@ -21,9 +21,9 @@ class Spread(NamedTuple):
     """Numbers of one round: their middle, and from where to where they go."""
 
     round: int
-    middle: float
-    low: float
-    high: float
+    middle: Number
+    low: Number
+    high: Number
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class LayerRow:
     last: Spread
     layer: str
     """The one at the end of the range that is to be looked at, in the last round."""
-    value: float
+    value: Number
     """Its number there."""
 
 
-def by_layer(row: Row, what: str) -> dict[str, float]:
+def by_layer(row: Row, what: str) -> dict[str, Number]:
     """A measurement of every layer in one round; none where the round was not judged."""
     told: Mapping[str, Row] = row.get("layers") or {}
     found = {layer: each.get(what, math.nan) for layer, each in told.items()}
