@@ -27,9 +27,7 @@ SWING = 0.5  # rises to falls: a curve on its way down gives back far less than 
 AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
 FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
 WIDE = 2.0  # effective rank: a product that never had two directions has none to lose
-SINGLE = (
-    1.25  # effective rank: all but a twentieth lies in one direction; sound runs stay above 1.5
-)
+SINGLE = 1.25  # effective rank: one direction has all but a twentieth; sound runs stay above 1.5
 LOPSIDED = 0.5  # share of the training data: above it, one client outvotes all the others
 ALIKE = 0.5  # diversity: half as far apart as real pictures, more than blur alone would do
 MISSED = 0.1  # recall: samples that look real, and leave out nine in ten real ones

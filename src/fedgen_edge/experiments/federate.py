@@ -175,8 +175,8 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
 def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
     """Of each layer's product: how large, and how far from the clients' mean one if they sent both.
 
-    A layer of which clients send nothing, or keep a factor of their own, is left out: the server's
-    product is nobody's.
+    A layer of which clients keep a factor of their own is left out: the server's product is
+    nobody's.
     """
     sent, adapter = [update for update in done.updates if update.delta], done.state.adapter
     if not sent:
@@ -185,7 +185,7 @@ def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
     own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
     missed = errors(sent, adapter) if pairs(sent[0].delta) else {}
     found = sizes(adapter)
-    whole = {p.layer for p in pairs(adapter) if shared & {*p} and not own & {*p}} & found.keys()
+    whole = {p.layer for p in pairs(adapter) if not own & {*p}} & found.keys()
     return {
         layer: {**({"error": missed[layer]} if layer in missed else {}), **found[layer]._asdict()}
         for layer in sorted(whole)
