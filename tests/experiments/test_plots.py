@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,13 @@ def test_gains_are_drawn_from_the_least_to_the_largest_at_the_middle_of_their_sh
     assert found["over global (new)"] == [[50, pytest.approx(50)]]
     assert "over local-only" in found
     assert "over local-only (new)" not in found
+
+
+def test_a_gain_over_one_model_alone_says_over_which(run: RunFiles) -> None:
+    kept = [row for row in run.evaluation if row["model"] != "local-only"]
+    figure = sorted_gains(replace(run, evaluation=[r for r in kept if r["client"] != CLIENTS[0]]))
+    assert figure
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["over global"]
 
 
 def test_layers_are_drawn_by_their_median_and_the_band_spans_them(run: RunFiles) -> None:

@@ -139,6 +139,8 @@ def sorted_gains(run: RunFiles) -> Figure | None:
         axes.plot(places, values, f"{mark}:", linewidth=1, markersize=size, **style)
     if not axes.has_data():
         return None
+    if len(axes.lines) == 1:  # one line is not named elsewhere
+        figure.legend(loc="outside upper left")
     axes.axhline(0, color=INK, alpha=0.4, linewidth=1)
     axes.set_xlim(0, 100)
     y = f"test {run.measure.name} lowered by, %"
