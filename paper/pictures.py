@@ -17,13 +17,13 @@ from statistics import fmean
 from typing import Any
 
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments.apart import distances
 from fedgen_edge.experiments.records import lines, write_lines
 from fedgen_edge.experiments.summary import (
     BACKBONE,
     GLOBAL,
     PERSONAL,
     RunFiles,
-    distances,
     judged,
     number,
     paired_interval,

@@ -238,7 +238,12 @@ def resume(told: Resume) -> None:
 def _finish(experiment, out: Path) -> None:
     from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.progress import follow, heading
-    from fedgen_edge.experiments.report import headline, table_for_terminal, write
+    from fedgen_edge.experiments.report import (
+        gains_for_terminal,
+        headline,
+        table_for_terminal,
+        write,
+    )
     from fedgen_edge.experiments.run import proceed
     from fedgen_edge.experiments.summary import read
 
@@ -254,6 +259,8 @@ def _finish(experiment, out: Path) -> None:
     console = Console()
     finished = read(out)
     console.print(table_for_terminal(finished))
+    if (gained := gains_for_terminal(finished)).row_count:
+        console.print(gained)
     console.print(headline(finished))
     console.print(f"report    {page}", soft_wrap=True, markup=False)
     folder = out / "adapters" / "clients"

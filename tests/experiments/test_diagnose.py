@@ -1,12 +1,12 @@
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fedgen_edge.experiments.diagnose import SIGNATURES, agreement, diagnose
+from fedgen_edge.experiments.diagnose import SIGNATURES, diagnose
 from fedgen_edge.experiments.summary import Row, RunFiles
 from fedgen_edge.tasks.language import MEASURE
 
@@ -81,6 +81,14 @@ def judged(**change: Any) -> dict[str, Any]:
         "real_shares": {"0": 0.5, "1": 0.5},
     }
     return {"distances": [{**row, "model": "backbone", "recall": 0.0}, {**row, **change}]}
+
+
+def ranked(layers: Mapping[str, Sequence[float]]) -> list[Row]:
+    """Healthy rounds, with a layer's effective rank in each."""
+    return [
+        {**row, "layers": {k: {"rank": float(each[at])} for k, each in layers.items()}}
+        for at, row in enumerate(HEALTHY.rounds)
+    ]
 
 
 def without_data(**change: Any) -> list[Row]:
@@ -177,6 +185,12 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rounds": of_all("update_norm", 0.1)},
         "moves by 1.00, their mean by 0.100: two clients' updates have a cosine of about -0.32",
     ),
+    "rank collapse": (
+        "Adapters have lost their rank (rank collapse)",
+        {"rounds": ranked({"x": (4, 5, 3, 2, 1.2), "y": (3, 3, 3, 3, 3), "z": (2, 3, 2, 2, 1.1)})},
+        "In 2 of 3 layers the product of B and A is all but of rank 1: in x its effective rank "
+        "fell from 5.00 to 1.20.",
+    ),
     "lopsided": (  # 42,000 of 42,000 + 3 x 6,000
         "One client outweighs all others",
         {"clients": without_data(items=42000)},
@@ -245,23 +259,3 @@ def test_advice_names_a_setting_with_its_value() -> None:
 def test_an_empty_run_is_only_unfinished() -> None:
     empty = RunFiles(Path("run"), {}, {}, MEASURE, [], [], {}, [], [], [], [])
     assert [finding.title for finding in diagnose(empty)] == ["The run has not finished"]
-
-
-@pytest.mark.parametrize(("norm", "cosine"), [(0.0, -1.0), (math.sqrt(0.5), 0.0), (1.0, 1.0)])
-def test_agreement_is_the_cosine_that_the_norms_imply(norm: float, cosine: float) -> None:
-    # Two unit updates, halved and added: opposite ones cancel, orthogonal ones leave sqrt(1/2).
-    clients = [{"client": c, "weight": 5.0, "drift": 1.0} for c in "ab"]
-    row = {"bytes_up": 1, "update_norm": norm, "clients": clients}
-    assert agreement(row) == pytest.approx(cosine, abs=1e-12)
-
-
-def test_agreement_minds_the_weights() -> None:
-    # 3/4 (1, 0) + 1/4 (0, 1) has norm sqrt(10)/4, and the two are orthogonal.
-    clients = [{"client": c, "weight": w, "drift": 1.0} for c, w in (("a", 3.0), ("b", 1.0))]
-    row = {"bytes_up": 1, "update_norm": math.sqrt(10) / 4, "clients": clients}
-    assert agreement(row) == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("change", [{"clients": HEALTHY.rounds[0]["clients"][:1]}, {"bytes_up": 0}])
-def test_nothing_merged_has_no_agreement(change: Row) -> None:
-    assert agreement({**HEALTHY.rounds[0], **change}) is None

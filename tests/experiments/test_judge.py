@@ -9,13 +9,14 @@ import torch
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments import judge, records
+from fedgen_edge.experiments.apart import distances
 from fedgen_edge.experiments.build import build
 from fedgen_edge.experiments.features import pixels
 from fedgen_edge.experiments.frechet import frechet, kernel_distance, moments, overlap
 from fedgen_edge.experiments.judge import jury
 from fedgen_edge.experiments.models import folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
-from fedgen_edge.experiments.summary import distances, read
+from fedgen_edge.experiments.summary import read
 from fedgen_edge.seeds import seed
 from fedgen_edge.tasks.task import Pictured
 

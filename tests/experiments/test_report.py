@@ -3,77 +3,24 @@ import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 from rich.console import Console
 
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots
-from fedgen_edge.experiments.report import grouped, headline, samples, table_for_terminal, write
+from fedgen_edge.experiments.report import (
+    gains_for_terminal,
+    headline,
+    samples,
+    table_for_terminal,
+    write,
+)
 from fedgen_edge.experiments.summary import read
 from fedgen_edge.tasks.language import MEASURE
+from reports import BITS, CLIENTS, make_run, several
 
-HOSTILE = "<script>alert('$x^2$')</script>"
-CLIENTS = ("a & b", HOSTILE, "日本\ud800\x00")
-BITS = {"backbone": 6, "local-only": 5, "global": 4, "personal": 3}
 VOID = {"meta", "br", "hr", "img", "link", "input"}
-
-
-def make_run(folder: Path, seed: int = 0, lr: float = 0.001, bits: float = 0.0) -> Path:
-    """A finished run of three rounds; each model's perplexity is 2 to the power of its BITS."""
-    (folder / "baselines" / "local-only").mkdir(parents=True)
-    settings = (
-        f'[federation]\nseed = {seed}\n[method]\nname = "fedgen-edge"\n[training]\nlr = {lr}\n'
-    )
-    facts = {
-        "measure": MEASURE,
-        "finished": True,
-        "full_bytes": 10**6,
-        "adapter_bytes": 2000,
-        "hardware": HOSTILE,
-    }
-    tests = {m: 100 * (n + (bits if m == "global" else 0)) * math.log(2) for m, n in BITS.items()}
-    contents = {
-        "clients.json": [
-            {"client": c, "train": 9, "items": 4000, "labels": {"x": 5, HOSTILE: 4}}
-            for c in CLIENTS
-        ],
-        "rounds.jsonl": [a_round(r, 2000) for r in (1, 2, 3)],
-        "baselines/local-only/rounds.jsonl": [a_round(r, 0) for r in (1, 2, 3)],
-        "personal.jsonl": [{"client": c, "validation": [3.0, 2.5], "chosen": 1} for c in CLIENTS],
-        "evaluation.jsonl": [
-            {"model": m, "client": c, "total": n, "count": 100, "words": 50}
-            for m, n in tests.items()
-            for c in CLIENTS
-        ],
-        "samples.jsonl": [
-            {"model": m, "client": CLIENTS[0], "prompt": "The ", "text": f"The {m} </p>{HOSTILE}"}
-            for m in ("backbone", "global", "personal")
-        ],
-    }
-    (folder / "settings.toml").write_text(settings)
-    (folder / "run.json").write_text(json.dumps(facts))
-    for name, rows in contents.items():
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / name).write_text(json.dumps(rows) if name == "clients.json" else text)
-    return folder
-
-
-def a_round(number: int, each: int) -> dict[str, Any]:
-    """Every client sends `each` bytes; losses are 5 - number nats."""
-    nats = 5.0 - number
-    told = {"loss": nats, "steps": 5, "weight": 9, "bytes_up": each, "drift": 1.0}
-    return {
-        "round": number,
-        "cohort": list(CLIENTS),
-        "loss": nats,
-        "validation": {"total": 3000 * nats, "count": 3000, "words": 2000, "clients": {}},
-        "bytes_up": 3 * each,
-        "bytes_down": 3 * each,
-        "clients": [{"client": c, **told} for c in CLIENTS],
-        "update_norm": 0.9,
-    }
 
 
 class Page(HTMLParser):
@@ -117,11 +64,8 @@ def page(run: Path) -> str:
 
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two rates, three seeds each: the second's global adapter is worse by a bit a token."""
     here = tmp_path_factory.mktemp("several")
-    runs = [make_run(here / f"slow{s}", s, bits=s / 10) for s in range(3)]
-    runs += [make_run(here / f"fast{s}", s, lr=0.1, bits=s / 10 + 1) for s in range(3)]
-    return write(runs, here / "report.html").read_text("utf-8")
+    return write(several(here), here / "report.html").read_text("utf-8")
 
 
 def test_what_a_run_says_is_text_and_never_markup(page: str, comparison: str) -> None:
@@ -179,6 +123,34 @@ def test_the_page_shows_gains_findings_and_settings(page: str) -> None:
     assert "lr = 0.001" in page
 
 
+def test_the_page_shows_gains_as_a_distribution_newcomers_apart(tmp_path: Path) -> None:
+    # All clients have 8 for 16, half less; the third never took part, and has not trained alone.
+    folder = make_run(tmp_path / "run")
+    clients = json.loads((folder / "clients.json").read_text())
+    clients[2]["newcomer"] = True
+    (folder / "clients.json").write_text(json.dumps(clients))
+    text = write([folder], tmp_path / "page.html").read_text("utf-8")
+    rows = re.findall(r"<tr><th>(personal over [\w-]+)(.*?)</tr>", text, re.S)
+    told = {(name, "never took part" in rest): re.findall(r"<td>([^<]*)</td>", rest)
+            for name, rest in rows}  # fmt: skip
+    half, all_, none = (f"{share}\N{NO-BREAK SPACE}%" for share in ("50.0", "100", "0"))
+    assert told["personal over global", False] == ["2", half, half, all_, none]
+    assert told["personal over global", True] == ["1", half, half, all_, none]
+    assert ("personal over local-only", False) in told
+    assert ("personal over local-only", True) not in told
+    assert "The same for the 1 that never took part" in text
+
+
+def test_the_page_names_the_layer_that_is_worst_by_each_number(page: str) -> None:
+    # Of two layers, the errors are 0.1 and 0.2 in round 1, a third of that in round 3.
+    row = re.search(r"<tr><th>aggregation error</th>(.*?)</tr>", page, re.S)
+    assert row
+    told = re.sub(r"<[^>]+>", " ", row[1]).split()
+    assert told[:6] == ["0.150", "[0.100,", "0.200]", "0.0500", "[0.0333,", "0.0667]"]
+    assert told[-1] == "0.0667"
+    assert "&lt;script&gt;" in row[1]
+
+
 def test_pictures_are_saved_beside_the_run_and_readable_alone(run: Path, page: str) -> None:
     names = sorted(path.stem for path in (run / "plots").iterdir())
     assert names == sorted(plots.PICTURES)
@@ -222,15 +194,6 @@ def test_a_picture_is_in_the_page_itself_and_a_missing_one_is_named(tmp_path: Pa
     assert '<img src="data:image/png;base64,iVBORw==" alt="global: cat">' in text
 
 
-def test_runs_of_different_tasks_are_not_compared(tmp_path: Path) -> None:
-    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two")
-    facts = json.loads((two / "run.json").read_text())
-    told = {**facts, "measure": MEASURE._replace(name="denoising error")}
-    (two / "run.json").write_text(json.dumps(told))
-    with pytest.raises(CheckpointError, match=r"one by perplexity and .*two by denoising error"):
-        write([one, two], tmp_path / "page.html")
-
-
 def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("")
     (tmp_path / "run.json").write_text(json.dumps({"measure": MEASURE}))
@@ -239,45 +202,12 @@ def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
     assert "svg" not in Page(text).tags
 
 
-def test_runs_without_results_can_be_compared(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "settings.toml").write_text("")
-        (tmp_path / name / "run.json").write_text(json.dumps({"measure": MEASURE}))
-    assert write([tmp_path / "one", tmp_path / "two"], tmp_path / "report.html").exists()
-
-
 def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text("old")
     with pytest.raises(CheckpointError):
         write([tmp_path / "nowhere"], tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
-
-
-def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
-    runs = [read(make_run(tmp_path / f"{s}-{lr}", s, lr)) for s in (0, 1) for lr in (0.1, 0.2)]
-    found = [(group.label, group.settings, len(group.runs)) for group in grouped(runs)]
-    assert found == [
-        ("lr=0.1", {"training.lr": "0.1"}, 2),
-        ("lr=0.2", {"training.lr": "0.2"}, 2),
-    ]
-
-
-def test_only_settings_that_differ_are_compared(comparison: str) -> None:
-    assert "training.lr" in comparison
-    assert "method.name" not in comparison
-
-
-def test_differences_are_paired_by_seed(comparison: str) -> None:
-    # Backbone 64, global 16 x 2^0, 2^0.1, 2^0.2: the differences are -48, -46.85, -45.62,
-    # their mean -46.83, deviation 1.19; 4.3027 x 1.19 / sqrt(3) = 2.96.
-    minus = "\N{MINUS SIGN}"
-    assert f"{minus}46.8 <span" in comparison
-    assert f"[{minus}49.8, {minus}43.9]" in comparison
-    # The faster rate doubles them: 16, 17.15, 18.38 higher, 17.2 on average, 2.96 either way.
-    assert "+17.2 <span" in comparison
-    assert "[+14.2, +20.1]" in comparison
 
 
 def test_the_terminals_table_fits_80_columns(tmp_path: Path) -> None:
@@ -302,6 +232,23 @@ def test_the_terminals_table_fits_80_columns(tmp_path: Path) -> None:
     assert len(lines) < 15 + 10
 
 
+def test_the_terminal_tells_gains_in_80_columns(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
+    told = [{**row, "participated": row["client"] != CLIENTS[0]} for row in rows]
+    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    console = Console(width=80, record=True, color_system=None, file=(tmp_path / "out").open("w"))
+    with console.file:
+        console.print(gains_for_terminal(read(folder)))
+        lines = console.export_text().splitlines()
+    # 8 for 32, 75 % less
+    found = next(line.split() for line in lines if "personal over local-only" in line)
+    assert found[3:] == ["2", "+75.0", "+75.0", "100", "%", "0", "%"]
+    assert sum("(new)" in line for line in lines) == 3
+    assert max(map(len, lines)) <= 80
+    assert len({line.index("%") for line in lines if "personal" in line}) == 1
+
+
 def test_a_clients_name_cannot_command_the_terminal(tmp_path: Path) -> None:
     console = Console(width=80, file=(tmp_path / "out").open("w", encoding="utf-8"))
     with console.file:
@@ -313,6 +260,7 @@ def test_an_unfinished_run_has_an_empty_table(tmp_path: Path) -> None:
     (tmp_path / "settings.toml").write_text("")
     (tmp_path / "run.json").write_text(json.dumps({"measure": MEASURE}))
     assert table_for_terminal(read(tmp_path)).row_count == 0
+    assert gains_for_terminal(read(tmp_path)).row_count == 0
 
 
 def test_a_client_that_was_never_tested_has_a_row_without_numbers(tmp_path: Path) -> None:

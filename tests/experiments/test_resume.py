@@ -17,7 +17,7 @@ from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import federate, targets
-from fedgen_edge.experiments.diagnose import agreement
+from fedgen_edge.experiments.merging import agreement
 from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import read

@@ -4,40 +4,13 @@ Source: the failure signatures of FedGen-Edge (arXiv 2511.11585), and those its 
 """
 
 import json
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
-from statistics import fmean, median
 from typing import Literal, NamedTuple
 
-from fedgen_edge.experiments.summary import (
-    BACKBONE,
-    GLOBAL,
-    PERSONAL,
-    Number,
-    Row,
-    RunFiles,
-    by_client,
-    by_model,
-    distances,
-    judged,
-    number,
-    validation,
-)
-
-REAL = 1.0  # percent: both models were tested on the same data, so it is hardly an accident
-FLAT = 0.01  # of the number's logarithm, 1 %: a run that learns passes it in a round or two
-RELAPSE = 0.05  # above the best round, in the same terms, 5 %: more than rounds jitter
-SWING = 0.5  # rises to falls: a curve on its way down gives back far less than half of what it won
-AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
-FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
-LOPSIDED = 0.5  # share of the training data: above it, one client outvotes all the others
-ALIKE = 0.5  # diversity: half as far apart as real pictures, more than blur alone would do
-MISSED = 0.1  # recall: samples that look real, and leave out nine in ten real ones
-MISPLACED = 0.3  # of the samples that far off in their classes, by the nearest class's mean
-DOUBT = 0.067  # standard error, as a share of the number: above it, rounds cannot be told apart
+from fedgen_edge.experiments import checks
+from fedgen_edge.experiments.summary import BACKBONE, GLOBAL, PERSONAL, RunFiles
 
 Severity = Literal["problem", "warning", "note", "good"]
 SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note", "good")
@@ -67,249 +40,55 @@ def _nothing(run: RunFiles) -> Finding:
     return Finding("good", "Nothing found", f"{len(SIGNATURES)} checks over {judged}.")
 
 
-def not_finite(run: RunFiles) -> str | None:
-    """A loss is NaN or infinite."""
-    losses = [(f"round {row['round']}", row["loss"]) for row in run.rounds if row["clients"]]
-    judged = [(f"the validation of round {n}", loss) for n, loss in validation(run.rounds)]
-    final = [(f"the test of {r['model']} for {r['client']}", r["total"]) for r in run.evaluation]
-    bad = [where for where, loss in (*losses, *judged, *final) if not math.isfinite(loss)]
-    return f"First in {bad[0]}; {len(bad)} numbers in all." if bad else None
-
-
-def diverges(run: RunFiles) -> str | None:
-    """Validation ends above where it began."""
-    first, _, last = _landmarks(run)
-    return _from_to(run, first, last) if last[1] - first[1] > RELAPSE else None
-
-
-def relapses(run: RunFiles) -> str | None:
-    """Validation ends above its best round."""
-    first, best, last = _landmarks(run)
-    past = last[1] - best[1] > RELAPSE >= last[1] - first[1]
-    return _from_to(run, best, last) if past else None
-
-
-def swings(run: RunFiles) -> str | None:
-    """Validation goes up and down instead of down."""
-    moves = [b[1] - a[1] for a, b in pairwise(_curve(run))]
-    ups = [move for move in moves if move > 0]
-    turns = sum(a * b < 0 for a, b in pairwise(moves))
-    if turns < 2 or max(ups) < FLAT or sum(ups) <= SWING * (sum(ups) - sum(moves)):
-        return None
-    cohort = median(len(row["cohort"]) for row in run.rounds)
-    return (
-        f"{_named(run)} rose in {len(ups)} of {len(moves)} steps, by up to "
-        f"{100 * math.expm1(max(ups)):.1f} %; a cohort is {cohort:g} of {len(run.clients)} clients."
-    )
-
-
-def stuck(run: RunFiles) -> str | None:
-    """The loss hardly moves, and the test does not say otherwise."""
-    losses = [row["loss"] for row in run.rounds if row["clients"]]
-    levels = [run.measure.level(loss) for loss in losses]
-    helps = any(row.model == GLOBAL and row.over_backbone > 0 for row in judged(run))
-    if len(losses) < 3 or helps or run.measure.trained or not levels[0] - min(levels) < FLAT:
-        return None
-    unit = run.measure.unit
-    return f"Training loss is {losses[0]:.3f} {unit} at first, {min(losses):.3f} at its best."
-
-
-def losers(run: RunFiles, model: str, reference: str) -> str | None:
-    """One model is worse than another, for some clients."""
-    ours, theirs = (
-        by_client(run.measure, by_model(run).get(name, {})) for name in (model, reference)
-    )
-    lost = {
-        c: ours[c] / theirs[c] for c in ours if ours[c] > (1 + REAL / 100) * theirs.get(c, math.inf)
-    }
-    told = [
-        f"{client} ({number(ours[client])} against {number(theirs[client])})"
-        for client in sorted(lost, key=lambda c: lost[c], reverse=True)
-    ]
-    said = f"Test {run.measure.name} of {len(told)} of {len(ours)}"
-    return f"{said}: {_some(told)}." if told else None
-
-
-def fallbacks(run: RunFiles) -> str | None:
-    """Most clients keep the global adapter."""
-    tuned = [row for row in run.personal if len(row["validation"]) > 1]
-    kept = [row["client"] for row in tuned if row["chosen"] == 0]
-    most = len(kept) > len(tuned) / 2
-    return f"{len(kept)} of {len(tuned)} kept the global adapter: {_some(kept)}." if most else None
-
-
-def alone_is_better(run: RunFiles) -> str | None:
-    """local-only beats the best that the federation has."""
-    known = [_below_local(run, model) for model in (GLOBAL, PERSONAL)]
-    best = max((percent for percent in known if not math.isnan(percent)), default=0.0)
-    return f"The best mean is {-best:.1f} % above local-only's." if best < -REAL else None
-
-
-def alone_beats_global(run: RunFiles) -> str | None:
-    """local-only beats the global adapter, not the personal ones."""
-    together, own = _below_local(run, GLOBAL), _below_local(run, PERSONAL)
-    if not (together < -REAL and own > 0):
-        return None
-    return (
-        f"Mean test {run.measure.name} with the global adapter is {-together:.1f} % above "
-        f"local-only's; with personal ones, {own:.1f} % below it."
-    )
-
-
-def _below_local(run: RunFiles, model: str) -> float:
-    """Percent by which a model's mean lies below local-only's; nan without one."""
-    return next((row.over_local for row in judged(run) if row.model == model), math.nan)
-
-
-def too_little_data(run: RunFiles) -> str | None:
-    """Some clients can hardly train."""
-    steps = {c["client"]: c["steps"] for row in run.rounds for c in row["clients"]}
-    poor = [
-        f"{row['client']} ({row['items']} {run.measure.items})"
-        for row in _learners(run)
-        if row["items"] < run.measure.few or steps.get(row["client"], FEW_STEPS) < FEW_STEPS
-    ]
-    least = f"{run.measure.few} training {run.measure.items} or {FEW_STEPS} steps a round"
-    return f"{len(poor)} have fewer than {least}: {_some(poor)}." if poor else None
-
-
-def pulled_apart(run: RunFiles) -> str | None:
-    """Updates cancel in the mean."""
-    rows = [(row, cosine) for row in run.rounds if (cosine := agreement(row)) is not None]
-    if not rows or (typical := median(cosine for _, cosine in rows)) >= AGREEMENT:
-        return None
-    drift = median(fmean(c["drift"] for c in row["clients"]) for row, _ in rows)
-    merged = median(row.get("mean_norm", row["update_norm"]) for row, _ in rows)
-    return (
-        f"In a round a client moves by {number(drift)}, their mean by {number(merged)}: two "
-        f"clients' updates have a cosine of about {typical:.2f}."
-    )
-
-
-def agreement(row: Row) -> Number | None:
-    """Mean cosine between two clients' updates, from norms alone; none where nothing is merged.
-
-    |sum w d|^2 is sum w^2 |d|^2 plus the products of pairs, so the rest is the pairs' share.
-    """
-    total = sum(c["weight"] for c in row["clients"]) or 1.0
-    pulls = [c["weight"] / total * c["drift"] for c in row["clients"]]
-    alone = sum(pull * pull for pull in pulls)
-    pairs = sum(pulls) ** 2 - alone
-    if not row["bytes_up"] or not pairs > 1e-9 * alone:
-        return None
-    return (row.get("mean_norm", row["update_norm"]) ** 2 - alone) / pairs
-
-
-def lopsided(run: RunFiles) -> str | None:
-    """One client has most of the data."""
-    rows = sorted(_learners(run), key=lambda row: row["items"])
-    total, items = sum(row["items"] for row in rows), run.measure.items
-    if len(rows) < 3 or rows[-1]["items"] <= LOPSIDED * total:
-        return None
-    return f"{rows[-1]['client']} has {100 * rows[-1]['items'] / total:.0f} % of {total} {items}."
-
-
-def noisy_judge(run: RunFiles) -> str | None:
-    """Validation is too small to tell rounds apart."""
-    judged = [row["validation"]["count"] for row in run.rounds if row.get("validation")]
-    read, measure = min(judged, default=math.inf), run.measure
-    if measure.spread / math.sqrt(max(1, read)) <= DOUBT:
-        return None
-    error = 100 * math.expm1(measure.spread / math.sqrt(max(1, read)))
-    return (
-        f"It reads {read:.0f} {measure.items} a round, so its {measure.name} is known to about "
-        f"{error:.0f} %."
-    )
-
-
-def never_drawn(run: RunFiles) -> str | None:
-    """Some clients took part in no round."""
-    drawn = {client for row in run.rounds for client in row["cohort"]}
-    idle = [row["client"] for row in _learners(run) if run.rounds and row["client"] not in drawn]
-    return f"{len(idle)} of {len(run.clients)}: {_some(idle)}." if idle else None
-
-
-def collapsed(run: RunFiles) -> str | None:
-    """Samples are of fewer kinds than real pictures are."""
-    for row in distances(run):
-        if row.model not in {GLOBAL, PERSONAL}:
-            continue
-        signs = []
-        if row.diversity < ALIKE:
-            signs.append(f"two of a class lie {number(row.diversity)} times as far apart as real")
-        if row.precision > 0.5 and row.recall < MISSED:
-            signs.append(
-                f"{100 * row.precision:.0f} % look real, and reach {100 * row.recall:.0f} % of the "
-                "real pictures"
-            )
-        if row.misplaced > MISPLACED:
-            signs.append(
-                f"the classes' shares are {100 * row.misplaced:.0f} % off those of real ones"
-            )
-        if signs:
-            return f"Of the {row.model} samples, {'; '.join(signs)}."
-    return None
-
-
-def too_few_pictures(run: RunFiles) -> str | None:
-    """The distance mostly says how many pictures there are."""
-    told = next((row.get("few") for row in run.distances if row["client"] is None), None)
-    return f"{told[0].upper()}{told[1:]}." if told else None
-
-
-def unfinished(run: RunFiles) -> str | None:
-    """The run stopped before its end."""
-    planned = run.settings.get("federation.rounds", "?")
-    done = run.facts.get("finished", False)
-    return None if done else f"{len(run.rounds)} of {planned} rounds are recorded."
-
-
 Signature = tuple[Severity, str, Callable[[RunFiles], str | None], str]
 SIGNATURES: tuple[Signature, ...] = (
-    ("problem", "Training broke down: a loss is not a number", not_finite,
+    ("problem", "Training broke down: a loss is not a number", checks.not_finite,
      "Lower [training.lr], clip more ([training.clip]), or use backbone.precision=float32."),
-    ("problem", "Training diverges", diverges,
+    ("problem", "Training diverges", checks.diverges,
      "Lower [training.lr], warm it up ([training.warmup]), or do less work a round."),
-    ("warning", "Validation is past its best", relapses,
+    ("warning", "Validation is past its best", checks.relapses,
      "Stop earlier ([federation.rounds]), or let [training.lr] fall ([training.schedule])."),
-    ("warning", "Validation swings from round to round", swings,
+    ("warning", "Validation swings from round to round", checks.swings,
      "Lower [training.lr], draw more clients (federation.cohort), or train less (training.steps)."),
-    ("warning", "The federation learns next to nothing", stuck,
+    ("warning", "The federation learns next to nothing", checks.stuck,
      "Raise [training.lr] or [training.epochs], or adapt more layers "
      "(adapter.target_modules=all-linear)."),
     ("warning", "The global adapter is worse than the backbone for some clients",
-     partial(losers, model=GLOBAL, reference=BACKBONE),
+     partial(checks.losers, model=GLOBAL, reference=BACKBONE),
      "Their data are unlike the others': give them personal adapters ([personal.epochs]), or "
      "federate them apart."),
     ("warning", "Personal tuning makes some clients worse",
-     partial(losers, model=PERSONAL, reference=GLOBAL),
+     partial(checks.losers, model=PERSONAL, reference=GLOBAL),
      "They overfit: lower [personal.lr] or [personal.epochs], pull towards the global adapter "
      "([personal.pull]), and keep [personal.fallback] on."),
-    ("warning", "Most clients gain nothing from personal tuning", fallbacks,
+    ("warning", "Most clients gain nothing from personal tuning", checks.fallbacks,
      "Lower [personal.lr]; if that does not help, the clients are alike and the global adapter is "
      "all they need."),
-    ("warning", "The federation does not help: clients do better alone", alone_is_better,
+    ("warning", "The federation does not help: clients do better alone", checks.alone_is_better,
      "They differ much, or train too little: personalise ([personal.epochs]), keep some layers "
      "at the clients (method.name=fedper), or raise [federation.rounds]."),
     ("note", "Clients alone do better than the global adapter, not than personal ones",
-     alone_beats_global, "They differ much: serve the personal adapters."),
-    ("warning", "Some clients have too little data", too_little_data,
+     checks.alone_beats_global, "They differ much: serve the personal adapters."),
+    ("warning", "Some clients have too little data", checks.too_little_data,
      "Raise [partition.minimum], have fewer clients, or let them use the global adapter."),
-    ("warning", "Clients pull the adapter apart", pulled_apart,
+    ("warning", "Clients pull the adapter apart", checks.pulled_apart,
      "Lower [training.lr], train less in each round (training.steps), or pull towards the global "
      "adapter (method.name=fedprox)."),
-    ("warning", "Samples are too much alike (mode collapse)", collapsed,
+    ("warning", "Adapters have lost their rank (rank collapse)", checks.rank_collapses,
+     "Lower [training.weight_decay] or [training.lr], or merge products (method.name=flexlora), "
+     "which keeps A's rank; if the quality will do, so will a lower [adapter.rank]."),
+    ("warning", "Samples are too much alike (mode collapse)", checks.collapsed,
      "Look at the grids. Of a GAN, penalise the critic more ([gan.r1]) or slow it down "
      "([gan.critic_rate]); of another model, train longer, or take [evaluation.sample_steps] up."),
-    ("note", "The samples' distance rests on few pictures", too_few_pictures,
+    ("note", "The samples' distance rests on few pictures", checks.too_few_pictures,
      "Raise [judging.samples], or choose [judging.features] of fewer numbers."),
-    ("note", "One client outweighs all others", lopsided,
+    ("note", "One client outweighs all others", checks.lopsided,
      "It steers the mean: read the worst client's numbers, and cap a round with training.steps."),
-    ("note", "Validation reads little", noisy_judge,
+    ("note", "Validation reads little", checks.noisy_judge,
      "Do not trust small steps; raise [evaluation.blocks] (0 is all) or [data.validation]."),
-    ("note", "Some clients were never drawn", never_drawn,
+    ("note", "Some clients were never drawn", checks.never_drawn,
      "Raise [federation.rounds] or the cohort (federation.cohort)."),
-    ("note", "The run has not finished", unfinished, "Go on with `fedgen resume`."),
+    ("note", "The run has not finished", checks.unfinished, "Go on with `fedgen resume`."),
 )  # fmt: skip
 """What to look for: how grave, its name, the check that gives the evidence, what to try."""
 
@@ -318,33 +97,3 @@ def _with_values(advice: str, run: RunFiles) -> str:
     """Each `[setting]` with the value it has in this run, as TOML has it."""
     told = {name: f"{name}={json.dumps(value)}" for name, value in run.settings.items()}
     return re.sub(r"\[([\w.]+)\]", lambda found: told.get(found[1], found[1]), advice)
-
-
-def _curve(run: RunFiles) -> list[tuple[int, Number]]:
-    points = [(at, run.measure.level(loss)) for at, loss in validation(run.rounds)]
-    return [point for point in points if math.isfinite(point[1])]
-
-
-def _landmarks(run: RunFiles) -> tuple[tuple[int, Number], ...]:
-    """The first, the best and the last validation: round, and the number's logarithm."""
-    curve = _curve(run) or [(0, 0.0)]
-    return curve[0], min(curve, key=lambda point: point[1]), curve[-1]
-
-
-def _from_to(run: RunFiles, start: tuple[int, Number], end: tuple[int, Number]) -> str:
-    told = [f"{number(math.exp(min(level, 700)))} in round {r}" for r, level in (start, end)]
-    return f"Validation {run.measure.name} is {told[0]} and {told[1]}."
-
-
-def _named(run: RunFiles) -> str:
-    name = run.measure.name
-    return name[0].upper() + name[1:]
-
-
-def _learners(run: RunFiles) -> Sequence[Row]:
-    return [row for row in run.clients if not row.get("newcomer", False)]
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

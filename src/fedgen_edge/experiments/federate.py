@@ -101,7 +101,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
         trained = time.perf_counter()
         line = _line(experiment, done, before)
         if _judged(settings, done.state.round):
-            line["layers"] = _layers(done)
+            line["layers"] = layers(experiment.algorithm, done)
             line["validation"] = experiment.validation(done.state)
         line["seconds"] = round(trained - began, 3)
         line["evaluate_seconds"] = round(time.perf_counter() - trained, 3)
@@ -192,17 +192,25 @@ def _timed(experiment: Federated, done: Commit) -> records.Line:
     return {"clock": done.timing.clock, "dropped": dropped}
 
 
-def _layers(done: Commit) -> dict[str, dict[str, float]]:
-    """Of each layer's product: how far it is from the clients' mean one, and how large.
+def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
+    """Of each layer's product: how large, and how far from the clients' mean one if they sent both.
 
-    Nothing of updates that began from older versions: the mean of those is no adapter's aim.
+    A layer of which clients keep a factor of their own is left out: the server's product is
+    nobody's. Of updates that began from older versions the mean is no adapter's aim.
     """
-    updates = [update for update in done.updates if pairs(update.delta)]
-    if not updates or any(u.order.round + 1 != done.state.round for u in updates):
+    sent, adapter = [update for update in done.updates if update.delta], done.state.adapter
+    if not sent:
         return {}
-    missed = errors(updates, done.state.adapter)
-    found = sizes(done.state.adapter)
-    return {layer: {"error": far, **found[layer]._asdict()} for layer, far in missed.items()}
+    shared, round_ = algorithm.sends(list(adapter), None), done.state.round - 1
+    own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
+    fresh = all(u.order.round == round_ for u in sent)
+    missed = errors(sent, adapter) if fresh and pairs(sent[0].delta) else {}
+    found = sizes(adapter)
+    whole = {p.layer for p in pairs(adapter) if not own & {*p}} & found.keys()
+    return {
+        layer: {**({"error": missed[layer]} if layer in missed else {}), **found[layer]._asdict()}
+        for layer in sorted(whole)
+    }
 
 
 def _mean_norm(done: Commit) -> float:

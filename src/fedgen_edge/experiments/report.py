@@ -1,12 +1,9 @@
 """One page for a run, or several side by side: tables, pictures, samples; no script, no request."""
 
 import base64
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -18,7 +15,12 @@ from rich.text import Text
 from fedgen_edge import files
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots, summary, targets
+from fedgen_edge.experiments.apart import distances
+from fedgen_edge.experiments.comparison import SEED, compared
 from fedgen_edge.experiments.diagnose import diagnose
+from fedgen_edge.experiments.drawing import standalone
+from fedgen_edge.experiments.gains import gains, per_client
+from fedgen_edge.experiments.merging import layer_rows
 from fedgen_edge.experiments.summary import (
     BACKBONE,
     GLOBAL,
@@ -27,29 +29,45 @@ from fedgen_edge.experiments.summary import (
     ModelRow,
     Number,
     RunFiles,
-    by_model,
     number,
     size,
 )
 
-SEED = "federation.seed"
-ASIDE = (SEED, "engine.", "evaluation.keep", targets.TARGET)
-"""Settings that make no other experiment: the seed, and how the machine carries it out."""
 CALLED = {
     BACKBONE: "the frozen backbone",
     LOCAL: "training alone",
     GLOBAL: "the global adapter",
     PERSONAL: "personal adapters",
 }
-PAIRS = ((GLOBAL, BACKBONE), (GLOBAL, LOCAL), (PERSONAL, BACKBONE), (PERSONAL, LOCAL))
-"""Differences that a comparison reports: a model, less a reference."""
 CAPTIONS = {
     "validation": ("Learning", "Validation {name} after each round."),
     "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
+    "gains": (
+        "Who gains from a personal adapter",
+        "Percent by which each client's test {name} falls; hollow: clients that never took part.",
+    ),
     "bytes": ("Quality for bytes", "Validation {name} against what clients have sent."),
     "clock": ("Quality for time", "Validation {name} against the virtual clock of the devices."),
     "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
     "data": ("Who holds what", "Training data of each client."),
+    "error": (
+        "What averaging misses",
+        "How far a layer's merged product is from the mean of the clients' products, as a share of "
+        "it: median over layers; the band spans the run's.",
+    ),
+    "rank": (
+        "Effective rank",
+        "Of a layer's merged product: median over layers; the band spans the run's.",
+    ),
+    "norms": ("A against B", "Frobenius norms: medians over layers; the bands span them."),
+    "drift": (
+        "Client drift",
+        "How far clients move in a round: mean over the cohort; the band spans the run's clients.",
+    ),
+    "cosine": (
+        "Do clients agree?",
+        "Mean cosine between the changes of two clients; below zero they cancel in the mean.",
+    ),
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
 }
 PROVENANCE = {
@@ -84,7 +102,7 @@ def write(runs: Sequence[Path], out: Path) -> Path:
     page = compared(found) if len(found) > 1 else single(found[0])
     if len(found) == 1:
         for name, svg in page["pictures"].items():
-            files.write(runs[0] / "plots" / f"{name}.svg", _bytes(plots.standalone(svg)))
+            files.write(runs[0] / "plots" / f"{name}.svg", _bytes(standalone(svg)))
     files.write(out, _bytes(render(page)))
     return out
 
@@ -117,9 +135,12 @@ def single(run: RunFiles) -> dict[str, Any]:
         "headline": headline(run),
         "measure": run.measure,
         "models": (models := summary.judged(run)),
+        "newcomers": summary.judged(run, newcomers=True),
+        "gains": gains(run),
+        "layers": layer_rows(run),
         "by_word": any(not math.isnan(row.word) for row in models),
-        "clients": summary.per_client(run),
-        "distances": summary.distances(run),
+        "clients": per_client(run),
+        "distances": distances(run),
         "compared": next((row for row in run.distances if row["client"] is None), {}),
         "uplink": summary.uplink(run),
         "adapter_bytes": run.facts.get("adapter_bytes", 0),
@@ -157,8 +178,7 @@ def _apart(run: RunFiles) -> str:
     if whole is None:
         return ""
     told = ", ".join(
-        f"{number(row.pooled)} with {CALLED.get(row.model, row.model)}"
-        for row in summary.distances(run)
+        f"{number(row.pooled)} with {CALLED.get(row.model, row.model)}" for row in distances(run)
     )
     floor = f" (real against real: {number(whole['floor'])})" if "floor" in whole else ""
     return f" {whole['distance']} of {whole['made']:,} samples: {told}{floor}."
@@ -213,7 +233,7 @@ def provenance(run: RunFiles) -> list[tuple[str, str]]:
 
 def table_for_terminal(run: RunFiles) -> Table:
     """The test in at most 80 columns: clients, mean and worst by model."""
-    rows, models = summary.per_client(run), summary.judged(run)
+    rows, models = per_client(run), summary.judged(run)
     title = f"Test {run.measure.name} (lower is better)"
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("client", no_wrap=True, max_width=20)
@@ -230,108 +250,22 @@ def table_for_terminal(run: RunFiles) -> Table:
     return table
 
 
+def gains_for_terminal(run: RunFiles) -> Table:
+    """Gains over clients in at most 80 columns; without a row where nothing is compared."""
+    table = Table(title="Gain of each client, %", box=SIMPLE_HEAD, pad_edge=False)
+    for name in ("", "clients", "mean", "worst tenth", "gained", "lost"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for gain in gains(run):
+        told = f"{gain.model} over {gain.reference}" + " (new)" * gain.newcomers
+        shares = (f"{100 * share:.0f} %" for share in (gain.gained, gain.lost))
+        numbers = (_signed(gain.mean), _signed(gain.worst_decile))
+        table.add_row(Text(told), str(len(gain.each)), *numbers, *shares)
+    return table
+
+
 def _best(values: Sequence[Number]) -> list[Text]:
     low = min(values, default=0.0)
     return [Text(number(value), "green" if value == low else "") for value in values]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed alone."""
-
-    label: str
-    settings: dict[str, str]
-    """Those in which the groups differ."""
-    runs: list[RunFiles]
-
-
-def grouped(runs: Sequence[RunFiles]) -> list[Group]:
-    """Runs by the settings that differ between them, the seed aside."""
-    names = sorted({n for run in runs for n in run.settings if not n.startswith(ASIDE)})
-    told = [{name: json.dumps(run.settings.get(name)) for name in names} for run in runs]
-    differ = [name for name in names if len({each[name] for each in told}) > 1]
-    found: dict[tuple[str, ...], list[RunFiles]] = {}
-    for run, each in zip(runs, told, strict=True):
-        found.setdefault(tuple(each[name].strip('"') for name in differ), []).append(run)
-    return [
-        Group(_label(differ, values), dict(zip(differ, values, strict=True)), same)
-        for values, same in found.items()
-    ]
-
-
-def _label(names: Sequence[str], values: Sequence[str]) -> str:
-    pairs = zip(names, values, strict=True)
-    told = [v if n == "method.name" else f"{n.split('.')[-1]}={v}" for n, v in pairs]
-    return ", ".join(told) or "all runs"
-
-
-def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
-    """What the page of several runs shows."""
-    groups = grouped(runs)
-    models = list(dict.fromkeys(m for run in runs for m in by_model(run)))
-    rows = [_group_row(group, groups[0], models) for group in groups]
-    differ = list(groups[0].settings)
-    apart = [n for n in differ if n.split(".")[0] in {"data", "partition", "backbone"}]
-    return {
-        "kind": "comparison",
-        "title": f"{len(runs)} runs compared",
-        "headline": f"Settings compared: {len(groups)}. {_lowest(rows, models)}",
-        "measure": runs[0].measure,
-        "differ": differ,
-        "apart": apart,
-        "models": models,
-        "pairs": PAIRS,
-        "groups": rows,
-        "runs": [(run, diagnose(run)) for run in runs],
-        "pictures": plots.overlay({group.label: group.runs for group in groups}),
-    }
-
-
-def _lowest(rows: Sequence[Mapping[str, Any]], models: Sequence[str]) -> str:
-    means = [
-        (cell["mean"], model, row["label"])
-        for row in rows
-        for model, cell in zip(models, row["means"], strict=True)
-        if cell
-    ]
-    mean, model, label = min(means, default=(math.nan, "", ""))
-    return f"Lowest mean: {number(mean)} ({model}, {label})." if means else ""
-
-
-def _group_row(group: Group, first: Group, models: Sequence[str]) -> dict[str, Any]:
-    means = [{row.model: row.mean for row in summary.judged(run)} for run in group.runs]
-    sent = [summary.uplink(run) for run in group.runs]
-    return {
-        "label": group.label,
-        "settings": list(group.settings.values()),
-        "seeds": [run.settings.get(SEED) for run in group.runs],
-        "means": [_interval([m[model] for m in means if model in m]) for model in models],
-        "within": [_interval([_gap(run, run, *pair) for run in group.runs]) for pair in PAIRS],
-        "against": [_interval(_against(group, first, model)) for model in (GLOBAL, PERSONAL)],
-        "up": fmean(each.up for each in sent),
-        "saving": fmean(each.saving for each in sent),
-    }
-
-
-def _gap(run: RunFiles, other: RunFiles, model: str, reference: str) -> float:
-    ours, theirs = summary.shared(run), summary.shared(other)
-    return summary.difference(run.measure, ours.get(model, {}), theirs.get(reference, {}))
-
-
-def _against(group: Group, first: Group, model: str) -> list[float]:
-    """Differences from the first group, seed by seed."""
-    others = {run.settings.get(SEED): run for run in first.runs}
-    pairs = [(run, others.get(run.settings.get(SEED))) for run in group.runs if group is not first]
-    return [_gap(run, other, model, model) for run, other in pairs if other]
-
-
-def _interval(values: Sequence[Number]) -> dict[str, Any] | None:
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        return None
-    mean, low, high = summary.paired_interval(finite)
-    known, sure = math.isfinite(low), low > 0 or high < 0
-    return {"mean": mean, "low": low, "high": high, "known": known, "sure": sure}
 
 
 def _signed(value: Number) -> str:

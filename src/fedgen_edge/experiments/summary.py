@@ -27,8 +27,6 @@ NEEDS = {
 }
 """What every line of a file must have."""
 
-OVERLAP = ("precision", "recall", "density", "coverage")
-
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
 FISHER = (1.95996, 2.37227, 2.82250, 2.55585)
@@ -76,42 +74,6 @@ class ModelRow:
     """Percent by which the mean lies below the backbone's."""
     over_local: float
     """The same against local-only."""
-
-
-@dataclass(frozen=True)
-class DistanceRow:
-    """One model's samples against real pictures; nan where there is nothing to say."""
-
-    model: str
-    pooled: float
-    """Frechet distance of all clients' samples together."""
-    own: float
-    """Mean over clients of the distance to their own pictures."""
-    worst_client: str
-    worst: float
-    kernel: tuple[float, float, float]
-    """Kernel distance, and the ends of its 95 % interval."""
-    precision: float
-    recall: float
-    density: float
-    coverage: float
-    diversity: float
-    """How far two samples of a class lie apart, over how far two real pictures do: mean of the
-    classes."""
-    misplaced: float
-    """Share of the samples that would have to be of other classes for the classes' shares to be
-    those of real pictures."""
-
-
-@dataclass(frozen=True)
-class ClientRow:
-    """One client: what it has, and each model's number on its test data."""
-
-    client: str
-    train: int
-    items: int
-    newcomer: bool
-    tested: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -227,9 +189,11 @@ def shared(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
     """Evaluation rows of the clients that took part (or that never did) and every model has.
 
     Who never took part has the backbone for its local-only model: in a mean it would count against
-    training alone.
+    training alone, so newcomers have none.
     """
     models = by_model(run)
+    if newcomers:
+        models.pop(LOCAL, None)
     new = {row["client"] for row in run.clients if row.get("newcomer", False)}
     new |= {row["client"] for row in run.evaluation if not row.get("participated", True)}
     found = [c for c in next(iter(models.values()), {}) if (c in new) == newcomers]
@@ -255,37 +219,16 @@ def _model_row(measure: Measure, model: str, fair: Mapping[str, Mapping[str, Row
         pooled=measure.shown(total, sum(row["count"] for row in rows.values())),
         worst=each[worst[0]],
         worst_client=worst[0],
-        worst_decile=fmean(each[client] for client in worst[: math.ceil(len(worst) / 10)]),
+        worst_decile=fmean(each[client] for client in worst[: tenth(len(worst))]),
         word=measure.shown(total, sum(row.get("words", 0) for row in rows.values())),
         over_backbone=gain(measure, rows, fair.get(BACKBONE, {})),
         over_local=gain(measure, rows, fair.get(LOCAL, {})),
     )
 
 
-def distances(run: RunFiles) -> list[DistanceRow]:
-    """Samples against real pictures, a row a model, over the clients that took part."""
-    found = []
-    for whole in (row for row in run.distances if row["client"] is None):
-        mine = [row for row in run.distances if row["model"] == whole["model"]]
-        told = [r for r in mine if r.get("participated") and r["frechet"] is not None]
-        own = {r["client"]: r["frechet"] for r in told}
-        worst = max(own, key=lambda c: own[c], default="")
-        diverse = [v for v in whole.get("diversity", {}).values() if not math.isnan(v)]
-        shares, real = whole.get("shares", {}), whole.get("real_shares", {})
-        found.append(
-            DistanceRow(
-                model=whole["model"],
-                pooled=math.nan if whole["frechet"] is None else whole["frechet"],
-                own=fmean(own.values()) if own else math.nan,
-                worst_client=worst,
-                worst=own.get(worst, math.nan),
-                kernel=tuple(whole.get("kernel", (math.nan,) * 3)),
-                **{k: whole.get(k, math.nan) for k in OVERLAP},
-                diversity=fmean(diverse) if diverse else math.nan,
-                misplaced=sum(abs(shares[c] - real[c]) for c in shares) / 2,
-            )
-        )
-    return found
+def tenth(count: int) -> int:
+    """How many of so many clients a tenth is, rounded up."""
+    return math.ceil(count / 10)
 
 
 def difference(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
@@ -301,17 +244,6 @@ def gain(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]
     if rows is reference or not theirs:
         return math.nan
     return -100 * difference(measure, rows, reference) / fmean(theirs)
-
-
-def per_client(run: RunFiles) -> list[ClientRow]:
-    """A row a client, in the run's order."""
-    models = {model: by_client(run.measure, rows) for model, rows in by_model(run).items()}
-    return [
-        ClientRow(name, row["train"], row["items"], row.get("newcomer", False), found)
-        for row in run.clients
-        for name in [row["client"]]
-        for found in [{m: each[name] for m, each in models.items() if name in each}]
-    ]
 
 
 def uplink(run: RunFiles) -> Uplink:

@@ -1,0 +1,89 @@
+"""What rounds say of merging: how clients' changes agree, and what became of each layer."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import NamedTuple
+
+from fedgen_edge.experiments.summary import Number, Row, RunFiles
+
+LAYERS = {
+    "error": ("aggregation error", max),
+    "rank": ("effective rank", min),
+    "a": ("norm of A", max),
+    "b": ("norm of B", max),
+}
+"""What is measured of each layer: its name, and which end of its range is to be looked at."""
+
+
+class Spread(NamedTuple):
+    """Numbers of one round: their middle, and from where to where they go."""
+
+    round: int
+    middle: Number
+    low: Number
+    high: Number
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One measurement of the layers, in the first round that has it and in the last."""
+
+    name: str
+    first: Spread
+    last: Spread
+    layer: str
+    """The one at the end of the range that is to be looked at, in the last round."""
+    value: Number
+    """Its number there."""
+
+
+def by_layer(row: Row, what: str) -> dict[str, Number]:
+    """A measurement of every layer in one round; none where the round was not judged."""
+    told: Mapping[str, Row] = row.get("layers") or {}
+    found = {layer: each.get(what, math.nan) for layer, each in told.items()}
+    return {layer: value for layer, value in found.items() if math.isfinite(value)}
+
+
+def over_layers(rounds: Iterable[Row], what: str) -> list[Spread]:
+    """Median and range over the layers, where a round was judged."""
+    each = [(row["round"], by_layer(row, what).values()) for row in rounds]
+    return [Spread(at, median(found), min(found), max(found)) for at, found in each if found]
+
+
+def drifts(rounds: Iterable[Row]) -> list[Spread]:
+    """Mean and range over clients of how far they moved, where they sent it."""
+    each = [(row["round"], [c["drift"] for c in row["clients"]]) for row in rounds if _sent(row)]
+    whole = [(at, found) for at, found in each if found and all(map(math.isfinite, found))]
+    return [Spread(at, fmean(found), min(found), max(found)) for at, found in whole]
+
+
+def layer_rows(run: RunFiles) -> list[LayerRow]:
+    """Every measurement that the run's rounds have, and the layer that is worst by it."""
+    found = []
+    for what, (name, worse) in LAYERS.items():
+        if over := over_layers(run.rounds, what):
+            last = next(row for row in run.rounds if row["round"] == over[-1].round)
+            each = by_layer(last, what)
+            layer = worse(each, key=each.__getitem__)
+            found.append(LayerRow(name, over[0], over[-1], layer, each[layer]))
+    return found
+
+
+def agreement(row: Row) -> Number | None:
+    """Mean cosine between two clients' updates, from norms alone; none where nothing is merged.
+
+    |sum w d|^2 is sum w^2 |d|^2 plus the products of pairs, so the rest is the pairs' share.
+    """
+    total = sum(c["weight"] for c in row["clients"]) or 1.0
+    pulls = [c["weight"] / total * c["drift"] for c in row["clients"]]
+    alone = sum(pull * pull for pull in pulls)
+    pairs = sum(pulls) ** 2 - alone
+    if not _sent(row) or not pairs > 1e-9 * alone:
+        return None
+    return (row.get("mean_norm", row["update_norm"]) ** 2 - alone) / pairs
+
+
+def _sent(row: Row) -> bool:
+    return bool(row["bytes_up"])

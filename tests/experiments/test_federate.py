@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from fedgen_edge.algorithms.methods import method
+from fedgen_edge.config import Method
+from fedgen_edge.experiments.federate import layers
+from fedgen_edge.types import Commit, Order, ServerState, Update
+
+START = {
+    f"layers.{n}.lora_{f}": torch.eye(2) * size for n in (0, 1) for f, size in (("A", 3), ("B", 0))
+}
+
+
+def commit(name: str, round_: int) -> Commit:
+    """Two clients, of whom each adds its number (1, 2) to what the method trains and sends."""
+    algorithm = method(Method(name=name))
+    trained = [k for k in START if algorithm.trains(k, round_, 0)]
+    updates = [
+        Update(
+            order=Order((c,), round_, algorithm.shared(START)),
+            delta=algorithm.shared({k: torch.eye(2) * (c + 1.0) for k in trained}, round_),
+            memory={},
+            weight=1.0,
+            loss=1.0,
+            steps=1,
+            bytes_up=1,
+        )
+        for c in (0, 1)
+    ]
+    return Commit(algorithm.step(ServerState(round_, START), updates), updates, 1)
+
+
+def told(name: str, round_: int = 0) -> dict[str, dict[str, float]]:
+    return layers(method(Method(name=name)), commit(name, round_))
+
+
+def test_where_both_factors_are_sent_their_error_is_known() -> None:
+    # A is 4 and 5, B 1 and 2: the mean product is (4 + 10) / 2 = 7, that of means 4.5 x 1.5 = 6.75.
+    found = told("fedgen-edge")
+    assert list(found) == ["layers.0", "layers.1"]
+    assert found["layers.0"] == pytest.approx(
+        {"error": 0.25 / 7, "rank": 2, "a": 4.5 * 2**0.5, "b": 1.5 * 2**0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "round_", "a", "b"), [("ffa-lora", 0, 3, 1.5), ("rolora", 0, 3, 1.5)]
+)
+def test_where_one_factor_is_sent_sizes_are_known(
+    name: str, round_: int, a: float, b: float
+) -> None:
+    expected = {"rank": 2, "a": a * 2**0.5, "b": b * 2**0.5}
+    assert told(name, round_) == {f"layers.{n}": pytest.approx(expected) for n in (0, 1)}
+
+
+@pytest.mark.parametrize(("name", "layer"), [("fedsa-lora", []), ("fedper", ["layers.0"])])
+def test_a_product_that_clients_keep_a_factor_of_is_left_out(name: str, layer: list[str]) -> None:
+    assert list(told(name)) == layer
+
+
+def test_nothing_sent_is_nothing_known() -> None:
+    assert told("local-only") == {}
