@@ -43,6 +43,11 @@ class Recipe:
     """Whether a leaf is trained in an epoch."""
     corrects: Corrects = unchanged
 
+    @property
+    def rate(self) -> float:
+        """Learning rate, as the optimiser has it."""
+        return self.optimiser([torch.zeros(1)]).defaults["lr"]
+
 
 class Step(NamedTuple):
     """Where training stands after a batch."""

@@ -3,7 +3,7 @@
 Here is all that a client has and a server does not: its data, and what it remembers.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,12 +13,13 @@ import torch
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.receive import KEPT
+from fedgen_edge.algorithms.variates import strides
 from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Task
-from fedgen_edge.types import Batch, Leaves, Order, Update
+from fedgen_edge.types import VARIATE, Batch, Leaves, Order, Update
 from fedgen_edge.uplink.transform import decode, encode
 
 
@@ -67,6 +68,14 @@ class Job(Protocol):
 class Training(Job, Protocol):
     """A round's job."""
 
+    def members(self) -> int:
+        """Clients that there are."""
+        ...
+
+    def strides(self, round_: int) -> Mapping[str, float]:
+        """How far a gradient of one moves leaves with each batch, by the prefix of their phase."""
+        ...
+
     def accepted(self, updates: Sequence[Update]) -> None:
         """Told that these count: only now do clients change what they remember."""
         ...
@@ -86,7 +95,13 @@ class Clients:
 
     def start(self, order: Order) -> Leaves:
         """What the order's client begins from: what it received, and what it has kept."""
-        return self.algorithm.receives(order.received, self.remembered(order))
+        adapter = select(order.received, _not_told)
+        return self.algorithm.receives(adapter, self.remembered(order))
+
+    def told(self, order: Order) -> Leaves:
+        """What corrections are made of: what the order's client was told, and what it learnt."""
+        told = {k: v for k, v in order.received.items() if not _not_told(k)}
+        return {**select(self.remembered(order), _not_in_start), **told}
 
     def remembered(self, order: Order) -> Leaves:
         """What the order's client has kept."""
@@ -112,7 +127,7 @@ class Clients:
         """Starts, memories and batches of some orders: one as it is, or many with a first axis."""
         streams = [self.batches(order, budget, purpose) for order in orders]
         starts = [self.place(self.start(order)) for order in orders]
-        memories = [self.place(select(self.remembered(o), _not_in_start)) for o in orders]
+        memories = [self.place(self.told(order)) for order in orders]
         if not stacked:
             return starts[0], memories[0], streams[0]
         return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
@@ -124,6 +139,10 @@ class Clients:
 
 def _not_in_start(name: str) -> bool:
     return not name.startswith(KEPT)
+
+
+def _not_told(name: str) -> bool:
+    return not name.startswith(VARIATE)
 
 
 @dataclass(frozen=True)
@@ -156,6 +175,14 @@ class Train:
             for order, own, mean in zip(orders, rows, losses, strict=True)
         ]
 
+    def members(self) -> int:
+        """Clients that there are."""
+        return len(self.clients.shards)
+
+    def strides(self, round_: int) -> Mapping[str, float]:
+        """Of this round's recipe."""
+        return strides(self.clients.task.phases, self.recipe(round_).rate)
+
     def accepted(self, updates: Sequence[Update]) -> None:
         """Remember what each of these clients kept."""
         for update in updates:
@@ -164,13 +191,17 @@ class Train:
 
     def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
+        kept, steps = self.clients.remembered(order), self.steps(order)
         return Sent(
             order=order,
             payload=encode(algorithm.shared(delta, order.round)),
-            memory=algorithm.keeps(start, delta, self.clients.remembered(order)),
+            memory={
+                **algorithm.keeps(start, delta, kept),
+                **algorithm.learns(order, delta, steps, kept),
+            },
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,
-            steps=self.steps(order),
+            steps=steps,
         )
 
 

@@ -111,10 +111,11 @@ def rounds(
     draw = draw or partial(sample, federation, clients)
     for r in range(state.round, federation.rounds):
         cohort = draw(r, state.memory.get(LOSSES))
-        payload = encode(algorithm.shared(state.adapter))
+        among, strides = job.members() - federation.newcomers, job.strides(r)
+        payload = encode(algorithm.worded(state, among))
         received = {**state.adapter, **decode(payload)}
         groups = algorithm.groups(cohort)
-        orders = [Order(group, r, received, payload, clients) for group in groups]
+        orders = [Order(group, r, received, payload, among, strides) for group in groups]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
         state = algorithm.step(state, updates)
         if federation.candidates is not None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import sentences
+from conftest import sentences, suited
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
@@ -107,6 +107,7 @@ def test_any_method_stopped_and_resumed_ends_the_same(
     quick = settings(
         corpus,
         method={"name": name, "residual_rank": 3},
+        training=suited(name),
         federation={"rounds": 4},
         evaluation={"baselines": [], "sample_tokens": 0},
         personal={"epochs": 1},

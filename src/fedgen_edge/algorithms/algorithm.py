@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedgen_edge.algorithms import correct, merge, receive, share, step
+from fedgen_edge.algorithms import correct, merge, receive, share, step, tell
 from fedgen_edge.algorithms.products import residuals
-from fedgen_edge.types import RESIDUAL, Leaves, ServerState, Update
+from fedgen_edge.types import RESIDUAL, VARIATE, Leaves, Order, ServerState, Update
 
 Trains = Callable[[str, int, int], bool]
 """Whether a leaf is trained, from its name, the round and the client's epoch."""
@@ -16,6 +16,10 @@ Receives = Callable[[Leaves, Leaves], Leaves]
 """What a client begins from: the global adapter and its own memory."""
 Corrects = Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]
 """The gradients to use, from the gradients, the leaves now, at the start, and the memory."""
+Tells = Callable[[ServerState, int], Leaves]
+"""What travels down beside the adapter to be trained with, from the number of clients."""
+Learns = Callable[[Order, Leaves, int, Leaves], Leaves]
+"""What a client remembers of an order beside leaves: from its change, its steps and its memory."""
 Merges = Callable[[Leaves, Sequence[Update]], Leaves]
 """The cohort's updates as one change of the server's adapter."""
 Steps = Callable[[ServerState, Leaves], ServerState]
@@ -33,6 +37,8 @@ class Algorithm:
     """All that is sent in any round travels to the clients in each."""
     receives: Receives = receive.own_over_shared
     corrects: Corrects = correct.unchanged
+    tells: Tells = tell.nothing
+    learns: Learns = tell.nothing_learnt
     merges: Merges = merge.mean
     steps: Steps = step.add
     groups: Groups = share.each_alone
@@ -49,8 +55,12 @@ class Algorithm:
     def shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
         """Of these leaves, those that a client sends in a round; without one, those it receives."""
         names = self.sends(list(leaves), round_)
-        frozen = () if round_ is None else RESIDUAL
+        frozen = () if round_ is None else (RESIDUAL, VARIATE)
         return {k: v for k, v in leaves.items() if k in names and not k.startswith(frozen)}
+
+    def worded(self, state: ServerState, among: int) -> Leaves:
+        """What clients receive to train with, of so many that there are."""
+        return {**self.shared(state.adapter), **self.tells(state, among)}
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.

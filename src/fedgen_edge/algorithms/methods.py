@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import products, share, step
+from fedgen_edge.algorithms import needs, products, share, step, variates
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
-from fedgen_edge.config import Method
+from fedgen_edge.config import Method, Settings
 from fedgen_edge.errors import ConfigError
 
 
@@ -25,6 +25,8 @@ class Entry(NamedTuple):
 
     about: str
     make: Callable[[Method], Algorithm]
+    needs: Callable[[Settings], str | None] = needs.anything
+    """Why it cannot work with these settings; none where it can."""
 
 
 def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
@@ -77,6 +79,17 @@ METHODS: dict[str, Entry] = {
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
         lambda m: Algorithm(corrects=proximal(m.mu)),
     ),
+    "scaffold": Entry(
+        "clients' steps are freed of what is their own in the gradient (arXiv:1910.06378)",
+        lambda _: Algorithm(
+            corrects=variates.corrects,
+            tells=variates.tells,
+            learns=variates.learns,
+            merges=variates.merges,
+            steps=variates.steps,
+        ),
+        needs.plain_sgd,
+    ),
     "fedavgm": Entry(
         "the server adds changes with momentum (arXiv:1909.06335)",
         lambda m: Algorithm(steps=step.momentum(m.server_lr or 1.0, m.server_momentum)),
@@ -128,3 +141,16 @@ def method(settings: Method, setting: str = "method.name") -> Algorithm:
             f"There are {', '.join(METHODS)}"
         )
     return METHODS[settings.name].make(settings)
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings with which the method, or one beside it, cannot work.
+
+    Raises:
+        ConfigError: a method is not known, or needs other settings.
+    """
+    beside = [("evaluation.baselines", name) for name in settings.evaluation.baselines]
+    for setting, name in [("method.name", settings.method.name), *beside]:
+        method(replace(settings.method, name=name), setting)
+        if reason := METHODS[name].needs(settings):
+            raise ConfigError(f"{setting}={name!r} {reason}")

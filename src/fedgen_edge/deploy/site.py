@@ -9,12 +9,12 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
 from fedgen_edge.data import sources
@@ -58,6 +58,8 @@ class Site:
     shared: Mapping[str, tuple[int, ...]]
     """Leaves that travel, and their shapes."""
     state: State
+    told: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What comes beside them with an order to train, and its shapes."""
 
     @property
     def name(self) -> str:
@@ -67,7 +69,7 @@ class Site:
     @property
     def largest(self) -> int:
         """Bytes of a payload, at most."""
-        return length(self.shared)
+        return length({**self.shared, **self.told})
 
     def handle(self, text: str, payload: bytes) -> tuple[str, bytes]:
         """The answer to a message, as a line and a payload: whatever it says, nothing is raised."""
@@ -121,15 +123,16 @@ class Site:
         memory = {number: remembered} if remembered else {}
         return replace(experiment, clients=clients).remembering(memory)
 
-    def received(self, payload: bytes) -> Leaves:
-        """The global adapter of a payload.
+    def received(self, payload: bytes, *, told: bool = False) -> Leaves:
+        """The global adapter of a payload, and what is told beside it of an order to train.
 
         Raises:
             RefusedError: it is not one of this backbone.
         """
         if len(payload) > self.largest:
             raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
-        return {**self.start, **opened(payload, self.shared)}
+        schema = {**self.shared, **self.told} if told else self.shared
+        return {**self.start, **opened(payload, schema)}
 
 
 def finite(found: Leaves) -> bool:
@@ -163,8 +166,9 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
     past, asked = site.state.past(work.terms.run), _asked(work)
     if (found := past.again(asked)) is not None:
         return found
-    order = Order((work.client,), work.round, site.received(work.payload))
-    sent = site.at(work).train.send([order], stacked=False)[0]
+    train, received = site.at(work).train, site.received(work.payload, told=True)
+    order = Order((work.client,), work.round, received, strides=train.strides(work.round))
+    sent = train.send([order], stacked=False)[0]
     _check_sent(site, sent)
     said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
     past.keep(Trained(asked, sent.payload, sent.memory, said))
@@ -252,13 +256,15 @@ def open_site(folder: Path) -> Site:
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     experiment = _alone(told.name, settings)
     algorithm, task = experiment.algorithm, experiment.task
-    start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
+    begun = algorithm.init(task.init(generator(settings.federation.seed, "init")))
+    start = begun.adapter
     shared = {k: tuple(v.shape) for k, v in algorithm.shared(start).items()}
     if not shared or algorithm.groups is not each_alone:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"
         )
-    return Site(experiment, recipe, start, shared, open_state(folder / "state"))
+    beside = {k: tuple(v.shape) for k, v in algorithm.tells(begun, 1).items()}
+    return Site(experiment, recipe, start, shared, open_state(folder / "state"), beside)
 
 
 def _alone(name: str, settings: Settings) -> Experiment:
@@ -271,6 +277,7 @@ def _alone(name: str, settings: Settings) -> Experiment:
             "data.names=() would number classes by the folders of each site: name them in "
             "recipe.toml, for all sites alike"
         )
+    check(settings)
     corpus = sources.read(settings.data)
     settings = named(settings, corpus)
     if (count := len(corpus.examples)) < settings.partition.minimum:

@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal, unchanged
-from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.data import sources
@@ -157,6 +157,7 @@ def build(settings: Settings) -> Experiment:
     Raises:
         FedGenError: anything in the settings that cannot be carried out.
     """
+    check(settings)
     algorithm = method(settings.method)
     beside_it = [
         method(replace(settings.method, name=name), "evaluation.baselines")
