@@ -77,11 +77,11 @@ def own(run: Run, client: int, leaf: str = "w") -> float:
 
 
 def test_two_rounds_by_hand() -> None:
-    # two steps of rate 1/2 go 3/4 of the way, and T eta = 1.
+    # two steps of rate 1/2 go 3/4 of the way, and T eta = 1; b counts as a does.
     # round 1, no variates: to 4 by 3, to 8 by 6: w = 4.5; c_k = -3 and -6, c = -4.5.
     # round 2: gradients w - 4 + 3 - 4.5, to 5.5 by 0.75; w - 8 + 6 - 4.5, to 6.5 by 1.5:
     # w = 4.5 + 1.125; c_k = -0.75 - 3 + 4.5 = 0.75, and -1.5 - 6 + 4.5 = -3; c = -1.125.
-    run = Run([line_shard("a", 4), line_shard("b", 8)], epochs=2)
+    run = Run([line_shard("a", 4), line_shard("b", 8, 8, 8)], epochs=2)
     first, second = run(2)
     assert [float(c.state.adapter["w"]) for c in (first, second)] == [4.5, 5.625]
     assert [float(c.state.memory[C]) for c in (first, second)] == [-9.0, -2.25]  # their sums

@@ -202,8 +202,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
     folder = tmp_path / "run"
     wild = {"optimiser": "sgd", "lr": 1e30, "clip": 0.0}
     create(settings(corpus, training=wild, method={"name": name}), folder)
-    with pytest.raises(TrainingError, match=r"training\.lr=1e\+30"):
+    with pytest.raises(TrainingError, match=r"training\.lr=1e\+30") as error:
         finish(folder)
+    # no way out is named that the method would refuse
+    assert ("training.clip" in str(error.value)) == (not suited(name))
     assert not (folder / "checkpoints").exists()
 
 

@@ -58,8 +58,9 @@ def learns(order: Order, delta: Leaves, steps: int, memory: Leaves) -> Leaves:
 def merges(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """The plain mean of the clients' changes; and how the sum of all c_k changes.
 
-    Clients count alike, however many examples they have: c is the gradient of the mean of their
-    losses, so a mean of changes by examples would be led elsewhere.
+    Clients count alike, however many examples they have, as c counts them: what is found is the
+    optimum of the plain mean of their losses. Weights would change the way there and not its end,
+    where no client moves.
     """
     del adapter
     found = leaves.mean([u.delta for u in updates], torch.ones(len(updates)))
