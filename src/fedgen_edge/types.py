@@ -25,6 +25,9 @@ VARIATE = "variate."
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 """Endings of the names of two factors of one product."""
 
+CORE = "lora_R"
+"""Ending of the name of what stands between two factors: the product is B R A."""
+
 Batch = dict[str, Tensor]
 """Examples with all that their loss needs; `[*clients, batch, ...]` each."""
 

@@ -160,7 +160,8 @@ def trainer(task: Learnt, name: str, algorithm: Algorithm, memory: dict[int, Lea
 
         if plain:
             return Recipe(partial(SGD, lr=RATE), 0.0, trains, algorithm.corrects)
-        return Recipe(partial(AdamW, lr=1e-3, eps=eps), 1.0, trains, algorithm.corrects)
+        adamw, surveys = partial(AdamW, lr=1e-3, eps=eps), algorithm.surveys(round_)
+        return Recipe(adamw, 1.0, trains, algorithm.corrects, surveys)
 
     return Train(
         Clients(task, algorithm, shards(task), 0, memory=memory),
@@ -182,14 +183,26 @@ def run(
 
 
 def same(found: Leaves, expected: Leaves, near: float) -> None:
-    """Leaves agree; of frozen pairs their products do, as vectors of equal weight may turn."""
+    """Leaves agree; of frozen pairs their products do, as vectors of equal weight may turn.
+
+    So may those of no weight, of bases: there too it is the product that counts.
+    """
     assert found.keys() == expected.keys()
+    based = [pair for pair in factors.pairs(expected) if pair.core in expected]
+    turned = {name for pair in based for name in (*pair, pair.core)}
     for leaf, value in expected.items():
-        if not leaf.startswith(RESIDUAL):
+        if not leaf.startswith(RESIDUAL) and leaf not in turned:
             torch.testing.assert_close(found[leaf], value, atol=near, rtol=0)
     for pair in factors.pairs(k for k in expected if k.startswith(RESIDUAL)):
         ours, theirs = factors.product(found, pair), factors.product(expected, pair)
         torch.testing.assert_close(ours.b @ ours.a, theirs.b @ theirs.a, atol=near, rtol=0)
+    for pair in based:
+        ours, theirs = (
+            factors.product(own, pair).b @ own[pair.core].double() @ factors.product(own, pair).a
+            for own in (found, expected)
+        )
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, atol=near, rtol=0)
 
 
 def at_client(name: str) -> bool:

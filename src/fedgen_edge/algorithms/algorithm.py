@@ -32,6 +32,10 @@ Groups = Callable[[Sequence[int]], list[tuple[int, ...]]]
 class Algorithm:
     """What a method changes of FedAvg; it knows no engine, task or file."""
 
+    begins: Callable[[Leaves], Leaves] = share.as_it_is
+    """What the server begins with, from the task's adapter."""
+    surveys: Callable[[int], bool] = share.no_round
+    """Whether clients send gradients in a round, and train nothing."""
     trains: Trains = share.always
     sends: Sends = share.everything
     """All that is sent in any round travels to the clients in each."""
@@ -49,6 +53,7 @@ class Algorithm:
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
+        adapter = self.begins(adapter)
         more = residuals(adapter, self.residual) if self.residual else {}
         return ServerState(round=0, adapter=dict(sorted({**adapter, **more}.items())))
 

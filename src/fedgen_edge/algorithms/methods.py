@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import needs, products, share, step, variates
+from fedgen_edge.algorithms import bases, needs, products, share, step, variates
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
@@ -74,6 +74,17 @@ METHODS: dict[str, Entry] = {
     "flora": Entry(
         "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
         lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
+    ),
+    "fed-sb": Entry(
+        "an r x r matrix between two bases found first is all that is trained (arXiv:2502.15436)",
+        lambda _: Algorithm(
+            begins=bases.begins,
+            surveys=bases.surveys,
+            trains=bases.trains,
+            sends=bases.sends,
+            merges=bases.merges,
+        ),
+        needs.bases,
     ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",

@@ -12,6 +12,16 @@ def anything(settings: Settings) -> str | None:
     return None
 
 
+def bases(settings: Settings) -> str | None:
+    """Bases are found in the first rounds, from a backbone alone."""
+    if settings.adapter.initial is not None:
+        given = str(settings.adapter.initial)
+        return f"seeks bases of its own, and cannot with adapter.initial={given!r}: leave it out"
+    if (rounds := settings.federation.rounds) < 3:
+        return f"trains after two rounds, and federation.rounds={rounds}: set it to 3 or more"
+    return None
+
+
 def plain_sgd(settings: Settings) -> str | None:
     """A client's mean gradient must be what it moved by over rate and steps."""
     told = {k: getattr(settings.training, k) for k in PLAIN}

@@ -122,6 +122,11 @@ def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:
     """Refuse a limit on products that the server cannot see: a site keeps one factor."""
     names, algorithm = list(task.model.leaf_shapes()), method(recipe.method)
     kept = {n for n in {*names} - algorithm.sends(names, None) if algorithm.trains(n, 0, 0)}
+    if plan.spectrum is not None and algorithm.surveys(0):
+        raise ConfigError(
+            f"spectrum={plan.spectrum} in federation.toml needs the factors of a layer, and with "
+            f"method.name={recipe.method.name!r} what sites train is between them: leave it out"
+        )
     if plan.spectrum is not None and any(len(kept & {*pair}) == 1 for pair in pairs(names)):
         raise ConfigError(
             f"spectrum={plan.spectrum} in federation.toml needs both factors of a layer, of which "

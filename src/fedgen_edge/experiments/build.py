@@ -125,7 +125,8 @@ class Experiment:
         def trains(name: str, epoch: int) -> bool:
             return algorithm.trains(name, round_, epoch)
 
-        return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects)
+        surveys = algorithm.surveys(round_)
+        return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects, surveys)
 
 
 def added(each: Mapping[str, Sums]) -> dict[str, Any]:
