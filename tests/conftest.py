@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Generator, Tensor
 from torch.optim import AdamW
 
+from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.client import Recipe, local_update
+from fedgen_edge.config import Settings
 from fedgen_edge.data.batches import Shard
 from fedgen_edge.data.corpus import Corpus, Images, Texts
 from fedgen_edge.leaves import add
@@ -92,6 +95,12 @@ class Line:
 
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
         return {"loss": statistics["total"] / statistics["count"]}
+
+
+def suited(name: str) -> dict[str, Any]:
+    """The part `training` of settings with which a method works; nothing for any."""
+    plain = {"optimiser": "sgd", "lr": 0.05, "clip": 0.0}
+    return plain if METHODS[name].needs(Settings()) else {}
 
 
 def numbers(*values: float) -> Batch:

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -17,6 +19,11 @@ def later(name: str, epoch: int) -> bool:
     """Train nothing in the first epoch."""
     del name
     return epoch > 0
+
+
+def only(leaf: str) -> Callable[[str, int], bool]:
+    """Train one leaf."""
+    return lambda name, _: name == leaf
 
 
 def batches(*values: float) -> list[Batch]:
@@ -55,6 +62,20 @@ def test_clipping_is_by_each_clients_own_norm_over_all_leaves() -> None:
     torch.testing.assert_close(found["a"], torch.tensor([[0.6], [0.3]]))
     torch.testing.assert_close(found["b"], torch.tensor([[0.8], [0.4]]))
     assert clipped(grads, 0.0, 1) is grads
+
+
+@pytest.mark.parametrize(("clip", "expected"), [(20.0, 5.0), (0.0, 0.5), (4.0, 2.0)])
+def test_a_survey_is_one_clipped_step_down_the_sum_of_gradients_at_the_start(
+    clip: float, expected: float
+) -> None:
+    # gradients 0 - 4 and 0 - 6, not 2 - 6: the sum is -10, times rate 0.5; clipped to 4, and to 1
+    recipe = Recipe(partial(SGD, lr=0.5), clip, surveys=True)
+    start = {"w": torch.tensor(0.0), "still": torch.tensor(3.0)}
+    delta, loss = local_update(Line(), start, {}, batches(4, 6), replace(recipe, trains=only("w")))
+    assert float(delta["w"]) == pytest.approx(expected, rel=1e-5)
+    assert float(delta["still"]) == 0.0
+    assert float(start["w"]) == 0.0
+    assert (float(loss.total), float(loss.count)) == (8.0 + 18.0, 2.0)
 
 
 def test_untrained_leaves_stay() -> None:

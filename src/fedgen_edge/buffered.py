@@ -63,7 +63,8 @@ class Buffered:
 
     def _worded(self, state: ServerState) -> Callable[[Sequence[int]], Order]:
         """What clients are given of a version."""
-        return wording(self.algorithm, self.job, state, self.federation.clients or 0)
+        among = self.job.members() - self.federation.newcomers
+        return wording(self.algorithm, self.job, state, among)
 
     def _begun(
         self, now: Callable[[Sequence[int]], Order], client: int, draw: int, clock: float

@@ -7,12 +7,13 @@ optimisers work on stacks as they are.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Corrects
@@ -42,6 +43,13 @@ class Recipe:
     trains: Callable[[str, int], bool] = _every
     """Whether a leaf is trained in an epoch."""
     corrects: Corrects = unchanged
+    surveys: bool = False
+    """Whether gradients are summed, and nothing is trained."""
+
+    @property
+    def rate(self) -> float:
+        """Learning rate, as the optimiser has it."""
+        return self.optimiser([torch.zeros(1)]).defaults["lr"]
 
 
 class Step(NamedTuple):
@@ -145,6 +153,8 @@ def local_update(
     Returns:
         How the leaves changed; and the training loss, summed over all steps, with its count.
     """
+    if recipe.surveys:
+        return surveyed(task, start, batches, recipe)
     now: Leaves = start
     totals: list[PerClient] = []
     for step in descend(task, start, memory, batches, recipe):
@@ -152,6 +162,28 @@ def local_update(
         totals.append(step.loss)
     delta = {k: now[k].detach() - start[k] for k in start}
     return delta, _added(totals)
+
+
+def surveyed(
+    task: Task, start: Leaves, batches: Iterable[Batch], recipe: Recipe
+) -> tuple[Leaves, PerClient]:
+    """The sum of all batches' gradients at the start, as one clipped step down it.
+
+    A clip of 0 is one of 1 here: it is the direction that counts, and a step is judged by its size.
+    """
+    sums: Leaves = {}
+
+    def sum_up(grads: Leaves, now: Leaves, start: Leaves, memory: Leaves) -> Leaves:
+        del now, start, memory
+        sums.update({k: sums[k] + g if k in sums else g for k, g in grads.items()})
+        return grads
+
+    still = replace(recipe, optimiser=partial(SGD, lr=0.0), clip=0.0, corrects=sum_up)
+    losses = [step.loss for step in descend(task, start, {}, batches, still)]
+    axes = losses[0].total.ndim if losses else 0
+    down = leaves.scale(clipped(sums, recipe.clip or 1.0, axes), -recipe.rate)
+    none = {k: torch.zeros_like(v) for k, v in start.items()}
+    return {**none, **down}, _added(losses)
 
 
 def _added(losses: Sequence[PerClient]) -> PerClient:

@@ -3,7 +3,7 @@
 Here is all that a client has and a server does not: its data, and what it remembers.
 """
 
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,13 +14,14 @@ from fedgen_edge import leaves
 from fedgen_edge.adapters.ranks import of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import mixed, unmixed
+from fedgen_edge.algorithms.variates import strides
 from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Task
-from fedgen_edge.types import Batch, Leaves, Order, Update
+from fedgen_edge.types import VARIATE, Batch, Leaves, Order, Update
 from fedgen_edge.uplink.wire import Wire, came_up, sent_up
 
 
@@ -80,6 +81,14 @@ class Training(Job, Protocol):
         """How leaves travel."""
         ...
 
+    def members(self) -> int:
+        """Clients that there are."""
+        ...
+
+    def strides(self, round_: int) -> Mapping[str, float]:
+        """How far a gradient of one moves leaves with each batch, by the prefix of their phase."""
+        ...
+
     def accepted(self, updates: Sequence[Update]) -> None:
         """Told that these count: only now do clients change what they remember."""
         ...
@@ -105,7 +114,13 @@ class Clients:
 
     def start(self, order: Order) -> Leaves:
         """What the order's client begins from: what it received, and what it has kept."""
-        return self.algorithm.receives(order.received, self.remembered(order))
+        adapter = select(order.received, _not_told)
+        return self.algorithm.receives(adapter, self.remembered(order))
+
+    def told(self, order: Order) -> Leaves:
+        """What corrections are made of: what the order's client was told, and what it learnt."""
+        told = {k: v for k, v in order.received.items() if not _not_told(k)}
+        return {**select(self.remembered(order), _of_no_model), **told}
 
     def own(self, order: Order) -> Leaves:
         """What the order's client begins from with its own model."""
@@ -144,15 +159,12 @@ class Clients:
         place.
         """
         begins = self.own if own else self.start
-        noted = self.start if own and self.algorithm.beside else self._noted
+        noted = self.start if own and self.algorithm.beside else self.told
         streams = [self.batches(order, budget, purpose) for order in orders]
         starts, memories = ([self.place(of(o)) for o in orders] for of in (begins, noted))
         if not stacked:
             return starts[0], memories[0], streams[0]
         return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
-
-    def _noted(self, order: Order) -> Leaves:
-        return select(self.remembered(order), _of_no_model)
 
     def place(self, values: Leaves) -> Leaves:
         """On the device."""
@@ -162,6 +174,10 @@ class Clients:
 def _of_no_model(name: str) -> bool:
     """Whether training sees it: what is kept for another purpose has that in its name."""
     return ":" not in name
+
+
+def _not_told(name: str) -> bool:
+    return not name.startswith(VARIATE)
 
 
 @dataclass(frozen=True)
@@ -206,6 +222,14 @@ class Train:
         ]
         return found if self.clients.algorithm.beside is None else self._beside(found, stacked)
 
+    def members(self) -> int:
+        """Clients that there are."""
+        return len(self.clients.shards)
+
+    def strides(self, round_: int) -> Mapping[str, float]:
+        """Of this round's recipe."""
+        return strides(self.clients.task.phases, self.recipe(round_).rate)
+
     def accepted(self, updates: Sequence[Update]) -> None:
         """Remember what each of these clients kept."""
         for update in updates:
@@ -231,6 +255,7 @@ class Train:
 
     def _sent(self, order: Order, delta: Leaves, loss: float) -> Sent:
         algorithm, start = self.clients.algorithm, self.clients.start(order)
+        steps = self.steps(order)
         before = self.clients.remembered(order)
         shared = truncated(algorithm.shared(delta, order.round), order.rank)
         try:
@@ -241,10 +266,14 @@ class Train:
         return Sent(
             order=order,
             payload=payload,
-            memory={**algorithm.keeps(start, delta, before), **left},
+            memory={
+                **algorithm.keeps(start, delta, before),
+                **algorithm.learns(order, delta, steps, before),
+                **left,
+            },
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,
-            steps=self.steps(order),
+            steps=steps,
         )
 
     def _arrived(self, sent: Sent) -> Update:

@@ -13,7 +13,7 @@ from fedgen_edge.uplink.wire import came_down, most_up, sent_down
 
 
 def wording(
-    algorithm: Algorithm, job: Training, state: ServerState, clients: int
+    algorithm: Algorithm, job: Training, state: ServerState, among: int
 ) -> Callable[[Sequence[int]], Order]:
     """Makes the order of whoever trains together; clients of one rank receive the same.
 
@@ -21,20 +21,21 @@ def wording(
         algorithm: what the method changes.
         job: what clients do.
         state: after so many rounds; they train from it.
-        clients: of the federation.
+        among: clients that train, drawn or not.
     """
+    strides = job.strides(state.round)
 
     @cache
     def addressed(rank: int | None) -> tuple[Leaves, bytes]:
         """With zeros beyond the rank; and what travels, without them."""
-        shared = truncated(algorithm.shared(state.adapter), rank)
+        shared = truncated(algorithm.worded(state, among), rank)
         payload = sent_down(job.wire, shared, state.round)
         found = padded(came_down(job.wire, payload, shapes(shared)), shapes(state.adapter))
         return {**cut(state.adapter, rank), **found}, payload
 
     def order(group: Sequence[int]) -> Order:
         rank = algorithm.rank(group[0])
-        return Order(tuple(group), state.round, *addressed(rank), clients, rank)
+        return Order(tuple(group), state.round, *addressed(rank), among, rank, strides)
 
     return order
 

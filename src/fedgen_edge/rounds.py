@@ -144,7 +144,7 @@ def rounds(
     draw = roster.draw or partial(sample, federation, clients, devices=roster.devices)
     for r in range(state.round, federation.rounds):
         asked = draw(r, state.memory.get(LOSSES))
-        order = wording(algorithm, job, state, clients)
+        order = wording(algorithm, job, state, job.members() - federation.newcomers)
         each = {client: order((client,)) for client in asked}
         cohort, timing = asked, None
         if roster.devices != INSTANT:

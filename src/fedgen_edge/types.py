@@ -3,7 +3,7 @@
 Shapes: `*clients` is empty for one client and `[clients]` for a stack of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,8 +19,14 @@ RESIDUAL = "residual."
 """Begins the name of a frozen factor beside another, by the rest of its name: what the server adds
 to that one's product."""
 
+VARIATE = "variate."
+"""Begins the name of what a method's server tells beside a leaf, by the rest of its name."""
+
 PAIRS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 """Endings of the names of two factors of one product."""
+
+CORE = "lora_R"
+"""Ending of the name of what stands between two factors: the product is B R A."""
 
 Batch = dict[str, Tensor]
 """Examples with all that their loss needs; `[*clients, batch, ...]` each."""
@@ -59,13 +65,16 @@ class Order:
     round: int
     """Counted from 0."""
     received: Leaves
-    """The global adapter, exactly as it arrived; rules on products add the change to it."""
+    """The global adapter, exactly as it arrived, with what the method tells beside it; rules on
+    products add the change to it."""
     payload: bytes = b""
     """What travelled, of which `received` was made."""
     among: int = 1
-    """Clients of the federation, drawn or not."""
+    """Clients of the federation that train, drawn or not."""
     rank: int | None = None
     """Of the learner's adapter: `received` is zero beyond it; none is the global adapter's."""
+    strides: Mapping[str, float] = field(default_factory=dict)
+    """How far a gradient of one moves leaves with each batch, by the prefix of their phase."""
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,14 @@ from itertools import product
 
 import pytest
 import torch
-from torch.optim import AdamW
+from torch.optim import SGD, AdamW
 
-from conftest import corpus_for
+from conftest import corpus_for, suited
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.algorithms import factors
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS
+from fedgen_edge.algorithms.receive import KEPT
 from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Federation, Method, from_table
@@ -35,6 +36,8 @@ ENGINES: dict[str, Engine] = {"serial": serial, "stacked": stacked(3), "stacked 
 NEAR = dict.fromkeys(TASKS, 1e-4) | {"language": 1e-5}
 """How far engines may lie apart."""
 SIZES = (9, 4, 1)
+RATE = 0.05
+"""Of plain SGD."""
 CPU = torch.device("cpu")
 
 
@@ -146,13 +149,17 @@ class TestTask:
         assert "loss" in task.summary(whole)
 
 
-def trainer(task: Learnt, algorithm: Algorithm, memory: dict[int, Leaves]) -> Train:
+def trainer(task: Learnt, name: str, algorithm: Algorithm, memory: dict[int, Leaves]) -> Train:
     # of pictures, the larger one keeps AdamW from magnifying the rounding of gradients near zero
     eps = 1e-8 if task.measure.material == "text" else 1e-5
+    plain = suited(name)
 
     def recipe(round_: int) -> Recipe:
         trains = algorithm.training(list(task.model.leaf_shapes()), round_)
-        return Recipe(partial(AdamW, lr=1e-3, eps=eps), 1.0, trains, algorithm.corrects)
+        if plain:
+            return Recipe(partial(SGD, lr=RATE), 0.0, trains, algorithm.corrects)
+        adamw, surveys = partial(AdamW, lr=1e-3, eps=eps), algorithm.surveys(round_)
+        return Recipe(adamw, 1.0, trains, algorithm.corrects, surveys)
 
     return Train(
         Clients(task, algorithm, shards(task), 0, memory=memory),
@@ -166,7 +173,7 @@ def run(
 ) -> tuple[Commit, dict[int, Leaves]]:
     algorithm = METHODS[name].make(Method(mu=0.1))
     memory: dict[int, Leaves] = {}
-    job = trainer(task, algorithm, memory)
+    job = trainer(task, name, algorithm, memory)
     plan = Federation(clients=len(SIZES), cohort=cohort, rounds=count)
     start = algorithm.init(task.init(generator(0, "init")))
     *_, last = rounds(start, algorithm, engine, job, plan)
@@ -174,14 +181,26 @@ def run(
 
 
 def same(found: Leaves, expected: Leaves, near: float) -> None:
-    """Leaves agree; of frozen pairs their products do, as vectors of equal weight may turn."""
+    """Leaves agree; of frozen pairs their products do, as vectors of equal weight may turn.
+
+    So may those of no weight, of bases: there too it is the product that counts.
+    """
     assert found.keys() == expected.keys()
+    based = [pair for pair in factors.pairs(expected) if pair.core in expected]
+    turned = {name for pair in based for name in (*pair, pair.core)}
     for leaf, value in expected.items():
-        if not leaf.startswith(RESIDUAL):
+        if not leaf.startswith(RESIDUAL) and leaf not in turned:
             torch.testing.assert_close(found[leaf], value, atol=near, rtol=0)
     for pair in factors.pairs(k for k in expected if k.startswith(RESIDUAL)):
         ours, theirs = factors.product(found, pair), factors.product(expected, pair)
         torch.testing.assert_close(ours.b @ ours.a, theirs.b @ theirs.a, atol=near, rtol=0)
+    for pair in based:
+        ours, theirs = (
+            factors.product(own, pair).b @ own[pair.core].double() @ factors.product(own, pair).a
+            for own in (found, expected)
+        )
+        assert theirs.any()
+        torch.testing.assert_close(ours, theirs, atol=near, rtol=0)
 
 
 def at_client(name: str) -> bool:
@@ -208,7 +227,7 @@ class TestAlgorithm:
         for update in last.updates:
             sent = sum(v.numel() * 4 for v in update.delta.values())
             assert update.bytes_up == 0 if not sent else update.bytes_up > sent
-            kept = {k.removeprefix("kept:") for k in update.memory if k.startswith("kept:")}
+            kept = {k.removeprefix(KEPT) for k in update.memory if k.startswith(KEPT)}
             trained = {k for k in start if algorithm.trains(k, 1, 0) and not k.startswith(RESIDUAL)}
             assert kept | set(update.delta) == trained
             assert not kept & set(update.delta)
@@ -288,7 +307,8 @@ class Inline:
             memory = {asked.client: self.kept[asked.accepted]} if asked.accepted else {}
             job = replace(self.job, clients=replace(self.job.clients, memory=memory))
             received = {**self.start, **decode(payload)}
-            order = Order((asked.client,), asked.round, received)
+            strides = job.strides(asked.round)
+            order = Order((asked.client,), asked.round, received, strides=strides)
             (sent,) = job.send([order], stacked=False)
             said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
             answer = Answer(asked.kind, asked.terms, asked.round, asked.attempt, digest(payload),
@@ -320,7 +340,7 @@ def test_sites_end_as_serial_clients_do_bit_by_bit(name: str, learnt: str) -> No
     algorithm = METHODS[name].make(Method(mu=0.1))
     task = make(learnt, full=algorithm.adapts == "full")
     expected, memory = run(task, name, serial, 3, 2)
-    job = trainer(task, algorithm, {})
+    job = trainer(task, name, algorithm, {})
     start = algorithm.init(task.init(generator(0, "init")))
     sites = Inline(job, start.adapter)
     weights = {shard.name: int(shard.weight) for shard in job.clients.shards}
@@ -329,7 +349,7 @@ def test_sites_end_as_serial_clients_do_bit_by_bit(name: str, learnt: str) -> No
         Terms("run", "recipe", "backbone"),
         sites.present,
         lambda: weights,
-        lambda _: Bounds(100),
+        lambda _: Bounds(100, rate=RATE, phases=tuple(task.phases)),
         lambda _: 0,
         lambda _: dict(sites.counted),
         sites.note,

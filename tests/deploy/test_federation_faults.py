@@ -268,10 +268,13 @@ def test_three_offences_leave_a_site_out_also_after_a_restart(tmp_path: Path) ->
     assert not [said for said in run.told if "resume" in said]
 
 
-def test_a_limit_on_products_is_refused_where_sites_keep_a_factor(tmp_path: Path) -> None:
-    kept = replace(settings(), method=Method(name="fedsa-lora"))
+@pytest.mark.parametrize("name", ["fedsa-lora", "fed-sb"])
+def test_a_limit_on_products_is_refused_where_a_factor_is_not_sent(
+    tmp_path: Path, name: str
+) -> None:
+    kept = replace(settings(), method=Method(name=name))
     folder = server(tmp_path / "fed", kept, ABC, spectrum=1.0)
-    with pytest.raises(ConfigError, match=r"spectrum=1\.0 .* method\.name='fedsa-lora': leave it"):
+    with pytest.raises(ConfigError, match=rf"spectrum=1\.0 .* method\.name='{name}'.*: leave it"):
         begin(folder)
     assert not (folder / "run").exists()
     begin(server(tmp_path / "other", settings(), ABC, spectrum=1.0))

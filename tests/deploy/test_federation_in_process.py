@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from flwr.supercore.task_identity import TaskIdentity
 
+from conftest import suited
 from fedgen_edge import config
 from fedgen_edge.adapters.ranks import truncated
 from fedgen_edge.algorithms.methods import METHODS
@@ -76,8 +77,8 @@ def check(folder: Path, sites: dict[str, Site], simulation: Path, carrier: Carri
 
 @pytest.mark.parametrize("method", [*filter(deployable, METHODS)])
 def test_a_federation_of_sites_ends_as_a_run_on_one_machine(tmp_path: Path, method: str) -> None:
-    epochs = 1 + METHODS[method].make(Method()).head_epochs
-    more = {**QUICK, "method": {"name": method, "mu": 0.1}, "training": {"epochs": epochs}}
+    training = {**suited(method), "epochs": 1 + METHODS[method].make(Method()).head_epochs}
+    more = {**QUICK, "method": {"name": method, "mu": 0.1}, "training": training}
     data = write_rows(tmp_path / "all.jsonl", rows())
     simulation = simulated(tmp_path / "run", recipe(data, **more))
     sites = opened(tmp_path / "kits", **more)

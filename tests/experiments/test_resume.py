@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conftest import sentences
+from conftest import sentences, suited
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
@@ -120,7 +120,7 @@ def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
         evaluation={"baselines": [], "sample_tokens": 0},
         personal={"epochs": 1},
         # fedrep has epochs for what stays and for what is shared
-        training={"epochs": 1 + METHODS[name].make(Method()).head_epochs},
+        training={**suited(name), "epochs": 1 + METHODS[name].make(Method()).head_epochs},
     )
     for folder in (whole := tmp_path / "whole", broken := tmp_path / "broken"):
         create(quick, folder)
@@ -249,8 +249,10 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
     epochs = 1 + METHODS[name].make(Method()).head_epochs
     wild = {"optimiser": "sgd", "lr": 1e30, "clip": 0.0, "epochs": epochs}
     create(settings(corpus, training=wild, method={"name": name}), folder)
-    with pytest.raises(TrainingError, match=r"training\.lr=1e\+30"):
+    with pytest.raises(TrainingError, match=r"training\.lr=1e\+30") as error:
         finish(folder)
+    # no way out is named that the method would refuse
+    assert ("training.clip" in str(error.value)) == (not suited(name))
     assert not (folder / "checkpoints").exists()
 
 

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from fedgen_edge.adapters.dropout import mask
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.types import RESIDUAL, Leaves
+from fedgen_edge.types import CORE, RESIDUAL, Leaves
 
 Shape = tuple[int, ...]
 
@@ -189,7 +189,10 @@ class Lora:
         return pair and (pair[0], pair[1] * self.scale)
 
     def pair(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
-        """A and B of one site, each with the frozen factor beside it: of a higher rank then."""
+        """A and B of one site, each with the frozen factor beside it: of a higher rank then.
+
+        What stands between them is multiplied into B.
+        """
         kind = self.sites[name].kind
         names = f"{name}.{kind.a}", f"{name}.{kind.b}"
         if not leaves.keys() >= {*names}:
@@ -200,6 +203,8 @@ class Lora:
             else leaves[own]
             for own, axis in zip(names, kind.ranks, strict=True)
         )
+        if (core := f"{name}.{CORE}") in leaves:
+            b = (b.flatten(kind.ranks[1]) @ leaves[core]).reshape(b.shape)
         return a, b
 
     def widened(self, leaves: Leaves) -> tuple[Leaves, int]:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedgen_edge.algorithms import correct, merge, receive, share, stale, step
+from fedgen_edge.algorithms import correct, merge, receive, share, stale, step, tell
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.products import residuals
-from fedgen_edge.types import RESIDUAL, Leaves, ServerState, Update
+from fedgen_edge.types import RESIDUAL, VARIATE, Leaves, Order, ServerState, Update
 
 Trains = Callable[[str, int, int], bool]
 """Whether a leaf is trained, from its name, the round and the client's epoch."""
@@ -17,6 +17,10 @@ Receives = Callable[[Leaves, Leaves], Leaves]
 """What a client begins from: the global adapter and its own memory."""
 Corrects = Callable[[Leaves, Leaves, Leaves, Leaves], Leaves]
 """The gradients to use, from the gradients, the leaves now, at the start, and the memory."""
+Tells = Callable[[ServerState, int], Leaves]
+"""What travels down beside the adapter to be trained with, from the number of clients."""
+Learns = Callable[[Order, Leaves, int, Leaves], Leaves]
+"""What a client remembers of an order beside leaves: from its change, its steps and its memory."""
 Merges = Callable[[Leaves, Sequence[Update]], Leaves]
 """The cohort's updates as one change of the server's adapter."""
 Steps = Callable[[ServerState, Leaves], ServerState]
@@ -31,11 +35,17 @@ Ages = Callable[[int], float]
 class Algorithm:
     """What a method changes of FedAvg; it knows no engine, task or file."""
 
+    begins: Callable[[Leaves], Leaves] = share.as_it_is
+    """What the server begins with, from the task's adapter."""
+    surveys: Callable[[int], bool] = share.no_round
+    """Whether clients send gradients in a round, and train nothing."""
     trains: Trains = share.always
     sends: Sends = share.everything
     """All that is sent in any round travels to the clients in each."""
     receives: Receives = receive.own_over_shared
     corrects: Corrects = correct.unchanged
+    tells: Tells = tell.nothing
+    learns: Learns = tell.nothing_learnt
     merges: Merges = merge.mean
     steps: Steps = step.add
     groups: Groups = share.each_alone
@@ -56,6 +66,7 @@ class Algorithm:
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
+        adapter = self.begins(adapter)
         more = residuals(adapter, self.residual) if self.residual else {}
         return ServerState(round=0, adapter=dict(sorted({**adapter, **more}.items())))
 
@@ -66,7 +77,7 @@ class Algorithm:
     def shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
         """Of these leaves, those that a client sends in a round; without one, those it receives."""
         names = self.sends(list(leaves), round_)
-        frozen = () if round_ is None else RESIDUAL
+        frozen = () if round_ is None else (RESIDUAL, VARIATE)
         return {k: v for k, v in leaves.items() if k in names and not k.startswith(frozen)}
 
     def training(self, names: Sequence[str], round_: int) -> Callable[[str, int], bool]:
@@ -87,6 +98,10 @@ class Algorithm:
             memory: the client's.
         """
         return self.beside.begins(shared, memory) if self.beside else shared
+
+    def worded(self, state: ServerState, among: int) -> Leaves:
+        """What clients receive to train with, of so many that there are."""
+        return {**self.shared(state.adapter), **self.tells(state, among)}
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.

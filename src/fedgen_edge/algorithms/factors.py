@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedgen_edge.types import PAIRS, RESIDUAL, Leaves
+from fedgen_edge.types import CORE, PAIRS, RESIDUAL, Leaves
 
 
 class Pair(NamedTuple):
@@ -30,6 +30,11 @@ class Pair(NamedTuple):
     def residual(self) -> "Pair":
         """The frozen pair beside it."""
         return Pair(RESIDUAL + self.a, RESIDUAL + self.b)
+
+    @property
+    def core(self) -> str:
+        """What stands between them, where anything does."""
+        return f"{self.layer}.{CORE}"
 
 
 class Product(NamedTuple):

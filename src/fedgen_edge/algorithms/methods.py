@@ -11,13 +11,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import products, share, stale, step, unequal
+from fedgen_edge.algorithms import bases, needs, products, share, stale, step, unequal, variates
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.correct import proximal, towards_shared
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
-from fedgen_edge.config import Adapter, Method
+from fedgen_edge.config import Adapter, Method, Settings
 from fedgen_edge.errors import ConfigError
 
 
@@ -28,6 +28,8 @@ class Entry(NamedTuple):
     make: Callable[[Method], Algorithm]
     unequal: bool = False
     """Whether clients' adapters may have different ranks."""
+    needs: Callable[[Settings], str | None] = needs.anything
+    """Why it cannot work with these settings; none where it can."""
 
 
 def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
@@ -107,9 +109,31 @@ METHODS: dict[str, Entry] = {
         "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
         lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
     ),
+    "fed-sb": Entry(
+        "an r x r matrix between two bases found first is all that is trained (arXiv:2502.15436)",
+        lambda _: Algorithm(
+            begins=bases.begins,
+            surveys=bases.surveys,
+            trains=bases.trains,
+            sends=bases.sends,
+            merges=bases.merges,
+        ),
+        needs=needs.bases,
+    ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
         lambda m: Algorithm(corrects=proximal(m.mu)),
+    ),
+    "scaffold": Entry(
+        "clients' steps are freed of what is their own in the gradient (arXiv:1910.06378)",
+        lambda _: Algorithm(
+            corrects=variates.corrects,
+            tells=variates.tells,
+            learns=variates.learns,
+            merges=variates.merges,
+            steps=variates.steps,
+        ),
+        needs=needs.plain_sgd,
     ),
     "fedavgm": Entry(
         "the server adds changes with momentum (arXiv:1909.06335)",
@@ -178,3 +202,16 @@ def method(
             f"which merges adapters of one rank: take one of {able}, or leave the ranks out"
         )
     return replace(entry.make(settings), ranks=adapter.ranks if adapter else ())
+
+
+def check(settings: Settings) -> None:
+    """Refuse settings with which the method, or one beside it, cannot work.
+
+    Raises:
+        ConfigError: a method is not known, or needs other settings.
+    """
+    beside = [("evaluation.baselines", name) for name in settings.evaluation.baselines]
+    for setting, name in [("method.name", settings.method.name), *beside]:
+        method(replace(settings.method, name=name), setting)
+        if reason := METHODS[name].needs(settings):
+            raise ConfigError(f"{setting}={name!r} {reason}")

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.types import AVERAGE
+from fedgen_edge.types import AVERAGE, Leaves
 
 
 def always(name: str, round_: int, epoch: int) -> bool:
@@ -18,6 +18,17 @@ def everything(names: Sequence[str], round_: int | None) -> set[str]:
     """Share every leaf."""
     del round_
     return set(names)
+
+
+def no_round(round_: int) -> bool:
+    """Train in every round."""
+    del round_
+    return False
+
+
+def as_it_is(adapter: Leaves) -> Leaves:
+    """Begin with the task's adapter."""
+    return adapter
 
 
 def nothing(names: Sequence[str], round_: int | None) -> set[str]:

@@ -14,7 +14,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedgen_edge import files
-from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.config import Settings, flat, load
 from fedgen_edge.deploy import contents
@@ -138,6 +138,7 @@ def deployable(settings: Settings, sites: int) -> None:
     Raises:
         ConfigError: names the setting, and the way out.
     """
+    check(settings)
     algorithm, federation, evaluation = (
         method(settings.method, adapter=settings.adapter),
         settings.federation,

@@ -119,13 +119,14 @@ def begin(folder: Path) -> Home:
 
 
 def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:
-    """Refuse a limit on products that the server cannot see: a site keeps one factor."""
+    """Refuse a limit on products that the server cannot see: a site keeps a factor, or fixes it."""
     names, algorithm = list(task.model.leaf_shapes()), method(recipe.method)
     kept = {n for n in {*names} - algorithm.sends(names, None) if algorithm.trains(n, 0, 0)}
-    if plan.spectrum is not None and any(len(kept & {*pair}) == 1 for pair in pairs(names)):
+    hidden = algorithm.surveys(0) or any(len(kept & {*pair}) == 1 for pair in pairs(names))
+    if plan.spectrum is not None and hidden:
         raise ConfigError(
-            f"spectrum={plan.spectrum} in federation.toml needs both factors of a layer, of which "
-            f"sites keep one with method.name={recipe.method.name!r}: leave it out"
+            f"spectrum={plan.spectrum} in federation.toml needs both factors of a layer, which "
+            f"sites do not send with method.name={recipe.method.name!r}: leave it out"
         )
 
 

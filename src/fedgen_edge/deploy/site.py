@@ -9,13 +9,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
-from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
 from fedgen_edge.data import sources
@@ -62,6 +62,8 @@ class Site:
     shared: Mapping[str, tuple[int, ...]]
     """Leaves that travel, and their shapes."""
     state: State
+    told: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """What comes beside them with an order to train, and its shapes."""
 
     @property
     def name(self) -> str:
@@ -71,7 +73,7 @@ class Site:
     @property
     def largest(self) -> int:
         """Bytes of a payload, at most."""
-        return max(length(self.shared), most_down(self.wire, self.shared))
+        return max(length({**self.shared, **self.told}), most_down(self.wire, self.shared))
 
     @property
     def wire(self) -> Wire:
@@ -130,8 +132,10 @@ class Site:
         memory = {number: remembered} if remembered else {}
         return replace(experiment, clients=clients).remembering(memory)
 
-    def received(self, work: Work) -> Leaves:
+    def received(self, work: Work, *, told: bool = False) -> Leaves:
         """The global adapter of some work, with zeros beyond this site's rank.
+
+        With an order to train, what is told beside it too.
 
         Raises:
             RefusedError: it is not one of this backbone, or of another rank.
@@ -139,14 +143,15 @@ class Site:
         if len(work.payload) > self.largest:
             raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
         rank = self.rank(work)
-        found = opened(work.payload, of_rank(self.shared, rank))
+        schema = {**self.shared, **self.told} if told else self.shared
+        found = opened(work.payload, of_rank(schema, rank))
         return {**cut(self.start, rank), **padded(found, self.shared)}
 
     def rank(self, work: Work) -> int | None:
         """By the number that the server gives this site, and the recipe, which all share."""
         return self.experiment.algorithm.rank(work.client)
 
-    def ordered(self, work: Work) -> Order:
+    def ordered(self, work: Work, strides: Mapping[str, float]) -> Order:
         """A round's work, as it came.
 
         Raises:
@@ -154,11 +159,11 @@ class Site:
         """
         rank = self.rank(work)
         if not self.wire.down.stages:
-            received = self.received(work)
+            received = self.received(work, told=True)
         else:
             found = came_down(self.wire, work.payload, of_rank(self.shared, rank))
             received = {**cut(self.start, rank), **padded(found, self.shared)}
-        return Order((work.client,), work.round, received, work.payload, rank=rank)
+        return Order((work.client,), work.round, received, work.payload, rank=rank, strides=strides)
 
 
 def finite(found: Leaves) -> bool:
@@ -193,7 +198,9 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
     if (found := past.again(asked)) is not None:
         return found
     try:
-        sent = site.at(work).train.send([site.ordered(work)], stacked=False)[0]
+        train = site.at(work).train
+        order = site.ordered(work, train.strides(work.round))
+        sent = train.send([order], stacked=False)[0]
     except TrainingError as error:
         raise RefusedError("diverged", f"{error}: lower training.lr") from None
     _check_sent(site, sent)
@@ -290,7 +297,8 @@ def open_site(folder: Path) -> Site:
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     experiment = _alone(told.name, settings)
     algorithm, task = experiment.algorithm, experiment.task
-    start = algorithm.init(task.init(generator(settings.federation.seed, "init"))).adapter
+    begun = algorithm.init(task.init(generator(settings.federation.seed, "init")))
+    start = begun.adapter
     shared = shapes(algorithm.shared(start))
     if algorithm.buffer:
         raise ConfigError(
@@ -301,7 +309,8 @@ def open_site(folder: Path) -> Site:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"
         )
-    return Site(experiment, recipe, start, shared, open_state(folder / "state"))
+    beside = {k: tuple(v.shape) for k, v in algorithm.tells(begun, 1).items()}
+    return Site(experiment, recipe, start, shared, open_state(folder / "state"), beside)
 
 
 def _alone(name: str, settings: Settings) -> Experiment:
@@ -314,6 +323,7 @@ def _alone(name: str, settings: Settings) -> Experiment:
             "data.names=() would number classes by the folders of each site: name them in "
             "recipe.toml, for all sites alike"
         )
+    check(settings)
     corpus = sources.read(settings.data)
     settings = named(settings, corpus)
     if (count := len(corpus.examples)) < settings.partition.minimum:

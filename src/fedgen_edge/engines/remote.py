@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from fedgen_edge.adapters.ranks import padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.variates import strides
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Carrier, Reply, Terms, Work, digest
 from fedgen_edge.engines.gate import Asked, Gate, Open, event_of
@@ -101,6 +102,15 @@ class Distant:
     def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
         """Never done on this machine."""
         raise NotImplementedError("sites do this job: the engine is Remote")
+
+    def members(self) -> int:
+        """Sites that have joined."""
+        return len(self.weights())
+
+    def strides(self, round_: int) -> Mapping[str, float]:
+        """By the settings that sites have too."""
+        bounds = self.bounds(round_)
+        return strides(bounds.phases, bounds.rate)
 
     def accepted(self, updates: Sequence[Update]) -> None:
         """Sites are told with the work that follows."""

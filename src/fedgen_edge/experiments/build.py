@@ -15,7 +15,7 @@ from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.correct import proximal, unchanged
-from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Downlink, Settings, Training, learning_rate
 from fedgen_edge.data import sources
@@ -131,7 +131,8 @@ class Experiment:
         t, algorithm = self.settings.training, self.algorithm
         rate = rate_of(self.settings, algorithm, round_)
         trains = algorithm.training(list(self.task.model.leaf_shapes()), round_)
-        return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects)
+        surveys = algorithm.surveys(round_)
+        return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects, surveys)
 
 
 def added(each: Mapping[str, Sums]) -> dict[str, Any]:
@@ -163,6 +164,7 @@ def build(settings: Settings) -> Experiment:
     Raises:
         FedGenError: anything in the settings that cannot be carried out.
     """
+    check(settings)
     algorithm = method(settings.method, adapter=settings.adapter)
     beside_it = [
         method(replace(settings.method, name=name), "evaluation.baselines", settings.adapter)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -10,9 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedgen_edge import leaves
+from fedgen_edge.algorithms import variates
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.merge import mean
+from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.algorithms.products import errors, sizes
 from fedgen_edge.algorithms.step import add
 from fedgen_edge.config import Settings
@@ -120,16 +123,12 @@ def _finite(experiment: Federated, orders: Sequence[Order], job: Job) -> Iterato
         TrainingError: a client's loss, change or memory is not finite.
     """
     updates: Iterator[Update] = experiment.engine(orders, job)
-    told = "" if experiment.algorithm.steps is add else ", or method.server_lr"
     try:
         for update in updates:
             _check_finite(update, experiment.names)
             yield update
     except TrainingError as error:
-        raise TrainingError(
-            f"{error}: lower training.lr={experiment.settings.training.lr}{told}, "
-            "or clip by training.clip"
-        ) from None
+        raise TrainingError(f"{error}: lower {_ways_out(experiment)}") from None
 
 
 def _check_finite(update: Update, names: Sequence[str]) -> None:
@@ -140,6 +139,18 @@ def _check_finite(update: Update, names: Sequence[str]) -> None:
             f"round {update.order.round + 1}, client {who}: training left the finite numbers "
             f"(its loss was {update.loss})"
         )
+
+
+def _ways_out(experiment: Federated) -> str:
+    """The settings that keep training finite, of those that the method has."""
+    settings, training = experiment.settings, experiment.settings.training
+    clipping = replace(settings, training=replace(training, clip=1.0))
+    ways = {
+        f"training.lr={training.lr}": True,
+        "or method.server_lr": experiment.algorithm.steps not in {add, variates.steps},
+        "or clip by training.clip": METHODS[settings.method.name].needs(clipping) is None,
+    }
+    return ", ".join(way for way, there in ways.items() if there)
 
 
 def drift(update: Update) -> float:

@@ -1,0 +1,84 @@
+"""SCAFFOLD: every client's mean gradient is remembered, and its steps are freed of what is its own.
+
+The server's variate c is the mean of all clients' c_k; a step uses g - c_k + c. After T steps of
+plain SGD at rate eta, a client that moved by delta has c_k+ = -delta / (T eta) + c_k - c (option
+II), so what c_k changes by is
+
+    c_k+ - c_k = -delta / (T eta) - c,
+
+which the server knows as well as the client: c travels down, and nothing more travels up.
+
+Source: Karimireddy et al. 2020, SCAFFOLD (arXiv:1910.06378), algorithm 1 with a global rate of 1.
+Differs: there, clients send the change of c_k; here both sides work it out from delta, as SCALLION
+does (Huang et al. 2023, arXiv:2308.08165).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from fedgen_edge import leaves
+from fedgen_edge.algorithms import step
+from fedgen_edge.types import AVERAGE, RESIDUAL, VARIATE, Leaves, Order, Phase, ServerState, Update
+
+OWN = "own variate."
+"""Begins, in a client's memory, the name of its c_k of a leaf."""
+
+
+def strides(phases: Sequence[Phase], rate: float) -> dict[str, float]:
+    """How far a gradient of one moves a phase's leaves with each batch, under plain SGD."""
+    return {phase.prefix: rate * phase.rate * phase.repeats for phase in phases}
+
+
+def tells(state: ServerState, among: int) -> Leaves:
+    """c, of every leaf that is trained; zero before the first round.
+
+    Args:
+        state: the sum of all c_k is in its memory, so that the mean follows their number.
+        among: clients that there are.
+    """
+    trained = (k for k in state.adapter if not k.startswith((AVERAGE, RESIDUAL)))
+    sums = {k: state.memory.get(VARIATE + k, torch.zeros_like(state.adapter[k])) for k in trained}
+    return {VARIATE + k: v / among for k, v in sums.items()}
+
+
+def corrects(grads: Leaves, now: Leaves, start: Leaves, memory: Leaves) -> Leaves:
+    """The gradient g - c_k + c; a client that never trained has a c_k of zero."""
+    del now, start
+    return {k: g - memory.get(OWN + k, 0.0) + memory[VARIATE + k] for k, g in grads.items()}
+
+
+def learns(order: Order, delta: Leaves, steps: int, memory: Leaves) -> Leaves:
+    """A client's c_k+, of what it has been told and how it moved."""
+    changes = _changes(order, delta, steps)
+    return {OWN + k: memory.get(OWN + k, 0.0) + v for k, v in changes.items()}
+
+
+def merges(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
+    """The plain mean of the clients' changes; and how the sum of all c_k changes.
+
+    Clients count alike, however many examples they have, as c counts them: what is found is the
+    optimum of the plain mean of their losses. Weights would change the way there and not its end,
+    where no client moves.
+    """
+    del adapter
+    found = leaves.mean([u.delta for u in updates], torch.ones(len(updates)))
+    own = [_changes(u.order, u.delta, u.steps) for u in updates]
+    return found | {VARIATE + k: torch.stack([c[k] for c in own]).sum(0) for k in own[0]}
+
+
+def steps(state: ServerState, change: Leaves) -> ServerState:
+    """Add it: of the adapter, and of the sums in the server's memory."""
+    sums = {k: state.memory.get(k, 0.0) + v for k, v in change.items() if k.startswith(VARIATE)}
+    return replace(step.add(state, change), memory={**state.memory, **sums})
+
+
+def _changes(order: Order, delta: Leaves, steps: int) -> Leaves:
+    """c_k+ - c_k of each leaf that was trained, as both sides work it out."""
+    told = {k: order.received[VARIATE + k] for k in delta if VARIATE + k in order.received}
+    return {k: -delta[k] / (steps * _stride(order.strides, k)) - c for k, c in told.items()}
+
+
+def _stride(by_prefix: Mapping[str, float], name: str) -> float:
+    return next(stride for prefix, stride in by_prefix.items() if name.startswith(prefix))

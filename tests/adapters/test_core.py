@@ -1,0 +1,74 @@
+"""A small matrix between two factors: computed with, and written as plain LoRA."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from test_formats import Make, adapted_logits, close, each_model, logits, random, write
+from test_residual import IDS, SETTINGS, Small
+
+from fedgen_edge.adapters import formats
+from fedgen_edge.adapters.lora import Lora, inject, merge
+from fedgen_edge.algorithms.bases import begins
+from fedgen_edge.config import Adapter
+from fedgen_edge.leaves import row, stack
+from fedgen_edge.seeds import generator
+from fedgen_edge.types import CORE, Leaves
+
+
+def cored(lora: Lora, key: int = 0) -> Leaves:
+    """Both factors and what is between them, none of them zero or one."""
+    rng = generator("cored", key)
+    names = begins({k: torch.zeros(shape) for k, shape in lora.shapes().items()})
+    return {k: torch.randn(v.shape, generator=rng) * 0.3 for k, v in names.items()}
+
+
+def test_the_product_of_all_three_is_added() -> None:
+    model = Small()
+    lora = inject(model, SETTINGS)
+    leaves = cored(lora)
+    with torch.no_grad(), lora.bound(leaves):
+        found = model(IDS)
+    plain = Small()
+    with torch.no_grad():
+        for name, how in (("embed", "or,rs,sv->vo"), ("conv", "orxy,rs,sihw->oihw"),
+                          ("head", "or,rs,si->oi")):  # fmt: skip
+            kind = lora.sites[name].kind
+            b, a = leaves[f"{name}.{kind.b}"], leaves[f"{name}.{kind.a}"]
+            whole = torch.einsum(how, b, leaves[f"{name}.{CORE}"], a)
+            getattr(plain, name).weight += 2.5 * whole
+        torch.testing.assert_close(found, plain(IDS))
+        merge(model, lora, leaves)
+        torch.testing.assert_close(model(IDS), found)
+
+
+def test_a_stack_is_each_client_alone() -> None:
+    model = Small()
+    lora = inject(model, SETTINGS)
+    leaves = stack([cored(lora, 0), cored(lora, 1)])
+    ids = torch.stack([IDS, IDS.flip(0)])
+    with torch.no_grad():
+        with lora.bound(leaves):
+            together = model(ids.flatten()).reshape(2, 4, 5)
+        for client in range(2):
+            with lora.bound(row(leaves, client)):
+                torch.testing.assert_close(together[client], model(ids[client]))
+
+
+@each_model
+def test_peft_loads_it_as_plain_lora(make: Make, targets: tuple[str, ...], tmp_path: Path) -> None:
+    settings = Adapter(rank=2, alpha=5.0, target_modules=targets)
+    model = make()
+    lora = inject(model, settings)
+    own = random(lora)
+    between = {k: torch.randn(v.shape, generator=generator(k))
+               for k, v in begins(own).items() if k.endswith(CORE)}  # fmt: skip
+    ours = adapted_logits(model, lora, {**own, **between})
+    wide, rank = lora.widened({**own, **between})
+    assert rank == 2
+    assert wide.keys() == own.keys()
+    write(tmp_path / "anna", wide, lora, settings)
+    theirs = PeftModel.from_pretrained(make(), str(tmp_path / "anna"))  # pyright: ignore[reportArgumentType]
+    close(ours, logits(theirs))
+    close(adapted_logits(model, lora, formats.read(tmp_path / "anna", lora)), ours)
+    assert (ours - adapted_logits(model, lora, own)).abs().max() > 0.01
