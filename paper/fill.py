@@ -17,7 +17,10 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks" / "results"
 PAPER = ROOT / "paper" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "results.md", ROOT / "docs" / "deploy.md")
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "deploy", "methods")),
+)
 
 
 def _benchmarks(kind: str) -> dict[str, Any]:
@@ -113,6 +116,17 @@ def settings() -> str:
     return "\n".join(rows)
 
 
+def matrix() -> str:
+    """Which method works with what."""
+    from fedgen_edge.matrix import legend, rows
+
+    columns = legend()
+    out = [f"| method | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
+    for name, found in rows().items():
+        out.append(f"| {name} | {' | '.join('' if found[k] else 'x' for k in columns)} |")
+    return "\n".join([*out, "", *(f"- **{name}**: {about}" for name, about in columns.items())])
+
+
 TABLES = {
     "quality": "quickstart",
     "tuning": "quickstart-tuning",
@@ -134,6 +148,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "network": network,
     "codes": codes,
     "settings": settings,
+    "matrix": matrix,
 }
 
 

@@ -123,7 +123,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Methods:
-    """List the methods."""
+    """List the methods, and what each works with; why not, with a method's name."""
+
+    name: Annotated[str | None, tyro.conf.Positional] = None
+    """Tell of this one alone."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -327,9 +330,26 @@ def export(told: Export) -> None:
         print(path)
 
 
-def methods(_: Methods) -> None:
+def methods(told: Methods) -> None:
     """`fedgen methods`."""
-    from fedgen_edge.algorithms.methods import METHODS
+    from fedgen_edge import matrix
+    from fedgen_edge.algorithms.methods import METHODS, method
+    from fedgen_edge.config import Method
 
+    if told.name is not None:
+        method(Method(name=told.name), "NAME")
+        print(f"{told.name}: {METHODS[told.name].about}")
+        for feature, why in matrix.row(told.name).items():
+            print(f"  {'no ' if why else 'yes'} {feature}: {why or matrix.legend()[feature]}")
+        return
     for name, entry in METHODS.items():
         print(f"{name:<12} {entry.about}")
+    columns = matrix.legend()
+    print(f"\n{'works with':<12} {'  '.join(columns)}")
+    for name, found in matrix.rows().items():
+        marks = "  ".join(f"{'-' if found[k] else 'x':^{len(k)}}" for k in columns)
+        print(f"{name:<12} {marks}")
+    print()
+    for feature, about in columns.items():
+        print(f"{feature:<12} {about}")
+    print("\n`fedgen methods NAME` says why one does not work with something, and what would.")

@@ -522,6 +522,8 @@ def explain(where: tuple[str | int, ...], kind: str, message: str, value: object
 def unknown(name: str) -> str:
     """One line for a key that is no setting, with the nearest one that is."""
     known = [key for key, _ in flat(Settings())]
+    # the part left out is the commonest mistake
+    known = [key for key in known if key.rpartition(".")[2] == name] or known
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
     return f"unknown setting {name!r}: did you mean {near!r}?"
 

@@ -21,6 +21,7 @@ from fedgen_edge.experiments.merging import agreement
 from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import read
+from fedgen_edge.matrix import objection
 
 TIMES = ("seconds", "evaluate_seconds")
 
@@ -101,6 +102,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_identical(
         assert found[name] == value, name
 
 
+UPLINK = {"keep": "top-k", "density": 0.3, "values": "int8", "feedback": True}
 UNEQUAL = [name for name, entry in METHODS.items() if entry.unequal]
 
 
@@ -114,8 +116,8 @@ def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
         corpus,
         adapter={"ranks": ranks},
         method={"name": name, "residual_rank": 3},
-        uplink={"keep": "top-k", "density": 0.3, "values": "int8", "feedback": True},
-        downlink={"values": "fp16"},
+        uplink={} if objection(name, "top-k") else UPLINK,
+        downlink={} if objection(name, "down") else {"values": "fp16"},
         federation={"rounds": 4},
         evaluation={"baselines": [], "sample_tokens": 0},
         personal={"epochs": 1},

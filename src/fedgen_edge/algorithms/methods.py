@@ -30,6 +30,8 @@ class Entry(NamedTuple):
     """Whether clients' adapters may have different ranks."""
     needs: Callable[[Settings], str | None] = needs.anything
     """Why it cannot work with these settings; none where it can."""
+    sums: bool = True
+    """Whether the server needs no more of a round's updates than their weighted sums."""
 
 
 def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
@@ -79,35 +81,49 @@ METHODS: dict[str, Entry] = {
         "the closest adapter to the mean of the clients' products (arXiv:2402.11505)",
         lambda _: Algorithm(merges=products.by_svd),
         unequal=True,
+        needs=needs.whole_start,
+        sums=False,
     ),
     "hetlora": Entry(
         "clients of any ranks, each layer's mean weighed by the product's size (arXiv:2401.06432)",
         lambda _: Algorithm(merges=unequal.by_norm),
         unequal=True,
+        needs=needs.whole_start,
+        sums=False,
     ),
     "rbla": Entry(
         "clients of any ranks, each term's mean over those that hold it (arXiv:2408.08699)",
         lambda _: Algorithm(merges=unequal.over_holders),
         unequal=True,
+        needs=needs.whole_start,
+        sums=False,
     ),
     "raflora": Entry(
         "flexlora for clients of any ranks, each term weighed over its holders (arXiv:2602.13486)",
         lambda _: Algorithm(merges=unequal.by_partitions),
         unequal=True,
+        needs=needs.whole_start,
+        sums=False,
     ),
     "lora-fair": Entry(
         "mean factors, and B corrected for what their product misses (arXiv:2411.14961)",
         lambda m: Algorithm(merges=products.refined(m.ridge)),
+        needs=needs.whole_start,
+        sums=False,
     ),
     "fedex-lora": Entry(
         "mean factors, and what they miss in a frozen pair beside them (arXiv:2410.09432)",
         lambda m: Algorithm(
             merges=products.with_residual(m.residual_rank), residual=m.residual_rank
         ),
+        needs=needs.whole_start,
+        sums=False,
     ),
     "flora": Entry(
         "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
         lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
+        needs=needs.whole_start,
+        sums=False,
     ),
     "fed-sb": Entry(
         "an r x r matrix between two bases found first is all that is trained (arXiv:2502.15436)",
@@ -158,10 +174,12 @@ METHODS: dict[str, Entry] = {
     "fedbuff": Entry(
         "a commit for every few updates, whoever sends them, and no rounds (arXiv:2106.06639)",
         lambda m: Algorithm(buffer=m.buffer, ages=stale.by_power(m.staleness)),
+        sums=False,
     ),
     "layerwise": Entry(
         "each layer's mean weighs a client by how well it agrees (after L-DAWA, arXiv:2307.07393)",
         lambda _: Algorithm(merges=by_agreement),
+        sums=False,
     ),
     "local-only": Entry(
         "nothing is shared: every client trains alone",
@@ -212,6 +230,12 @@ def check(settings: Settings) -> None:
     """
     beside = [("evaluation.baselines", name) for name in settings.evaluation.baselines]
     for setting, name in [("method.name", settings.method.name), *beside]:
-        method(replace(settings.method, name=name), setting)
-        if reason := METHODS[name].needs(settings):
-            raise ConfigError(f"{setting}={name!r} {reason}")
+        named = replace(settings.method, name=name)
+        algorithm = method(named, setting, settings.adapter)
+        for need in (*needs.EVERY, _own(name)):
+            if reason := need(algorithm, settings):
+                raise ConfigError(f"{setting}={name!r} {reason}")
+
+
+def _own(name: str) -> needs.Need:
+    return lambda _, settings: METHODS[name].needs(settings)

@@ -1,6 +1,9 @@
 """What a method asks of the other settings: a reason against them, or none."""
 
-from fedgen_edge.config import Settings
+from collections.abc import Callable
+
+from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.config import Downlink, Settings, Uplink
 
 PLAIN = {"optimiser": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0}
 """Fields of `training` under which a step is the learning rate times the gradient."""
@@ -12,8 +15,26 @@ def anything(settings: Settings) -> str | None:
     return None
 
 
+def whole_start(settings: Settings) -> str | None:
+    """What is merged is what clients hold: what a downlink hides would be merged as lost."""
+    if settings.downlink.keep == "all":
+        return None
+    return (
+        "merges what clients hold, and cannot where they receive a part of it by "
+        f"downlink.keep={settings.downlink.keep!r}: say downlink.keep='all', and shorten by "
+        "downlink.values"
+    )
+
+
 def bases(settings: Settings) -> str | None:
-    """Bases are found in the first rounds, from a backbone alone."""
+    """Bases are found in the first rounds, from a backbone alone; both sides hold the same."""
+    if settings.downlink != Downlink():
+        return "needs its bases as they are, and [downlink] changes them: leave it out"
+    if (settings.uplink.rank, settings.uplink.keep) != (0, "all"):
+        return (
+            "finds its bases in whole gradients, and uplink.rank and uplink.keep send a part: "
+            "leave them out, or say uplink.values='int8'"
+        )
     if settings.adapter.initial is not None:
         given = str(settings.adapter.initial)
         return f"seeks bases of its own, and cannot with adapter.initial={given!r}: leave it out"
@@ -23,7 +44,12 @@ def bases(settings: Settings) -> str | None:
 
 
 def plain_sgd(settings: Settings) -> str | None:
-    """A client's mean gradient must be what it moved by over rate and steps."""
+    """A client's mean gradient must be what it moved by over rate and steps, as it was sent."""
+    if (settings.uplink, settings.downlink) != (Uplink(), Downlink()):
+        return (
+            "has both sides reckon with what was sent, and [uplink] and [downlink] change it: "
+            "leave them out"
+        )
     told = {k: getattr(settings.training, k) for k in PLAIN}
     wrong = [k for k, value in told.items() if value != PLAIN[k]]
     if not wrong:
@@ -31,3 +57,37 @@ def plain_sgd(settings: Settings) -> str | None:
     now = ", ".join(f"training.{k}={told[k]!r}" for k in wrong)
     then = ", ".join(f"training.{k}={PLAIN[k]!r}" for k in wrong)
     return f"takes plain steps of SGD for gradients, and cannot with {now}: set {then}"
+
+
+def adapters(algorithm: Algorithm, settings: Settings) -> str | None:
+    """Whole models are neither stacked nor begun from an adapter."""
+    if algorithm.adapts == "lora":
+        return None
+    if settings.engine.name == "stacked":
+        return (
+            "trains a whole model for each client, and engine.name='stacked' cannot carry it: say "
+            "serial, or auto"
+        )
+    if settings.adapter.initial is not None:
+        return (
+            f"trains every weight, and adapter.initial={str(settings.adapter.initial)!r} cannot "
+            "begin it: leave it out, or merge it into the backbone first"
+        )
+    return None
+
+
+def epochs(algorithm: Algorithm, settings: Settings) -> str | None:
+    """Where what stays is trained in the first epochs, there must be others."""
+    t, head = settings.training, algorithm.head_epochs
+    if not head or (not t.steps and t.epochs > head):
+        return None
+    told = f"training.steps={t.steps}" if t.steps else f"training.epochs={t.epochs}"
+    return (
+        f"trains what stays at the client for method.head_epochs={head}, and {told} leaves no "
+        f"epoch for what is shared: say training.epochs={head + 1} or more, and no steps"
+    )
+
+
+Need = Callable[[Algorithm, Settings], str | None]
+EVERY: tuple[Need, ...] = (adapters, epochs)
+"""What is asked of every method's settings."""

@@ -336,7 +336,7 @@ def _alone(name: str, settings: Settings) -> Experiment:
     device = machine.device(settings.engine.device)
     task = task_of(settings, device)
     algorithm = method(settings.method, adapter=settings.adapter)
-    check_method(algorithm, task, settings)
+    check_method(algorithm, task)
     own = shards(task, corpus, [holding], settings)
     clients = Clients(task, algorithm, own, settings.federation.seed, device)
     return wired(Experiment(settings, task, corpus, [holding], clients))

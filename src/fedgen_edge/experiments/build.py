@@ -185,12 +185,7 @@ def build(settings: Settings) -> Experiment:
     _check_candidates(settings)
     schedule.check(federation, settings.devices, (algorithm, *beside_it), len(holdings))
     for each in (algorithm, *beside_it):
-        check_method(each, task, settings)
-    if settings.engine.name == "stacked" and not task.model.stackable:
-        raise ConfigError(
-            f"engine.name='stacked' cannot carry method.name={settings.method.name!r}, which "
-            "trains a whole model for each client: say serial, or auto"
-        )
+        check_method(each, task)
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = wired(Experiment(settings, task, corpus, holdings, clients))
     return replace(experiment, settings=_resolved(experiment, cohort))
@@ -229,20 +224,8 @@ def task_of(settings: Settings, device: torch.device) -> Learnt:
     return TASKS[settings.task](settings, full=full, device=device)
 
 
-def check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None:
+def check_method(algorithm: Algorithm, task: Learnt) -> None:
     """Refuse now what a method would refuse in its first round."""
-    if algorithm.adapts == "full" and settings.adapter.initial:
-        raise ConfigError(
-            f"adapter.initial={str(settings.adapter.initial)!r} cannot begin a method that "
-            "trains every weight: leave it out, or merge it into the backbone first"
-        )
-    t, head = settings.training, algorithm.head_epochs
-    if head and (t.steps or t.epochs <= head):
-        told = f"training.steps={t.steps}" if t.steps else f"training.epochs={t.epochs}"
-        raise ConfigError(
-            f"{told} leaves no epoch for what is shared, after the method.head_epochs={head} for "
-            f"what stays at the client: say training.epochs={head + 1} or more, and no steps"
-        )
     algorithm.sends(list(task.model.leaf_shapes()), None)
 
 
