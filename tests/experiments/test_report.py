@@ -131,7 +131,7 @@ def test_the_page_shows_gains_as_a_distribution_newcomers_apart(tmp_path: Path) 
     (folder / "clients.json").write_text(json.dumps(clients))
     text = write([folder], tmp_path / "page.html").read_text("utf-8")
     rows = re.findall(r"<tr><th>(personal over [\w-]+)(.*?)</tr>", text, re.S)
-    told = {(name, "never took part" in rest): re.findall(r"<td>([^<]*)</td>", rest)
+    told = {(name, "newcomers" in rest): re.findall(r"<td>([^<]*)</td>", rest)
             for name, rest in rows}  # fmt: skip
     half, all_, none = (f"{share}\N{NO-BREAK SPACE}%" for share in ("50.0", "100", "0"))
     assert told["personal over global", False] == ["2", half, half, all_, none]
