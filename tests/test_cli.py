@@ -293,6 +293,10 @@ FLAGS = {
         "--federation.candidates 1",
         ["federation.candidates=1", "must be from"],
     ),
+    "fewer candidates than a round asks": (
+        "--federation.cohort 1 --federation.over 1 --federation.candidates 1 --devices.up 9",
+        ["federation.candidates=1", "must be from 2", "federation.over"],
+    ),
     "more than the cohort, of devices without speed": (
         "--federation.over 0.5",
         ["federation.over=0.5", "devices.steps_per_second"],
