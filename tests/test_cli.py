@@ -293,6 +293,14 @@ FLAGS = {
         "--federation.candidates 1",
         ["federation.candidates=1", "must be from"],
     ),
+    "first rounds that nobody may finish": (
+        "--method.name fed-sb --federation.rounds 3 --devices.fails 0.5",
+        ["method.name='fed-sb'", "devices.fails=(0.5,)", "leave it out"],
+    ),
+    "fewer candidates than a round asks": (
+        "--federation.cohort 1 --federation.over 1 --federation.candidates 1 --devices.up 9",
+        ["federation.candidates=1", "must be from 2", "federation.over"],
+    ),
     "more than the cohort, of devices without speed": (
         "--federation.over 0.5",
         ["federation.over=0.5", "devices.steps_per_second"],

@@ -9,7 +9,9 @@ from torch.optim import SGD, AdamW
 from conftest import Line, numbers
 from fedgen_edge.algorithms.correct import proximal
 from fedgen_edge.client import Patience, Recipe, Step, clipped, descend, local_update, personalise
+from fedgen_edge.config import Training
 from fedgen_edge.data.batches import Budget, deal, stack
+from fedgen_edge.engines.bounds import Bounds, strayed
 from fedgen_edge.types import Batch, Leaves, PerClient
 
 HALF = Recipe(partial(SGD, lr=0.5))
@@ -64,11 +66,11 @@ def test_clipping_is_by_each_clients_own_norm_over_all_leaves() -> None:
     assert clipped(grads, 0.0, 1) is grads
 
 
-@pytest.mark.parametrize(("clip", "expected"), [(20.0, 5.0), (0.0, 0.5), (4.0, 2.0)])
+@pytest.mark.parametrize(("clip", "expected"), [(20.0, 0.5), (0.0, 0.5), (0.8, 0.4)])
 def test_a_survey_is_one_clipped_step_down_the_sum_of_gradients_at_the_start(
     clip: float, expected: float
 ) -> None:
-    # gradients 0 - 4 and 0 - 6, not 2 - 6: the sum is -10, times rate 0.5; clipped to 4, and to 1
+    # gradients 0 - 4 and 0 - 6, not 2 - 6: the sum is -10, clipped to 1 or 0.8, times rate 0.5
     recipe = Recipe(partial(SGD, lr=0.5), clip, surveys=True)
     start = {"w": torch.tensor(0.0), "still": torch.tensor(3.0)}
     delta, loss = local_update(Line(), start, {}, batches(4, 6), replace(recipe, trains=only("w")))
@@ -76,6 +78,14 @@ def test_a_survey_is_one_clipped_step_down_the_sum_of_gradients_at_the_start(
     assert float(delta["still"]) == 0.0
     assert float(start["w"]) == 0.0
     assert (float(loss.total), float(loss.count)) == (8.0 + 18.0, 2.0)
+
+
+def test_a_survey_moves_no_farther_than_the_gate_allows_of_one_step_of_adamw() -> None:
+    training = Training(clip=20.0, lr=0.5)
+    recipe = Recipe(partial(AdamW, lr=0.5), training.clip, surveys=True)
+    start = {"w": torch.tensor(0.0)}
+    delta, _ = local_update(Line(), start, {}, batches(6), recipe)
+    assert strayed(Bounds(1, training, training.lr), 1, start, delta) is None
 
 
 def test_untrained_leaves_stay() -> None:

@@ -55,6 +55,13 @@ def test_a_baselines_objection_names_the_baselines() -> None:
     assert objection("fedgen-edge", "down top-k") is None
 
 
+def test_a_baseline_that_cannot_be_stacked_runs_beside_a_method_that_is() -> None:
+    # a run writes its engine into its settings, and is resumed from them
+    stacked = FEATURES["stacked"].asked(suited("fedgen-edge"))
+    check(replace(stacked, evaluation=replace(stacked.evaluation, baselines=("fedavg-full",))))
+    assert objection("fedavg-full", "stacked") is not None
+
+
 def test_the_command_prints_a_mark_for_each_pair(capsys: pytest.CaptureFixture[str]) -> None:
     main(["methods"])
     said = capsys.readouterr().out.splitlines()

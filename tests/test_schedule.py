@@ -324,6 +324,15 @@ def test_a_round_that_nobody_finishes_changes_nothing_but_the_time() -> None:
         assert not trained
 
 
+def test_a_model_of_its_own_takes_a_client_as_long_again() -> None:
+    # one step a second: one batch for the shared model, and the same batch for its own
+    for name, seconds in (("fedgen-edge", 1.0), ("ditto", 2.0)):
+        devices, algorithm = Devices(steps_per_second=(1.0,)), METHODS[name].make(Method())
+        done, _ = federated([4, 8], devices, algorithm, rounds=1)
+        assert done[0].timing == Timing(seconds, (), 0)
+        assert [update.steps for update in done[0].updates] == [1, 1]
+
+
 def test_pooled_data_are_those_of_the_clients_that_count() -> None:
     # client 2 takes 10 seconds; of the others: to 2, then halfway to 8
     devices = Devices(steps_per_second=(1.0, 1.0, 0.1))

@@ -169,7 +169,8 @@ def surveyed(
 ) -> tuple[Leaves, PerClient]:
     """The sum of all batches' gradients at the start, as one clipped step down it.
 
-    A clip of 0 is one of 1 here: it is the direction that counts, and a step is judged by its size.
+    It is the direction that counts, and a step is judged by its size: so a clip of 0, or above 1,
+    is one of 1 here, and no value moves by more than a step of AdamW would move it.
     """
     sums: Leaves = {}
 
@@ -181,7 +182,7 @@ def surveyed(
     still = replace(recipe, optimiser=partial(SGD, lr=0.0), clip=0.0, corrects=sum_up)
     losses = [step.loss for step in descend(task, start, {}, batches, still)]
     axes = losses[0].total.ndim if losses else 0
-    down = leaves.scale(clipped(sums, recipe.clip or 1.0, axes), -recipe.rate)
+    down = leaves.scale(clipped(sums, min(recipe.clip or 1.0, 1.0), axes), -recipe.rate)
     none = {k: torch.zeros_like(v) for k, v in start.items()}
     return {**none, **down}, _added(losses)
 

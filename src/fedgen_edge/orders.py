@@ -41,7 +41,11 @@ def wording(
 
 
 def load(algorithm: Algorithm, job: Training, order: Order) -> Load:
-    """What an order asks of its client; of bytes that zstd shortens, at most."""
+    """What an order asks of its client; of bytes that zstd shortens, at most.
+
+    A model of the client's own takes as many steps as the shared one.
+    """
     shared = shapes(algorithm.shared(order.received, order.round))
     up = most_up(job.wire, of_rank(shared, order.rank))
-    return Load(job.steps(order), len(order.payload), up)
+    steps = job.steps(order) * (2 if algorithm.beside else 1)
+    return Load(steps, len(order.payload), up)

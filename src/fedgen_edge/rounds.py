@@ -56,11 +56,11 @@ def cohort_size(federation: Federation, clients: int) -> int:
             f"federation.cohort={size} must be at most {able}, the clients that train: "
             "draw fewer, or have more clients"
         )
-    few = federation.candidates
-    if few is not None and not size <= few <= able:
+    few, asked = federation.candidates, schedule.asked_size(federation, size, clients)
+    if few is not None and not asked <= few <= able:
         raise ConfigError(
-            f"federation.candidates={few} must be from {size}, the cohort, to {able}, the clients "
-            "that train: set federation.cohort below it"
+            f"federation.candidates={few} must be from {asked}, those that a round asks, to "
+            f"{able}, the clients that train: set federation.cohort or federation.over below it"
         )
     return size
 

@@ -10,6 +10,7 @@ from test_residual import IDS, SETTINGS, Small
 from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.algorithms.bases import begins
+from fedgen_edge.algorithms.beside import mixed
 from fedgen_edge.config import Adapter
 from fedgen_edge.leaves import row, stack
 from fedgen_edge.seeds import generator
@@ -40,6 +41,22 @@ def test_the_product_of_all_three_is_added() -> None:
         torch.testing.assert_close(found, plain(IDS))
         merge(model, lora, leaves)
         torch.testing.assert_close(model(IDS), found)
+
+
+def test_two_of_them_are_mixed_in_what_layers_put_out() -> None:
+    # one layer after the other is adapted, so that what it puts out is linear in its products
+    model = Small()
+    lora = inject(model, SETTINGS)
+    for name in ("embed", "conv", "head"):
+        one, other = (
+            {k: v for k, v in cored(lora, key).items() if f"{name}." in k} for key in (0, 1)
+        )
+        found = []
+        for leaves in (one, other, mixed(one, other, 0.3)):
+            with torch.no_grad(), lora.bound(leaves):
+                found.append(model(IDS))
+        torch.testing.assert_close(found[2], 0.3 * found[0] + 0.7 * found[1], atol=1e-5, rtol=1e-5)
+        assert (found[0] - found[1]).abs().max() > 0.1
 
 
 def test_a_stack_is_each_client_alone() -> None:

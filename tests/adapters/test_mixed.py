@@ -66,7 +66,7 @@ def check(make: Make, targets: tuple[str, ...], cap: int, folder: Path) -> None:
     ours = adapted_logits(model, lora, leaves)
     theirs = PeftModel.from_pretrained(make(), str(folder / "anna"))  # pyright: ignore[reportArgumentType]
     close(ours, logits(theirs))
-    close(adapted_logits(model, lora, formats.read(folder / "anna", lora, frozen=True)), ours)
+    close(adapted_logits(model, lora, formats.read(folder / "anna", lora, any_rank=True)), ours)
     # it is neither of the two, nor what means of factors would be
     means = {k: v + w for (k, v), w in zip(
         scale(one, 0.25).items(), scale(other, 0.75).values(), strict=True)}  # fmt: skip

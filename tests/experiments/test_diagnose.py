@@ -206,6 +206,11 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rounds": of_all("cohort", ["a", "b", "c"])},
         "1 of 4: d",
     ),
+    "nobody finishes": (
+        "Rounds pass that nobody finishes",
+        {"rounds": [*HEALTHY.rounds[:2], *of_all("clients", [])[2:]]},
+        "3 of 5 rounds, round 3 first.",
+    ),
     "unfinished": (
         "The run has not finished",
         {"facts": {"finished": False}, "rounds": HEALTHY.rounds[:2]},

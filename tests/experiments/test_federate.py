@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from fedgen_edge.algorithms.methods import method
+from fedgen_edge.algorithms.products import sizes
 from fedgen_edge.config import Method
 from fedgen_edge.experiments.federate import layers
 from fedgen_edge.types import Commit, Order, ServerState, Update
@@ -56,6 +57,14 @@ def test_where_one_factor_is_sent_sizes_are_known(
 @pytest.mark.parametrize(("name", "layer"), [("fedsa-lora", []), ("fedper", ["layers.0"])])
 def test_a_product_that_clients_keep_a_factor_of_is_left_out(name: str, layer: list[str]) -> None:
     assert list(told(name)) == layer
+
+
+def test_what_stands_between_two_factors_is_part_of_their_product() -> None:
+    # of rank 2 are both factors, and R has but one direction
+    start = {"l.lora_A": torch.eye(2), "l.lora_B": torch.eye(2)}
+    core = {"l.lora_R": torch.tensor([[3.0, 0.0], [0.0, 0.0]])}
+    assert sizes(start)["l"].rank == pytest.approx(2)
+    assert sizes(start | core)["l"].rank == pytest.approx(1)
 
 
 def test_nothing_sent_is_nothing_known() -> None:

@@ -191,20 +191,21 @@ class Lora:
     def pair(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
         """A and B of one site, each with the frozen factor beside it: of a higher rank then.
 
-        What stands between them is multiplied into B.
+        What stands between them is multiplied into B; no frozen pair has it.
         """
         kind = self.sites[name].kind
         names = f"{name}.{kind.a}", f"{name}.{kind.b}"
         if not leaves.keys() >= {*names}:
             return None
-        a, b = (
-            torch.cat([leaves[own], leaves[RESIDUAL + own]], axis)
-            if RESIDUAL + own in leaves
-            else leaves[own]
-            for own, axis in zip(names, kind.ranks, strict=True)
-        )
+        a, b = (leaves[own] for own in names)
         if (core := f"{name}.{CORE}") in leaves:
             b = (b.flatten(kind.ranks[1]) @ leaves[core]).reshape(b.shape)
+        a, b = (
+            torch.cat([factor, leaves[RESIDUAL + own]], axis)
+            if RESIDUAL + own in leaves
+            else factor
+            for factor, own, axis in zip((a, b), names, kind.ranks, strict=True)
+        )
         return a, b
 
     def widened(self, leaves: Leaves) -> tuple[Leaves, int]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from fedgen_edge.algorithms.correct import unchanged
 from fedgen_edge.algorithms.factors import Pair, pairs
@@ -67,6 +68,9 @@ def mixed(own: Leaves, other: Leaves, share: float) -> Leaves:
     for pair in pairs(k for k in own if not k.startswith(RESIDUAL)):
         found |= _scaled(own, pair, share)
         rest = _scaled(other, pair, 1 - share)
+        if pair.core in own:
+            found[pair.core] = own[pair.core]
+            rest[pair.b] = _through(rest[pair.b], other[pair.core])
         for name, frozen, axis in zip(pair, pair.residual, (0, 1), strict=True):
             both = [rest[name], other[frozen]] if frozen in other else [rest[name]]
             found[frozen] = torch.cat(both, axis)
@@ -88,6 +92,11 @@ def unmixed(now: Leaves, other: Leaves, share: float) -> Leaves:
     for pair in pairs(k for k in other if not k.startswith(RESIDUAL)):
         found |= _scaled(now, pair, 1 / share)
     return found
+
+
+def _through(b: Tensor, core: Tensor) -> Tensor:
+    """B R: what is frozen is a pair, with nothing between its factors."""
+    return (b.flatten(1) @ core).reshape(b.shape)
 
 
 def _scaled(adapter: Leaves, pair: Pair, factor: float) -> Leaves:

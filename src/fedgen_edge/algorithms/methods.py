@@ -228,12 +228,14 @@ def check(settings: Settings) -> None:
     Raises:
         ConfigError: a method is not known, or needs other settings.
     """
-    beside = [("evaluation.baselines", name) for name in settings.evaluation.baselines]
-    for setting, name in [("method.name", settings.method.name), *beside]:
+    # a run's own settings say stacked, and a baseline that cannot be runs serially beside it
+    free = replace(settings, engine=replace(settings.engine, name="auto"))
+    beside = [("evaluation.baselines", name, free) for name in settings.evaluation.baselines]
+    for setting, name, asked in [("method.name", settings.method.name, settings), *beside]:
         named = replace(settings.method, name=name)
         algorithm = method(named, setting, settings.adapter)
         for need in (*needs.EVERY, _own(name)):
-            if reason := need(algorithm, settings):
+            if reason := need(algorithm, asked):
                 raise ConfigError(f"{setting}={name!r} {reason}")
 
 

@@ -40,6 +40,17 @@ def bases(settings: Settings) -> str | None:
         return f"seeks bases of its own, and cannot with adapter.initial={given!r}: leave it out"
     if (rounds := settings.federation.rounds) < 3:
         return f"trains after two rounds, and federation.rounds={rounds}: set it to 3 or more"
+    lost = {
+        "devices.available": settings.devices.available,
+        "devices.fails": settings.devices.fails,
+        "federation.deadline": settings.federation.deadline,
+    }
+    for name, value in lost.items():
+        if value:
+            return (
+                f"finds its bases in the first two rounds, and with {name}={value} nobody may "
+                "finish one of them: leave it out"
+            )
     return None
 
 

@@ -201,6 +201,14 @@ def never_drawn(run: RunFiles) -> str | None:
     return f"{len(idle)} of {len(run.clients)}: {_some(idle)}." if idle else None
 
 
+def idle_rounds(run: RunFiles) -> str | None:
+    """Half of the rounds or more changed nothing, since nobody finished them."""
+    empty = [row["round"] for row in run.rounds if not row["clients"]]
+    if not empty or 2 * len(empty) < len(run.rounds):
+        return None
+    return f"{len(empty)} of {len(run.rounds)} rounds, round {empty[0]} first."
+
+
 def collapsed(run: RunFiles) -> str | None:
     """Samples are of fewer kinds than real pictures are."""
     for row in distances(run):

@@ -53,6 +53,9 @@ SIGNATURES: tuple[Signature, ...] = (
     ("warning", "The federation learns next to nothing", checks.stuck,
      "Raise [training.lr] or [training.epochs], or adapt more layers "
      "(adapter.target_modules=all-linear)."),
+    ("warning", "Rounds pass that nobody finishes", checks.idle_rounds,
+     "Allow more time ([federation.deadline]) or ask more clients ([federation.over]); "
+     "devices.available and devices.fails say who is there, and stays."),
     ("warning", "The global adapter is worse than the backbone for some clients",
      partial(checks.losers, model=GLOBAL, reference=BACKBONE),
      "Their data are unlike the others': give them personal adapters ([personal.epochs]), or "
