@@ -15,6 +15,7 @@ from fedgen_edge.algorithms import bases, needs, products, share, stale, step, u
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.correct import proximal, towards_shared
+from fedgen_edge.algorithms.laws import Laws
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Adapter, Method, Settings
@@ -30,6 +31,8 @@ class Entry(NamedTuple):
     """Whether clients' adapters may have different ranks."""
     needs: Callable[[Settings], str | None] = needs.anything
     """Why it cannot work with these settings; none where it can."""
+    laws: Laws = Laws()
+    """What holds of its merging."""
 
 
 def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
@@ -66,6 +69,7 @@ METHODS: dict[str, Entry] = {
     "ffa-lora": Entry(
         "A stays as it was drawn, so that the mean is exact (arXiv:2403.12313)",
         lambda _: Algorithm(trains=share.undrawn, sends=share.all_undrawn),
+        laws=Laws(splits=True, exact=True),
     ),
     "fedsa-lora": Entry(
         "A is shared, and B stays at the client (arXiv:2410.01463)",
@@ -74,16 +78,19 @@ METHODS: dict[str, Entry] = {
     "rolora": Entry(
         "B and A are trained in turn, a round each, so that means are exact (arXiv:2409.02346)",
         lambda _: Algorithm(trains=share.in_turn, sends=share.all_in_turn),
+        laws=Laws(splits=True, exact=True),
     ),
     "flexlora": Entry(
         "the closest adapter to the mean of the clients' products (arXiv:2402.11505)",
         lambda _: Algorithm(merges=products.by_svd),
         unequal=True,
+        laws=Laws(splits=True),
     ),
     "hetlora": Entry(
         "clients of any ranks, each layer's mean weighed by the product's size (arXiv:2401.06432)",
         lambda _: Algorithm(merges=unequal.by_norm),
         unequal=True,
+        laws=Laws(halves=False),
     ),
     "rbla": Entry(
         "clients of any ranks, each term's mean over those that hold it (arXiv:2408.08699)",
@@ -94,6 +101,7 @@ METHODS: dict[str, Entry] = {
         "flexlora for clients of any ranks, each term weighed over its holders (arXiv:2602.13486)",
         lambda _: Algorithm(merges=unequal.by_partitions),
         unequal=True,
+        laws=Laws(splits=True),
     ),
     "lora-fair": Entry(
         "mean factors, and B corrected for what their product misses (arXiv:2411.14961)",
@@ -104,10 +112,12 @@ METHODS: dict[str, Entry] = {
         lambda m: Algorithm(
             merges=products.with_residual(m.residual_rank), residual=m.residual_rank
         ),
+        laws=Laws(splits=True, exact=True),
     ),
     "flora": Entry(
         "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
         lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
+        laws=Laws(splits=True, exact=True),
     ),
     "fed-sb": Entry(
         "an r x r matrix between two bases found first is all that is trained (arXiv:2502.15436)",
@@ -119,6 +129,7 @@ METHODS: dict[str, Entry] = {
             merges=bases.merges,
         ),
         needs=needs.bases,
+        laws=Laws(splits=True, exact=True),
     ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
@@ -134,22 +145,27 @@ METHODS: dict[str, Entry] = {
             steps=variates.steps,
         ),
         needs=needs.plain_sgd,
+        laws=Laws(halves=False, weighed=False),
     ),
     "fedavgm": Entry(
         "the server adds changes with momentum (arXiv:1909.06335)",
         lambda m: Algorithm(steps=step.momentum(m.server_lr or 1.0, m.server_momentum)),
+        laws=Laws(alone=False),
     ),
     "fedadagrad": Entry(
         "the server's step is Adagrad's (arXiv:2003.00295)",
         lambda m: _adaptive(step.adagrad, replace(m, server_momentum=0.0)),
+        laws=Laws(alone=False),
     ),
     "fedadam": Entry(
         "the server's step is Adam's (arXiv:2003.00295)",
         lambda m: _adaptive(step.adam(m.server_decay), m),
+        laws=Laws(alone=False),
     ),
     "fedyogi": Entry(
         "the server's step is Yogi's (arXiv:2003.00295)",
         lambda m: _adaptive(step.yogi(m.server_decay), m),
+        laws=Laws(alone=False),
     ),
     "fednova": Entry(
         "each client's change counts by step, whatever its number of steps (arXiv:2007.07481)",
