@@ -9,6 +9,7 @@ import pytest
 
 import fedgen_edge
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.laws import Laws
 from fedgen_edge.algorithms.methods import METHODS, method
 from fedgen_edge.config import Method
 
@@ -18,6 +19,15 @@ ROOT = Path(__file__).parents[1]
 def test_the_catalogue_of_the_docs_is_the_catalogue() -> None:
     page = (ROOT / "docs" / "methods.md").read_text("utf-8")
     assert re.findall(r"^\|\s*`([^`]+)`\s*\|", page, re.MULTILINE) == list(METHODS)
+
+
+def test_the_page_of_methods_says_what_they_declare_of_merging() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
+    told = re.findall(r"^- \*\*`(\w+)`\*\*, [^.]*\. Of( all but)?:([^.]*)\.$", page, re.MULTILINE)
+    assert [law for law, *_ in told] == [*Laws._fields]
+    for law, but, names in told:
+        holds = [n for n in METHODS if getattr(METHODS[n].laws, law) == (not but)]
+        assert re.findall(r"`([^`]+)`", names) == holds
 
 
 @pytest.mark.parametrize("name", METHODS)

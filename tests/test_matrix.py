@@ -1,17 +1,11 @@
 from dataclasses import replace
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from fedgen_edge.algorithms.methods import METHODS, check
 from fedgen_edge.cli import main
-from fedgen_edge.config import Method
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.matrix import FEATURES, TO_COME, legend, objection, row, rows, suited
-from fedgen_edge.seeds import generator
-from fedgen_edge.types import Leaves, Order, Update
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -81,58 +75,3 @@ def test_of_one_method_the_command_says_why_not(capsys: pytest.CaptureFixture[st
         main(["methods", "scafold"])
     assert ended.value.code == 2
     assert "did you mean 'scaffold'" in capsys.readouterr().err
-
-
-PAIRWISE = ("flexlora", "raflora", "hetlora", "lora-fair", "fedex-lora", "flora", "layerwise")
-
-
-def cohort(deltas: list[Leaves], weights: list[float]) -> list[Update]:
-    start = {k: torch.zeros_like(v) for k, v in deltas[0].items()}
-    return [
-        Update(Order((i,), 0, start), delta, {}, weight, 0.0, 3, 0)
-        for i, (delta, weight) in enumerate(zip(deltas, weights, strict=True))
-    ]
-
-
-def merged(name: str, updates: list[Update]) -> Leaves:
-    """The change of an adapter that stands at zero, with a residual where the method has one."""
-    algorithm = METHODS[name].make(Method(residual_rank=2))
-    state = algorithm.init(updates[0].order.received)
-    whole = [replace(u, order=replace(u.order, received=state.adapter)) for u in updates]
-    return algorithm.merges(state.adapter, whole)
-
-
-def drawn(seed: int) -> Leaves:
-    rng = generator("sums", seed)
-    return {
-        "l.lora_A": torch.randn(2, 5, generator=rng),
-        "l.lora_B": torch.randn(4, 2, generator=rng),
-    }
-
-
-@pytest.mark.parametrize("name", [n for n in METHODS if METHODS[n].sums and n != "fed-sb"])
-@given(seed=st.integers(0, 10**6), share=st.floats(0.1, 0.9))
-@settings(max_examples=10, deadline=None)
-def test_where_sums_suffice_cohorts_of_equal_sums_merge_alike(
-    name: str, seed: int, share: float
-) -> None:
-    one, two = drawn(seed), drawn(seed + 1)
-    both = cohort([one, two], [1.0, 1.0])
-    # a part of one's change moved to the other: the sum is what it was
-    moved = {k: v * share for k, v in one.items()}
-    other = cohort(
-        [{k: v - moved[k] for k, v in one.items()}, {k: v + moved[k] for k, v in two.items()}],
-        [1.0, 1.0],
-    )
-    for leaf, value in merged(name, both).items():
-        torch.testing.assert_close(merged(name, other)[leaf], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", PAIRWISE)
-def test_where_they_do_not_there_are_cohorts_that_show_it(name: str) -> None:
-    assert not METHODS[name].sums
-    one, two = drawn(0), drawn(1)
-    both = merged(name, cohort([one, two], [1.0, 1.0]))
-    half = {k: one[k] * 0.5 for k in one}
-    other = merged(name, cohort([half, {k: v + half[k] for k, v in two.items()}], [1.0, 1.0]))
-    assert any(not torch.allclose(both[k], other[k], atol=1e-3) for k in both)

@@ -95,8 +95,11 @@ def row(name: str) -> dict[str, str | None]:
     """A method's objections, feature by feature; and what its parts say of those to come."""
     entry = METHODS[name]
     found = {feature: objection(name, feature) for feature in FEATURES}
-    summed = None if entry.sums else "the server looks at each client's update by itself"
-    frozen = entry.make(Settings().method).adapts == "lora"
+    algorithm = entry.make(Settings().method)
+    summed = None
+    if not entry.laws.sums:
+        summed = "the server looks at each client's update by itself"
+    frozen = algorithm.adapts == "lora"
     return {
         **found,
         "secure sums": summed,

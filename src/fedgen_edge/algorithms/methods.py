@@ -1,7 +1,8 @@
 """The catalogue: from the name in a paper's table to an algorithm.
 
-To add a method: a function in its slot's file, a line here, a known-answer test, and a row in
-docs/methods.md, which a test holds equal to this table.
+To add a method: a function in its slot's file, a line here (with the laws of its merging, where
+they are not FedAvg's), a known-answer test, and a row in docs/methods.md, which a test holds equal
+to this table.
 """
 
 import difflib
@@ -15,6 +16,7 @@ from fedgen_edge.algorithms import bases, needs, products, share, stale, step, u
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.correct import proximal, towards_shared
+from fedgen_edge.algorithms.laws import Laws
 from fedgen_edge.algorithms.merge import by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Adapter, Method, Settings
@@ -30,8 +32,8 @@ class Entry(NamedTuple):
     """Whether clients' adapters may have different ranks."""
     needs: Callable[[Settings], str | None] = needs.anything
     """Why it cannot work with these settings; none where it can."""
-    sums: bool = True
-    """Whether the server needs no more of a round's updates than their weighted sums."""
+    laws: Laws = Laws()
+    """What holds of its merging."""
 
 
 def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
@@ -68,6 +70,7 @@ METHODS: dict[str, Entry] = {
     "ffa-lora": Entry(
         "A stays as it was drawn, so that the mean is exact (arXiv:2403.12313)",
         lambda _: Algorithm(trains=share.undrawn, sends=share.all_undrawn),
+        laws=Laws(splits=True, exact=True),
     ),
     "fedsa-lora": Entry(
         "A is shared, and B stays at the client (arXiv:2410.01463)",
@@ -76,40 +79,40 @@ METHODS: dict[str, Entry] = {
     "rolora": Entry(
         "B and A are trained in turn, a round each, so that means are exact (arXiv:2409.02346)",
         lambda _: Algorithm(trains=share.in_turn, sends=share.all_in_turn),
+        laws=Laws(splits=True, exact=True),
     ),
     "flexlora": Entry(
         "the closest adapter to the mean of the clients' products (arXiv:2402.11505)",
         lambda _: Algorithm(merges=products.by_svd),
         unequal=True,
         needs=needs.whole_start,
-        sums=False,
+        laws=Laws(splits=True, sums=False),
     ),
     "hetlora": Entry(
         "clients of any ranks, each layer's mean weighed by the product's size (arXiv:2401.06432)",
         lambda _: Algorithm(merges=unequal.by_norm),
         unequal=True,
         needs=needs.whole_start,
-        sums=False,
+        laws=Laws(halves=False, sums=False),
     ),
     "rbla": Entry(
         "clients of any ranks, each term's mean over those that hold it (arXiv:2408.08699)",
         lambda _: Algorithm(merges=unequal.over_holders),
         unequal=True,
         needs=needs.whole_start,
-        sums=False,
     ),
     "raflora": Entry(
         "flexlora for clients of any ranks, each term weighed over its holders (arXiv:2602.13486)",
         lambda _: Algorithm(merges=unequal.by_partitions),
         unequal=True,
         needs=needs.whole_start,
-        sums=False,
+        laws=Laws(splits=True, sums=False),
     ),
     "lora-fair": Entry(
         "mean factors, and B corrected for what their product misses (arXiv:2411.14961)",
         lambda m: Algorithm(merges=products.refined(m.ridge)),
         needs=needs.whole_start,
-        sums=False,
+        laws=Laws(sums=False),
     ),
     "fedex-lora": Entry(
         "mean factors, and what they miss in a frozen pair beside them (arXiv:2410.09432)",
@@ -117,13 +120,13 @@ METHODS: dict[str, Entry] = {
             merges=products.with_residual(m.residual_rank), residual=m.residual_rank
         ),
         needs=needs.whole_start,
-        sums=False,
+        laws=Laws(splits=True, exact=True, sums=False),
     ),
     "flora": Entry(
         "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
         lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
         needs=needs.whole_start,
-        sums=False,
+        laws=Laws(splits=True, exact=True, sums=False),
     ),
     "fed-sb": Entry(
         "an r x r matrix between two bases found first is all that is trained (arXiv:2502.15436)",
@@ -135,6 +138,7 @@ METHODS: dict[str, Entry] = {
             merges=bases.merges,
         ),
         needs=needs.bases,
+        laws=Laws(splits=True, exact=True),
     ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
@@ -150,22 +154,27 @@ METHODS: dict[str, Entry] = {
             steps=variates.steps,
         ),
         needs=needs.plain_sgd,
+        laws=Laws(halves=False, weighed=False),
     ),
     "fedavgm": Entry(
         "the server adds changes with momentum (arXiv:1909.06335)",
         lambda m: Algorithm(steps=step.momentum(m.server_lr or 1.0, m.server_momentum)),
+        laws=Laws(alone=False),
     ),
     "fedadagrad": Entry(
         "the server's step is Adagrad's (arXiv:2003.00295)",
         lambda m: _adaptive(step.adagrad, replace(m, server_momentum=0.0)),
+        laws=Laws(alone=False),
     ),
     "fedadam": Entry(
         "the server's step is Adam's (arXiv:2003.00295)",
         lambda m: _adaptive(step.adam(m.server_decay), m),
+        laws=Laws(alone=False),
     ),
     "fedyogi": Entry(
         "the server's step is Yogi's (arXiv:2003.00295)",
         lambda m: _adaptive(step.yogi(m.server_decay), m),
+        laws=Laws(alone=False),
     ),
     "fednova": Entry(
         "each client's change counts by step, whatever its number of steps (arXiv:2007.07481)",
@@ -174,12 +183,12 @@ METHODS: dict[str, Entry] = {
     "fedbuff": Entry(
         "a commit for every few updates, whoever sends them, and no rounds (arXiv:2106.06639)",
         lambda m: Algorithm(buffer=m.buffer, ages=stale.by_power(m.staleness)),
-        sums=False,
+        laws=Laws(sums=False),
     ),
     "layerwise": Entry(
         "each layer's mean weighs a client by how well it agrees (after L-DAWA, arXiv:2307.07393)",
         lambda _: Algorithm(merges=by_agreement),
-        sums=False,
+        laws=Laws(sums=False),
     ),
     "local-only": Entry(
         "nothing is shared: every client trains alone",
