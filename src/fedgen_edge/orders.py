@@ -5,6 +5,7 @@ from functools import cache
 
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.jobs import Training
 from fedgen_edge.leaves import shapes
 from fedgen_edge.schedule import Load
@@ -42,6 +43,7 @@ def wording(
 
 def load(algorithm: Algorithm, job: Training, order: Order) -> Load:
     """What an order asks of its client; of bytes that zstd shortens, at most."""
-    shared = shapes(algorithm.shared(order.received, order.round))
+    one = of(order.received, 0 if algorithm.clusters else None)  # they are of one size
+    shared = shapes(algorithm.shared(one, order.round))
     up = most_up(job.wire, of_rank(shared, order.rank))
     return Load(job.steps(order), len(order.payload), up)

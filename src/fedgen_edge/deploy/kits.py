@@ -159,6 +159,8 @@ def deployable(settings: Settings, sites: int) -> None:
         "some may be away: leave it out": federation.candidates is not None,
         f"method.name={settings.method.name!r} commits by a virtual clock, and sites have none: "
         "use `fedgen run`, or another method": bool(algorithm.buffer),
+        f"method.name={settings.method.name!r} has several adapters, and a site's answer must be "
+        "of one: use `fedgen run`, or another method": algorithm.clusters is not None,
         f"{', '.join(timed)}: a simulation's devices and rounds by its clock, which sites do not "
         "have: leave it out; federation.toml has over_selection and deadline": bool(timed),
         f"federation.newcomers={federation.newcomers} are for `fedgen run`: leave it out, and add "

@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.clusters import parts
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.client import Patience, Recipe
@@ -95,6 +96,13 @@ class Experiment:
         rng = generator(self.settings.federation.seed, "init")
         return self.algorithm.init(self.task.init(rng))
 
+    def shared(self, state: ServerState) -> dict[str, Leaves]:
+        """What clients share, by the names of its folders: one adapter, or one a cluster."""
+        if not self.has_global:
+            return {}
+        clusters = {f"cluster-{k}": own for k, own in parts(state.adapter).items()}
+        return clusters or {"global": state.adapter}
+
     def remembering(self, memory: MutableMapping[int, Leaves]) -> "Experiment":
         """The same, with what its clients have kept."""
         return replace(self, clients=replace(self.clients, memory=memory))
@@ -107,9 +115,10 @@ class Experiment:
     def own(self, state: ServerState, memory: Leaves, client: int) -> Leaves:
         """A client's model as the rounds left it: the global adapter and what it has kept.
 
-        Of the global one it has the terms that its rank has room for.
+        Of the global one it has the terms that its rank has room for; of clusters it chooses one.
         """
-        return self.algorithm.receives(cut(state.adapter, self.algorithm.rank(client)), memory)
+        adapter = cut(state.adapter, self.algorithm.rank(client))
+        return self.algorithm.receives(adapter, self.clients.chosen(client, adapter, memory))
 
     def sums(self, adapter: Leaves, examples: Batch) -> Sums:
         """A task's statistics of one client's examples under one adapter."""
@@ -186,6 +195,7 @@ def build(settings: Settings) -> Experiment:
     schedule.check(federation, settings.devices, (algorithm, *beside_it), len(holdings))
     for each in (algorithm, *beside_it):
         check_method(each, task, settings)
+        _check_clusters(each, cohort)
     if settings.engine.name == "stacked" and not task.model.stackable:
         raise ConfigError(
             f"engine.name='stacked' cannot carry method.name={settings.method.name!r}, which "
@@ -244,6 +254,15 @@ def check_method(algorithm: Algorithm, task: Learnt, settings: Settings) -> None
             f"what stays at the client: say training.epochs={head + 1} or more, and no steps"
         )
     algorithm.sends(list(task.model.leaf_shapes()), None)
+
+
+def _check_clusters(algorithm: Algorithm, cohort: int) -> None:
+    """A round with fewer clients than clusters would never tell these apart."""
+    if algorithm.clusters and algorithm.clusters.number > cohort:
+        raise ConfigError(
+            f"method.clusters={algorithm.clusters.number} must be at most {cohort}, the clients of "
+            "a round: have fewer, or draw more by federation.cohort"
+        )
 
 
 def _check_candidates(settings: Settings) -> None:
