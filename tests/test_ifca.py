@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch.optim import SGD
 from transformers import AutoModelForCausalLM
 
-from conftest import Line, line_shard, sentences
+from conftest import Line, line_shard, numbers, sentences
 from fedgen_edge.algorithms.clusters import CHOICE, parts
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.client import Patience, Recipe
@@ -25,6 +25,7 @@ from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import CheckpointError, ConfigError
 from fedgen_edge.experiments.build import Experiment, build
+from fedgen_edge.experiments.checkpoint import last
 from fedgen_edge.experiments.models import export, folder_of, reopen
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.jobs import Clients, Personalise, Train, Tuned
@@ -33,6 +34,7 @@ from fedgen_edge.rounds import Engine, Roster, rounds
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Leaves, Order
 from fedgen_edge.uplink.transform import encode
+from loop import same
 from sites import kit
 
 HALF = Recipe(partial(SGD, lr=0.5))
@@ -109,10 +111,12 @@ def test_the_clock_counts_the_bytes_of_one_adapter() -> None:
 
 
 def test_a_client_chooses_by_the_examples_that_it_is_told_to() -> None:
-    # squares from 0 and from -4: of 8 alone 64 < 144, of 8 and -8 128 < 160, of all 192 > 176
+    # squares from 0 and from -4 of what it trains on: of 8 alone 64 < 144, of 8 and -8 128 < 160,
+    # of all three 192 > 176
     adapter = {"cluster.0.w": torch.tensor(0.0), "cluster.1.w": torch.tensor(-4.0)}
     for few, choice in ((1, 0.0), (2, 0.0), (0, 1.0), (3, 1.0)):
-        clients = Clients(Line(), ifca(choose_by=few), [line_shard("a", 8, -8, -8)], 0)
+        held = Shard("a", numbers(8, -8, -8), numbers(-8), numbers(-8))
+        clients = Clients(Line(), ifca(choose_by=few), [held], 0)
         assert float(clients.chosen(0, adapter, {})[CHOICE]) == choice
 
 
@@ -172,12 +176,18 @@ def told(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def parted(rows: list[dict[str, Any]]) -> bool:
+    """Whether clients of one kind are in one cluster, and those of the other in the other."""
+    pairs = {(int(row["client"][-1]) % 2, row["cluster"]) for row in rows}
+    return pairs in ({(0, 0), (1, 1)}, {(0, 1), (1, 0)})
+
+
 def test_two_kinds_of_text_part_and_newcomers_find_their_kind(done: Path) -> None:
-    for row in told(done / "rounds.jsonl"):
-        kinds = {(int(c["client"][-1]) % 2, c["cluster"]) for c in row["clients"]}
-        assert len(kinds) == len({kind for kind, _ in kinds}) == 2
-    kinds = {(int(row["client"][-1]) % 2, row["cluster"]) for row in told(done / "personal.jsonl")}
-    assert len(kinds) == 2
+    # in the first round too, where clients had nothing to choose from
+    assert all(parted(row["clients"]) for row in told(done / "rounds.jsonl"))
+    tuned = told(done / "personal.jsonl")
+    assert len(tuned) == 10
+    assert parted(tuned)
     rows = told(done / "evaluation.jsonl")
     losses = {(r["model"], r["client"]): r["total"] / r["count"] for r in rows}
     for c in range(10):
@@ -202,6 +212,12 @@ def test_the_clusters_and_the_clients_models_are_peft_folders(done: Path, tmp_pa
         plain = adapted.unload()
     for one, other in pairwise(logits):
         assert (one - other).abs().max() > 1e-3
+    # whatever it took in a round that it was in, it is judged by what it would take now
+    state, _ = last(done)
+    for c, name in enumerate(experiment.names):
+        for old in (0.0, 1.0):
+            own = experiment.own(state, {CHOICE: torch.tensor(old)}, c)
+            assert same(own, parts(state.adapter)[tuned[name]])
     made = export(done, tmp_path / "copy", None, merge=False)
     assert [p.name for p in made[:2]] == ["cluster-0", "cluster-1"]
     assert len(made) == 2 + 10
@@ -221,8 +237,8 @@ def trained(experiment: Experiment, algorithm: Any, start: Leaves, **plan: Any) 
     job = replace(job, clients=replace(job.clients, algorithm=algorithm, memory={}))
     state = replace(algorithm.init(start), adapter=start)
     federation = Federation(clients=10, rounds=3, **plan)
-    *_, last = rounds(state, algorithm, serial, job, federation)
-    return last
+    *_, after = rounds(state, algorithm, serial, job, federation)
+    return after
 
 
 def test_where_all_choose_one_cluster_it_is_fedavg_bit_by_bit(texts: Path) -> None:
