@@ -246,6 +246,10 @@ class Method:
     lambda."""
     own_share: Annotated[float, Number, Field(gt=0, lt=1)] = 0.5
     """FedDPA: share of a client's own adapter in what layers put out, as it is trained."""
+    clusters: Annotated[int, Number, Field(ge=2)] = 2
+    """IFCA: adapters at the server, of which each client takes one."""
+    choose_by: Whole = 64
+    """IFCA: training examples, evenly spaced, by whose loss a client chooses; 0 is all."""
     residual_rank: Count = 32
     """FedEx-LoRA, FLoRA: rank of the frozen pair beside each trained one, which keeps what means
     miss; a rank above it is cut."""

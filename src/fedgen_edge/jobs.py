@@ -13,10 +13,14 @@ import torch
 from fedgen_edge import leaves
 from fedgen_edge.adapters.ranks import of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.beside import mixed, unmixed
+from fedgen_edge.algorithms.clusters import CHOICE, alike, labelled, of, parts
 from fedgen_edge.algorithms.variates import strides
-from fedgen_edge.client import Judge, Patience, Recipe, descend, local_update, personalise
-from fedgen_edge.data.batches import Budget, Shard, deal, interleave, stack, steps
+from fedgen_edge.client import (
+    Recipe,
+    local_update,
+    preferred,
+)
+from fedgen_edge.data.batches import Budget, Shard, deal, interleave, spaced, stack, steps
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
@@ -40,6 +44,8 @@ class Sent:
     """Mean training loss."""
     steps: int
     """Optimiser steps taken."""
+    cluster: int | None = None
+    """The one of the server's adapters that it trained; none where there is but one."""
 
 
 class Tuned(NamedTuple):
@@ -53,6 +59,8 @@ class Tuned(NamedTuple):
     """The epoch that it kept; 0 is the start."""
     share: float | None = None
     """Of what layers put out, the tuned adapter's; none where there was no choice."""
+    cluster: int | None = None
+    """The one of the server's adapters that it began from; none where there is but one."""
 
 
 @runtime_checkable
@@ -121,6 +129,32 @@ class Clients:
         """What corrections are made of: what the order's client was told, and what it learnt."""
         told = {k: v for k, v in order.received.items() if not _not_told(k)}
         return {**select(self.remembered(order), _of_no_model), **told}
+
+    def choosing(self, orders: Sequence[Order]) -> "Clients":
+        """The same, whose clients remember what they choose of what these orders bring them."""
+        if self.algorithm.clusters is None:
+            return self
+        clients = {order.clients[0]: order for order in orders}
+        memory = {
+            c: self.chosen(c, order.received, self.remembered(order))
+            for c, order in clients.items()
+        }
+        return replace(self, memory=memory)
+
+    def chosen(self, client: int, adapter: Leaves, memory: Leaves) -> Leaves:
+        """The client's memory, with its choice among an adapter's clusters where it has some."""
+        told, there = self.algorithm.clusters, parts(adapter)
+        if told is None or not there:
+            return memory
+        held = self.place(spaced(self.shards[client].train, told.examples))
+        each = [self.place(own) for own in there.values()]
+        found = 0 if alike(adapter) else preferred(self.task, each, held)
+        return {**memory, CHOICE: torch.tensor(float(found))}
+
+    def choice(self, order: Order) -> int | None:
+        """The cluster that the order's client remembers; none where it chose none."""
+        memory = self.remembered(order)
+        return int(memory[CHOICE]) if CHOICE in memory else None
 
     def own(self, order: Order) -> Leaves:
         """What the order's client begins from with its own model."""
@@ -209,7 +243,10 @@ class Train:
         return [self._arrived(sent) for sent in self.send(orders, stacked=stacked)]
 
     def send(self, orders: Sequence[Order], *, stacked: bool) -> list[Sent]:
-        """Train, and return what leaves each client."""
+        """Choose where there is a choice, train, and return what leaves each client."""
+        return replace(self, clients=self.clients.choosing(orders))._send(orders, stacked)
+
+    def _send(self, orders: Sequence[Order], stacked: bool) -> list[Sent]:
         given = self.clients.together(orders, self.budget, "train", stacked=stacked)
         start, memory, batches = given
         recipe = self.recipe(orders[0].round)
@@ -258,6 +295,8 @@ class Train:
         steps = self.steps(order)
         before = self.clients.remembered(order)
         shared = truncated(algorithm.shared(delta, order.round), order.rank)
+        cluster = self.clients.choice(order)
+        shared = shared if cluster is None else labelled(shared, cluster)
         try:
             payload, left = sent_up(self.wire, shared, before, order.round, order.clients[0])
         except TrainingError as error:
@@ -274,12 +313,14 @@ class Train:
             weight=sum(self.clients.shards[c].weight for c in order.clients),
             loss=loss,
             steps=steps,
+            cluster=cluster,
         )
 
     def _arrived(self, sent: Sent) -> Update:
         """The server's half: what it makes of a client's message."""
         order = sent.order
-        whole = leaves.shapes(self.clients.algorithm.shared(order.received, order.round))
+        received = of(order.received, sent.cluster)
+        whole = leaves.shapes(self.clients.algorithm.shared(received, order.round))
         sent_of = of_rank(whole, order.rank)
         delta = came_up(self.wire, sent.payload, sent_of, order.round, order.clients[0])
         return Update(
@@ -291,58 +332,3 @@ class Train:
             steps=sent.steps,
             bytes_up=len(sent.payload),
         )
-
-
-@dataclass(frozen=True)
-class Personalise:
-    """Each client's own tuning of the last global adapter."""
-
-    clients: Clients
-    budget: Budget
-    recipe: Recipe
-    patience: Patience
-    mixing: tuple[float, ...] = ()
-    """Shares of the tuned adapter to choose from, the rest being the shared one's; none is 1."""
-
-    def steps(self, order: Order) -> int:
-        """Most optimiser steps."""
-        return self.clients.steps(order, self.budget)
-
-    def kin(self, order: Order) -> int:
-        """All may be together."""
-        del order
-        return 0
-
-    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Tuned]:
-        """Tune, and return every client's own adapter, which goes nowhere."""
-        clients, judge = self.clients, self._judge(orders)
-        given = clients.together(orders, self.budget, "personalise", stacked=stacked, own=True)
-        start, memory, batches = given
-        walk = descend(clients.task, start, memory, batches, self.recipe)
-        starts = [clients.place(clients.own(order)) for order in orders]
-        found = personalise(walk, starts, judge, self.patience)
-        tuned = [
-            Tuned(order, {k: v.cpu() for k, v in best.items()}, history, chosen)
-            for order, (best, history, chosen) in zip(orders, found, strict=True)
-        ]
-        return [self._mixed(one, partial(judge, at)) for at, one in enumerate(tuned)]
-
-    def _mixed(self, tuned: Tuned, judge: Callable[[Leaves], float]) -> Tuned:
-        """The mixture with what is shared that the client's validation data like best."""
-        if not self.mixing:
-            return tuned
-        shared, beside = self.clients.start(tuned.order), self.clients.algorithm.beside
-        own = unmixed(tuned.adapter, shared, beside.share if beside else 1.0)
-        shares = sorted({*self.mixing, 1.0}, reverse=True)
-        losses = {s: judge(self.clients.place(mixed(own, shared, s))) for s in shares}
-        share = min(shares, key=losses.__getitem__)
-        return tuned._replace(adapter=mixed(own, shared, share), share=share)
-
-    def _judge(self, orders: Sequence[Order]) -> Judge:
-        task, shards = self.clients.task, self.clients.shards
-
-        def judge(place: int, own: Leaves) -> float:
-            held = self.clients.place(shards[orders[place].clients[0]].validation)
-            return float(task.summary(task.evaluate(own, held))["loss"])
-
-        return judge

@@ -5,6 +5,7 @@ from functools import cache
 
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.jobs import Training
 from fedgen_edge.leaves import shapes
 from fedgen_edge.schedule import Load
@@ -35,7 +36,7 @@ def wording(
 
     def order(group: Sequence[int]) -> Order:
         rank = algorithm.rank(group[0])
-        return Order(tuple(group), state.round, *addressed(rank), among, rank, strides)
+        return Order(tuple(group), state.round, *addressed(rank), rank, strides)
 
     return order
 
@@ -45,7 +46,8 @@ def load(algorithm: Algorithm, job: Training, order: Order) -> Load:
 
     A model of the client's own takes as many steps as the shared one.
     """
-    shared = shapes(algorithm.shared(order.received, order.round))
+    one = of(order.received, 0 if algorithm.clusters else None)  # they are of one size
+    shared = shapes(algorithm.shared(one, order.round))
     up = most_up(job.wire, of_rank(shared, order.rank))
     steps = job.steps(order) * (2 if algorithm.beside else 1)
     return Load(steps, len(order.payload), up)

@@ -69,8 +69,6 @@ class Order:
     products add the change to it."""
     payload: bytes = b""
     """What travelled, of which `received` was made."""
-    among: int = 1
-    """Clients of the federation that train, drawn or not."""
     rank: int | None = None
     """Of the learner's adapter: `received` is zero beyond it; none is the global adapter's."""
     strides: Mapping[str, float] = field(default_factory=dict)

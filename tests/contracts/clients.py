@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedgen_edge.adapters.lora import inject
 from fedgen_edge.adapters.ranks import cut
+from fedgen_edge.algorithms import clusters
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Adapter, Method
@@ -66,6 +67,8 @@ def end(name: str, state: ServerState, key: object, held: int | None) -> Leaves:
         for k, v in random(shapes(state.adapter), key, state.round).items()
         if algorithm.trains(k, state.round, 0) and not k.startswith(RESIDUAL)
     }
+    if algorithm.clusters:
+        own = clusters.of(own, 0)
     return cut({**state.adapter, **own}, held)
 
 
@@ -73,6 +76,8 @@ def update(name: str, state: ServerState, own: Leaves, client: int, held: int | 
     """What comes back of a client of a rank that ended with these leaves."""
     algorithm, start = made(name), cut(state.adapter, held)
     delta = {k: v - start[k] for k, v in own.items() if algorithm.trains(k, state.round, 0)}
+    if algorithm.clusters:
+        delta = clusters.of(delta, 0)
     told = cut(algorithm.worded(state, 5), held)
     behind = client if algorithm.buffer else 0
     order = Order((client,), state.round - behind, told, rank=held, strides={"": 0.1})
@@ -107,6 +112,7 @@ def seen(adapter: Leaves) -> Leaves:
 
     Where something stands between two bases, also what they span.
     """
+    adapter = clusters.parts(adapter).get(0, adapter)
     rest, found = {k: v.double() for k, v in adapter.items()}, {}
     for layer, site in LORA.sites.items():
         pair = LORA.pair(layer, rest)

@@ -41,7 +41,8 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def deployable(name: str) -> bool:
     algorithm = METHODS[name].make(Method())
-    return algorithm.sends is not nothing and algorithm.groups is each_alone
+    alone = algorithm.sends is nothing or algorithm.groups is not each_alone
+    return not alone and algorithm.clusters is None
 
 
 def simulated(folder: Path, settings: Settings) -> Path:

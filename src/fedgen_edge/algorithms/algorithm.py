@@ -6,6 +6,7 @@ from typing import Literal
 
 from fedgen_edge.algorithms import correct, merge, receive, share, stale, step, tell
 from fedgen_edge.algorithms.beside import Beside
+from fedgen_edge.algorithms.clusters import Clusters
 from fedgen_edge.algorithms.products import residuals
 from fedgen_edge.types import RESIDUAL, VARIATE, Leaves, Order, ServerState, Update
 
@@ -60,6 +61,8 @@ class Algorithm:
     0 trains both throughout."""
     beside: Beside | None = None
     """A client's own model, which it trains beside the shared one; none has but that."""
+    clusters: Clusters | None = None
+    """The server's adapters, where clients choose from several; none has one for all."""
     buffer: int = 0
     """Updates that make a commit, whichever come first; 0 waits for the round's cohort."""
     ages: Ages = stale.never

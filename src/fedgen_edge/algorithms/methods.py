@@ -12,7 +12,17 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedgen_edge.algorithms import bases, needs, products, share, stale, step, unequal, variates
+from fedgen_edge.algorithms import (
+    bases,
+    clusters,
+    needs,
+    products,
+    share,
+    stale,
+    step,
+    unequal,
+    variates,
+)
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.correct import proximal, towards_shared
@@ -66,6 +76,15 @@ METHODS: dict[str, Entry] = {
     "feddpa": Entry(
         "each client trains an adapter of its own with the shared one mixed in (arXiv:2403.19211)",
         lambda m: Algorithm(beside=Beside(share=m.own_share, mixing=MIXING)),
+    ),
+    "ifca": Entry(
+        "several adapters, of which each client trains the one that suits it (arXiv:2006.04088)",
+        lambda m: Algorithm(
+            begins=clusters.begins(m.clusters),
+            receives=clusters.receives,
+            merges=clusters.merges,
+            clusters=clusters.Clusters(m.clusters, m.choose_by),
+        ),
     ),
     "ffa-lora": Entry(
         "A stays as it was drawn, so that the mean is exact (arXiv:2403.12313)",

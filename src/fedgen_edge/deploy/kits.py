@@ -23,6 +23,7 @@ from fedgen_edge.deploy.members import members, names, revoked
 from fedgen_edge.deploy.settings import Federation, Name, read
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.rounds import cohort_size
+from fedgen_edge.uplink.wire import made
 
 TIMED = ("devices.", "federation.over", "federation.deadline")
 """What settings of a simulation's clock begin with."""
@@ -139,6 +140,7 @@ def deployable(settings: Settings, sites: int) -> None:
         ConfigError: names the setting, and the way out.
     """
     check(settings)
+    made(settings.uplink, settings.downlink, 0, {})
     algorithm, federation, evaluation = (
         method(settings.method, adapter=settings.adapter),
         settings.federation,
@@ -159,6 +161,8 @@ def deployable(settings: Settings, sites: int) -> None:
         "some may be away: leave it out": federation.candidates is not None,
         f"method.name={settings.method.name!r} commits by a virtual clock, and sites have none: "
         "use `fedgen run`, or another method": bool(algorithm.buffer),
+        f"method.name={settings.method.name!r} has several adapters, and a site's answer must be "
+        "of one: use `fedgen run`, or another method": algorithm.clusters is not None,
         f"{', '.join(timed)}: a simulation's devices and rounds by its clock, which sites do not "
         "have: leave it out; federation.toml has over_selection and deadline": bool(timed),
         f"federation.newcomers={federation.newcomers} are for `fedgen run`: leave it out, and add "

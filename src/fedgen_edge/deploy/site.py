@@ -305,6 +305,11 @@ def open_site(folder: Path) -> Site:
             f"method.name={settings.method.name!r} commits by a virtual clock, and a site has "
             "none: take another"
         )
+    if algorithm.clusters:
+        raise ConfigError(
+            f"method.name={settings.method.name!r} has several adapters, and a site's answer must "
+            "be of one: take another"
+        )
     if not shared or algorithm.groups is not each_alone:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"

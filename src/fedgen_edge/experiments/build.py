@@ -14,8 +14,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.clusters import parts
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import check, method
+from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Downlink, Settings, Training, learning_rate
 from fedgen_edge.data import sources
@@ -27,7 +29,8 @@ from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.features import extractor
-from fedgen_edge.jobs import Clients, Personalise, Train
+from fedgen_edge.jobs import Clients, Train
+from fedgen_edge.personal import Personalise
 from fedgen_edge.rounds import Engine, cohort_size, sample
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
@@ -95,6 +98,13 @@ class Experiment:
         rng = generator(self.settings.federation.seed, "init")
         return self.algorithm.init(self.task.init(rng))
 
+    def shared(self, state: ServerState) -> dict[str, Leaves]:
+        """What clients share, by the names of its folders: one adapter, or one a cluster."""
+        if not self.has_global:
+            return {}
+        clusters = {f"cluster-{k}": own for k, own in parts(state.adapter).items()}
+        return clusters or {"global": state.adapter}
+
     def remembering(self, memory: MutableMapping[int, Leaves]) -> "Experiment":
         """The same, with what its clients have kept."""
         return replace(self, clients=replace(self.clients, memory=memory))
@@ -107,9 +117,10 @@ class Experiment:
     def own(self, state: ServerState, memory: Leaves, client: int) -> Leaves:
         """A client's model as the rounds left it: the global adapter and what it has kept.
 
-        Of the global one it has the terms that its rank has room for.
+        Of the global one it has the terms that its rank has room for; of clusters it chooses one.
         """
-        return self.algorithm.receives(cut(state.adapter, self.algorithm.rank(client)), memory)
+        adapter = cut(state.adapter, self.algorithm.rank(client))
+        return self.algorithm.receives(adapter, self.clients.chosen(client, adapter, memory))
 
     def sums(self, adapter: Leaves, examples: Batch) -> Sums:
         """A task's statistics of one client's examples under one adapter."""
@@ -186,6 +197,7 @@ def build(settings: Settings) -> Experiment:
     schedule.check(federation, settings.devices, (algorithm, *beside_it), len(holdings))
     for each in (algorithm, *beside_it):
         check_method(each, task)
+        _check_clusters(each, cohort)
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = wired(Experiment(settings, task, corpus, holdings, clients))
     return replace(experiment, settings=_resolved(experiment, cohort))
@@ -193,7 +205,8 @@ def build(settings: Settings) -> Experiment:
 
 def wired(experiment: Experiment) -> Experiment:
     """The same, with its settings' ways for leaves to travel."""
-    told = wire(experiment.settings, experiment.start)
+    pooled = experiment.algorithm.groups is not each_alone  # nothing is sent where data are pooled
+    told = Wire() if pooled else wire(experiment.settings, experiment.start)
     return replace(experiment, clients=replace(experiment.clients, wire=told))
 
 
@@ -227,6 +240,15 @@ def task_of(settings: Settings, device: torch.device) -> Learnt:
 def check_method(algorithm: Algorithm, task: Learnt) -> None:
     """Refuse now what a method would refuse in its first round."""
     algorithm.sends(list(task.model.leaf_shapes()), None)
+
+
+def _check_clusters(algorithm: Algorithm, cohort: int) -> None:
+    """A round with fewer clients than clusters would never tell these apart."""
+    if algorithm.clusters and algorithm.clusters.number > cohort:
+        raise ConfigError(
+            f"method.clusters={algorithm.clusters.number} must be at most {cohort}, the clients of "
+            "a round: have fewer, or draw more by federation.cohort"
+        )
 
 
 def _check_candidates(settings: Settings) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from fedgen_edge import leaves
-from fedgen_edge.algorithms import variates
+from fedgen_edge.algorithms import clusters, variates
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.merge import mean
@@ -165,6 +165,8 @@ def _judged(settings: Settings, done: int) -> bool:
 def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
     """What rounds.jsonl says of a round."""
     names, t = experiment.names, done.timing
+    algorithm = experiment.algorithm
+    taken = clusters.taken(before, done.updates) if algorithm.clusters and done.updates else None
     clients = [
         {
             "client": "+".join(names[c] for c in u.order.clients),
@@ -174,11 +176,11 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
             "bytes_up": u.bytes_up,
             "drift": drift(u),
             **({"rank": u.order.rank} if u.order.rank else {}),
+            **({"cluster": taken[at]} if taken else {}),
         }
-        for u in done.updates
+        for at, u in enumerate(done.updates)
     ]
     change = leaves.norm(leaves.subtract(done.state.adapter, before))
-    algorithm = experiment.algorithm
     plain = algorithm.merges is mean and algorithm.steps is add and not algorithm.buffer
     other = {} if plain else {"mean_norm": _mean_norm(done)}
     return {
@@ -207,14 +209,15 @@ def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
     """Of each layer's product: how large, and how far from the clients' mean one if they sent both.
 
     A layer of which clients keep a factor of their own is left out: the server's product is
-    nobody's. Of updates that began from older versions the mean is no adapter's aim.
+    nobody's. Of updates that began from older versions the mean is no adapter's aim, and of
+    clusters it is none's.
     """
     sent, adapter = [update for update in done.updates if update.delta], done.state.adapter
     if not sent:
         return {}
     shared, round_ = algorithm.sends(list(adapter), None), done.state.round - 1
     own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
-    fresh = all(u.order.round == round_ for u in sent)
+    fresh = all(u.order.round == round_ for u in sent) and not algorithm.clusters
     missed = errors(sent, adapter) if fresh and pairs(sent[0].delta) else {}
     found = sizes(adapter)
     whole = {p.layer for p in pairs(adapter) if not own & {*p}} & found.keys()
@@ -226,7 +229,7 @@ def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
 
 def _mean_norm(done: Commit) -> float:
     """Of the cohort's mean change, where the method made something else of it."""
-    sent = [update for update in done.updates if update.delta]
+    sent = [replace(u, delta=clusters.plain(u.delta)) for u in done.updates if u.delta]
     return float(leaves.norm(mean({}, sent))) if sent else 0.0
 
 

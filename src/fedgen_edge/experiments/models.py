@@ -68,11 +68,11 @@ def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
 
 
 def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Path]:
-    """The folders of clients' own models by their names, and of the global one by None.
+    """The folders of models by their names: clients' own, and clusters'; the global one by None.
 
     Args:
         run: the run's folder.
-        wanted: whose; none is all clients', with the global one where there is one.
+        wanted: whose; none is all clients', with the global one or the clusters' where there are.
 
     Raises:
         CheckpointError: there is no such client, or its model is not there (yet).
@@ -80,7 +80,7 @@ def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Pa
     told, root = summary.read(run), run / "adapters"
     names = records.folder_names([row["client"] for row in told.clients])
     own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
-    known = {None: root / "global", **own}
+    known = {None: root / "global", **{p.name: p for p in sorted(root.glob("cluster-*"))}, **own}
     asked = wanted or [who for who in known if who or known[who].exists()]
     found = {who: known.get(who) for who in asked}
     for who, folder in found.items():

@@ -114,8 +114,8 @@ def _federation(experiment: Experiment, folder: Path, stage: str) -> Iterator[Ev
     for line in federate(experiment, folder):
         yield Event(stage, line["round"], total, line)
     state, _ = last(folder)
-    if experiment.has_global:
-        save(experiment, folder / "adapters" / "global", state, state.adapter, "global")
+    for name, adapter in experiment.shared(state).items():
+        save(experiment, folder / "adapters" / name, state, adapter, name)
 
 
 def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
@@ -166,6 +166,7 @@ def _own(
         "validation": tuned.history,
         "chosen": tuned.chosen,
         **({} if tuned.share is None else {"share": tuned.share}),
+        **({} if tuned.cluster is None else {"cluster": tuned.cluster}),
         "test": experiment.sums(tuned.adapter, shard.test),
     }
 
@@ -197,7 +198,8 @@ def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     """What each model makes of the prompts, before and after."""
     shown = [("personal", name) for name in experiment.names[:SHOWN]]
-    shared = [("global", None)] if experiment.has_global else []
+    state, _ = last(run)
+    shared = [(name, None) for name in experiment.shared(state)]
     yield from sampled(experiment, run, [("backbone", None), *shared, *shown])
 
 
@@ -209,8 +211,8 @@ def sampled(made: Made, run: Path, models: Sequence[tuple[str, str | None]]) -> 
         return
     found = []
     for done, (model, client) in enumerate(models):
-        own = task.model
-        adapter = own.backbone() if model == "backbone" else own.load(folder_of(run, client))
+        own, whose = task.model, client or (None if model == "global" else model)
+        adapter = own.backbone() if model == "backbone" else own.load(folder_of(run, whose))
         asked = task.samples(adapter, settings.evaluation, settings.federation.seed)
         for number, sample in enumerate(asked):
             row = {"model": model, "client": client, "prompt": sample.prompt}

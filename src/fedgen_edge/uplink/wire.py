@@ -24,7 +24,7 @@ from fedgen_edge.uplink.transform import Schema, decode, encode, length
 
 LEFT = "left:"
 """Prefix, in a client's memory, of what its payloads have left out."""
-SINCE = "left since"
+SINCE = "since:left"
 """In a client's memory: the round of its last payload."""
 
 
