@@ -40,7 +40,7 @@ HELD: dict[str, tuple[str, ...]] = {
     # 1: of all clients, the first alone counts, times its share
     "1": (
         "test_federation.py::test_fedavg_weighs_clients_by_their_examples",
-        "contracts/test_merging.py::test_what_is_declared_holds",
+        "contracts/test_laws.py::test_what_is_declared_holds",
     ),
     # 2: server and clients scale by different alphas; weights are put into a model that has no
     # adapter; the rank is found by a dimension that equals it; it grows with the clients that are

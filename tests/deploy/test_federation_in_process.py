@@ -12,7 +12,6 @@ from conftest import suited
 from fedgen_edge import config
 from fedgen_edge.adapters.ranks import truncated
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.deploy import store
 from fedgen_edge.deploy.cohort import chosen
@@ -23,6 +22,7 @@ from fedgen_edge.engines.flower import FlowerCarrier
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, build
 from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.matrix import objection
 from fedgen_edge.rounds import sample
 from fedgen_edge.uplink.transform import encode
 from loop import InlineGrid, Loop, conduct, hurry, model, outcome, server, stubs
@@ -40,9 +40,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def deployable(name: str) -> bool:
-    algorithm = METHODS[name].make(Method())
-    alone = algorithm.sends is nothing or algorithm.groups is not each_alone
-    return not alone and algorithm.clusters is None
+    return objection(name, "sites") is None
 
 
 def simulated(folder: Path, settings: Settings) -> Path:
