@@ -10,7 +10,7 @@ from fedgen_edge import leaves, schedule
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Devices, Federation
 from fedgen_edge.jobs import Engine, Training
-from fedgen_edge.orders import load, wording
+from fedgen_edge.orders import stint, wording
 from fedgen_edge.schedule import INSTANT, Trip
 from fedgen_edge.types import Commit, Leaves, Order, ServerState, Timing, Update
 
@@ -71,11 +71,9 @@ class Buffered:
     ) -> Trip:
         """What becomes of a client that begins."""
         order = now((client,))
-        asked = load(self.algorithm, self.job, order)
         luck = schedule.luck(self.federation.seed, draw, client)
-        stint = schedule.stint(self.devices, client, asked, luck)
-        sent = stint.sent(stint.ends)
-        return Trip(client, order.round, clock + stint.ends, stint.arrives, sent)
+        work = stint(self.algorithm, self.job, self.devices, order, luck)
+        return Trip(client, order.round, clock + work.ends, work.arrives, work.sent(work.ends))
 
     def _trained(
         self, state: ServerState, trips: Sequence[Trip], versions: dict[int, Leaves]

@@ -15,11 +15,7 @@ from fedgen_edge.adapters.ranks import of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import CHOICE, alike, labelled, of, parts
 from fedgen_edge.algorithms.variates import strides
-from fedgen_edge.client import (
-    Recipe,
-    local_update,
-    preferred,
-)
+from fedgen_edge.client import Recipe, local_update, preferred
 from fedgen_edge.data.batches import Budget, Shard, deal, interleave, spaced, stack, steps
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.leaves import select

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 
+from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import of
+from fedgen_edge.config import Devices
 from fedgen_edge.jobs import Training
 from fedgen_edge.leaves import shapes
-from fedgen_edge.schedule import Load
+from fedgen_edge.schedule import Load, Luck, Stint
 from fedgen_edge.types import Leaves, Order, ServerState
 from fedgen_edge.uplink.wire import came_down, most_up, sent_down
 
@@ -39,6 +41,13 @@ def wording(
         return Order(tuple(group), state.round, *addressed(rank), rank, strides)
 
     return order
+
+
+def stint(
+    algorithm: Algorithm, job: Training, devices: Devices, order: Order, drawn: Luck
+) -> Stint:
+    """What becomes of an order, from its client's device and luck."""
+    return schedule.stint(devices, order.clients[0], load(algorithm, job, order), drawn)
 
 
 def load(algorithm: Algorithm, job: Training, order: Order) -> Load:

@@ -5,13 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fedgen_edge.algorithms.beside import mixed, unmixed
-from fedgen_edge.client import (
-    Judge,
-    Patience,
-    Recipe,
-    descend,
-    personalise,
-)
+from fedgen_edge.client import Judge, Patience, Recipe, descend, personalise
 from fedgen_edge.data.batches import Budget
 from fedgen_edge.jobs import Clients, Tuned
 from fedgen_edge.types import Leaves, Order

@@ -12,10 +12,9 @@ from fedgen_edge import schedule
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.buffered import Buffered
 from fedgen_edge.config import Devices, Federation
-from fedgen_edge.errors import ConfigError
 from fedgen_edge.jobs import Engine, Training
-from fedgen_edge.orders import load, wording
-from fedgen_edge.schedule import INSTANT
+from fedgen_edge.orders import stint, wording
+from fedgen_edge.schedule import INSTANT, asked_size, cohort_size
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Timing, Update
 
@@ -34,35 +33,6 @@ class Roster(NamedTuple):
 
 
 ANYBODY = Roster()
-
-
-def cohort_size(federation: Federation, clients: int) -> int:
-    """Clients that each round draws, of those that train.
-
-    Raises:
-        ConfigError: more than there are.
-    """
-    able = clients - federation.newcomers
-    if able < 1:
-        raise ConfigError(
-            f"federation.newcomers={federation.newcomers} leaves none of {clients} clients to "
-            "train: have fewer"
-        )
-    size = able if federation.cohort is None else federation.cohort
-    if federation.fraction is not None:
-        size = max(1, round(federation.fraction * able))
-    if size > able:
-        raise ConfigError(
-            f"federation.cohort={size} must be at most {able}, the clients that train: "
-            "draw fewer, or have more clients"
-        )
-    few, asked = federation.candidates, schedule.asked_size(federation, size, clients)
-    if few is not None and not asked <= few <= able:
-        raise ConfigError(
-            f"federation.candidates={few} must be from {asked}, those that a round asks, to "
-            f"{able}, the clients that train: set federation.cohort or federation.over below it"
-        )
-    return size
 
 
 def present(federation: Federation, clients: int, devices: Devices, round_: int) -> list[int]:
@@ -96,7 +66,7 @@ def sample(
     Differs: candidates are drawn evenly, not by their share of the data.
     """
     drawn = torch.tensor(present(federation, clients, devices, round_), dtype=torch.long)
-    size = schedule.asked_size(federation, cohort_size(federation, clients), clients)
+    size = asked_size(federation, cohort_size(federation, clients), clients)
     if federation.candidates is not None and losses is not None:
         few = drawn[: federation.candidates]
         drawn = few[losses[few].argsort(descending=True, stable=True)]
@@ -174,10 +144,11 @@ def _raced(
 ) -> tuple[list[int], Timing]:
     """Who of those asked makes the cohort, and when: each client by itself, pooled data or not."""
     stints = [
-        schedule.stint(
+        stint(
+            algorithm,
+            job,
             devices,
-            order.clients[0],
-            load(algorithm, job, order),
+            order,
             schedule.luck(federation.seed, order.round, order.clients[0]),
         )
         for order in orders

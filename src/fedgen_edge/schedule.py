@@ -59,6 +59,35 @@ def asked_size(federation: Federation, cohort: int, clients: int) -> int:
     return min(cohort + more, clients - federation.newcomers)
 
 
+def cohort_size(federation: Federation, clients: int) -> int:
+    """Clients that each round draws, of those that train.
+
+    Raises:
+        ConfigError: more than there are.
+    """
+    able = clients - federation.newcomers
+    if able < 1:
+        raise ConfigError(
+            f"federation.newcomers={federation.newcomers} leaves none of {clients} clients to "
+            "train: have fewer"
+        )
+    size = able if federation.cohort is None else federation.cohort
+    if federation.fraction is not None:
+        size = max(1, round(federation.fraction * able))
+    if size > able:
+        raise ConfigError(
+            f"federation.cohort={size} must be at most {able}, the clients that train: "
+            "draw fewer, or have more clients"
+        )
+    few, asked = federation.candidates, asked_size(federation, size, clients)
+    if few is not None and not asked <= few <= able:
+        raise ConfigError(
+            f"federation.candidates={few} must be from {asked}, those that a round asks, to "
+            f"{able}, the clients that train: set federation.cohort or federation.over below it"
+        )
+    return size
+
+
 class Load(NamedTuple):
     """What a client is asked for."""
 

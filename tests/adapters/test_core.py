@@ -5,14 +5,13 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from test_formats import Make, adapted_logits, close, each_model, logits, random, write
-from test_residual import IDS, SETTINGS, Small
+from test_mixed import linear
+from test_residual import IDS, SETTINGS, Small, stacked
 
 from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.algorithms.bases import begins
-from fedgen_edge.algorithms.beside import mixed
 from fedgen_edge.config import Adapter
-from fedgen_edge.leaves import row, stack
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import CORE, Leaves
 
@@ -44,32 +43,13 @@ def test_the_product_of_all_three_is_added() -> None:
 
 
 def test_two_of_them_are_mixed_in_what_layers_put_out() -> None:
-    # one layer after the other is adapted, so that what it puts out is linear in its products
-    model = Small()
-    lora = inject(model, SETTINGS)
-    for name in ("embed", "conv", "head"):
-        one, other = (
-            {k: v for k, v in cored(lora, key).items() if f"{name}." in k} for key in (0, 1)
-        )
-        found = []
-        for leaves in (one, other, mixed(one, other, 0.3)):
-            with torch.no_grad(), lora.bound(leaves):
-                found.append(model(IDS))
-        torch.testing.assert_close(found[2], 0.3 * found[0] + 0.7 * found[1], atol=1e-5, rtol=1e-5)
-        assert (found[0] - found[1]).abs().max() > 0.1
+    lora = inject(model := Small(), SETTINGS)
+    linear(model, lora, cored(lora, 0), cored(lora, 1))
 
 
 def test_a_stack_is_each_client_alone() -> None:
-    model = Small()
-    lora = inject(model, SETTINGS)
-    leaves = stack([cored(lora, 0), cored(lora, 1)])
-    ids = torch.stack([IDS, IDS.flip(0)])
-    with torch.no_grad():
-        with lora.bound(leaves):
-            together = model(ids.flatten()).reshape(2, 4, 5)
-        for client in range(2):
-            with lora.bound(row(leaves, client)):
-                torch.testing.assert_close(together[client], model(ids[client]))
+    lora = inject(model := Small(), SETTINGS)
+    stacked(model, lora, cored(lora, 0), cored(lora, 1))
 
 
 @each_model

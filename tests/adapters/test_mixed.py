@@ -9,7 +9,7 @@ from test_formats import Make, adapted_logits, close, each_model, llama, logits,
 from test_residual import IDS, SETTINGS, Small, both
 
 from fedgen_edge.adapters import formats
-from fedgen_edge.adapters.lora import inject
+from fedgen_edge.adapters.lora import Lora, inject
 from fedgen_edge.algorithms.beside import mixed
 from fedgen_edge.algorithms.products import residuals
 from fedgen_edge.config import Adapter
@@ -26,13 +26,19 @@ def pair_of(own: Leaves, cap: int) -> tuple[Leaves, Leaves]:
 
 @pytest.mark.parametrize("cap", [0, 2])
 def test_layers_put_out_a_share_of_each(cap: int) -> None:
-    # one layer after the other is adapted, so that what it puts out is linear in its products
-    model = Small()
-    lora = inject(model, SETTINGS)
+    lora = inject(model := Small(), SETTINGS)
     own = {k: v for k, v in both(lora, 2).items() if not k.startswith(RESIDUAL)}
+    linear(model, lora, *pair_of(own, cap))
+
+
+def linear(model: Small, lora: Lora, whole: Leaves, another: Leaves) -> None:
+    """A mixture puts out its shares of what each adapter does by itself.
+
+    One layer after the other is adapted, so that the output is linear in its products.
+    """
     for name in ("embed", "conv", "head"):
         one, other = (
-            {k: v for k, v in leaves.items() if f"{name}." in k} for leaves in pair_of(own, cap)
+            {k: v for k, v in leaves.items() if f"{name}." in k} for leaves in (whole, another)
         )
         found = []
         for leaves in (one, other, mixed(one, other, 0.3)):

@@ -68,10 +68,14 @@ def test_both_products_are_added(cap: int) -> None:
 
 
 def test_a_stack_is_each_client_alone() -> None:
-    model = Small()
-    lora = inject(model, SETTINGS)
-    leaves = stack([both(lora, 4, 0), both(lora, 4, 1)])
+    lora = inject(model := Small(), SETTINGS)
+    stacked(model, lora, both(lora, 4, 0), both(lora, 4, 1))
+
+
+def stacked(model: Small, lora: Lora, *adapters: Leaves) -> None:
+    """What a stack puts out is what each adapter does by itself."""
     ids = torch.stack([IDS, IDS.flip(0)])
+    leaves = stack(adapters)
     with torch.no_grad():
         with lora.bound(leaves):
             together = model(ids.flatten()).reshape(2, 4, 5)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 
 from fedgen_edge.config import Federation
-from fedgen_edge.rounds import cohort_size
+from fedgen_edge.schedule import cohort_size
 from fedgen_edge.seeds import generator
 
 

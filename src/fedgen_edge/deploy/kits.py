@@ -22,7 +22,7 @@ from fedgen_edge.deploy.address import reached
 from fedgen_edge.deploy.members import members, names, revoked
 from fedgen_edge.deploy.settings import Federation, Name, read
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.rounds import cohort_size
+from fedgen_edge.schedule import cohort_size
 from fedgen_edge.uplink.wire import made
 
 TIMED = ("devices.", "federation.over", "federation.deadline")

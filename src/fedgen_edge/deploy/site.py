@@ -142,9 +142,11 @@ class Site:
         """
         if len(work.payload) > self.largest:
             raise RefusedError("payload-too-long", f"more than the {self.largest} bytes of it")
-        rank = self.rank(work)
         schema = {**self.shared, **self.told} if told else self.shared
-        found = opened(work.payload, of_rank(schema, rank))
+        return self.whole(opened(work.payload, of_rank(schema, self.rank(work))), self.rank(work))
+
+    def whole(self, found: Leaves, rank: int | None) -> Leaves:
+        """The adapter of which these travelled; the rest as it began, zero beyond the rank."""
         return {**cut(self.start, rank), **padded(found, self.shared)}
 
     def rank(self, work: Work) -> int | None:
@@ -162,7 +164,7 @@ class Site:
             received = self.received(work, told=True)
         else:
             found = came_down(self.wire, work.payload, of_rank(self.shared, rank))
-            received = {**cut(self.start, rank), **padded(found, self.shared)}
+            received = self.whole(found, rank)
         return Order((work.client,), work.round, received, work.payload, rank=rank, strides=strides)
 
 

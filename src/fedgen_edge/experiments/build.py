@@ -31,7 +31,8 @@ from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.features import extractor
 from fedgen_edge.jobs import Clients, Train
 from fedgen_edge.personal import Personalise
-from fedgen_edge.rounds import Engine, cohort_size, sample
+from fedgen_edge.rounds import Engine, sample
+from fedgen_edge.schedule import cohort_size
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
 from fedgen_edge.types import Batch, Leaves, ServerState

@@ -4,15 +4,13 @@ Without a chain they go as they are, each under its name. With one, what goes do
 change since before the first round, which every client can make for itself.
 """
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import inf
 
 import torch
-from torch import Tensor
 
 from fedgen_edge.config import Downlink, Uplink
-from fedgen_edge.leaves import add
+from fedgen_edge.leaves import add, scale
 from fedgen_edge.seeds import generator, seed
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.coding import Zstd
@@ -26,8 +24,6 @@ LEFT = "left:"
 """Prefix, in a client's memory, of what its payloads have left out."""
 SINCE = "since:left"
 """In a client's memory: the round of its last payload."""
-
-
 PLAIN = Chain()
 """Leaves go as they are, each under its name."""
 
@@ -43,7 +39,7 @@ class Wire:
     decay: float = 1.0
     """Share of that which stays, for each round that the client missed since."""
     seed: int = 0
-    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    base: Leaves = field(default_factory=dict)
     """The adapter before the first round; needed only where `down` has stages."""
 
 
@@ -82,10 +78,7 @@ def sent_down(on: Wire, leaves: Leaves, round_: int) -> bytes:
     """What travels to the clients of a round."""
     if not on.down.stages:
         return encode(leaves)
-    moved = {
-        k: v - begun if (begun := _begun(on, k, v.shape)) is not None else v
-        for k, v in leaves.items()
-    }
+    moved = add(leaves, scale(_begun(on, leaves), -1.0))
     return compress(on.down, moved, generator(on.seed, "rounding", round_), 0)
 
 
@@ -98,8 +91,7 @@ def came_down(on: Wire, payload: bytes, schema: Schema) -> Leaves:
     if not on.down.stages:
         return decode(payload)
     moved = expand(on.down, payload, schema, 0)
-    begun = {k: _begun(on, k, v.shape) for k, v in moved.items()}
-    return add(moved, {k: v for k, v in begun.items() if v is not None})
+    return add(moved, _begun(on, moved))
 
 
 def sent_up(
@@ -164,9 +156,11 @@ def stretch(on: Wire) -> float:
     return scaled * (1 + off) if on.up.stages else 1.0
 
 
-def _begun(on: Wire, name: str, shape: Sequence[int]) -> Tensor | None:
-    """A leaf before the first round, cut as adapters of a lower rank are."""
-    return on.base[name][tuple(slice(n) for n in shape)] if name in on.base else None
+def _begun(on: Wire, leaves: Leaves) -> Leaves:
+    """These leaves before the first round, those that there were, cut to the ranks of these."""
+    return {
+        k: on.base[k][tuple(slice(n) for n in v.shape)] for k, v in leaves.items() if k in on.base
+    }
 
 
 def _places(on: Wire, round_: int, client: int) -> int:
