@@ -3,9 +3,11 @@
     python paper/sweep.py paper/compression.toml
 
 Writes `paper/results/NAME.jsonl`, a line for every division, variant and seed, and
-`paper/results/NAME.md`, the tables made from it alone. Finished runs in `--runs` are not done
-again.
-`--only VARIANT` does one of them, and leaves the table as it is.
+`paper/results/NAME.md`, the tables made from it alone. Where the file has a `[tuning]`, each
+variant first has as many trials as the others, on a seed and division of their own, and runs with
+what had the lowest validation loss; `paper/results/NAME-trials.jsonl` has a line a trial. Finished
+runs in `--runs` are not done again. `--only VARIANT` does one of them, and leaves the table as it
+is.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from typing import NamedTuple
 
 from reproduce import RESULTS, Row, finished, settings_of
 
@@ -25,12 +28,45 @@ from fedgen_edge.experiments.summary import by_client, paired_interval, read, sh
 from fedgen_edge.tasks.language import MEASURE
 
 
-def cases(claim: Row) -> Iterator[tuple[str, str, int, Row]]:
-    """Division, variant, seed, and what they override."""
+class Case(NamedTuple):
+    """One run of the sweep."""
+
+    division: str
+    variant: str
+    seed: int
+    overrides: Row
+
+
+def cases(claim: Row, chosen: dict[str, Row]) -> Iterator[Case]:
+    """Every division, variant and seed, each variant with what its trials chose."""
     for division, held in claim.get("divisions", {"": {}}).items():
-        for variant, told in claim["variants"].items():
+        for variant in claim["variants"]:
             for seed in claim["seeds"]:
-                yield division, variant, seed, merged(claim.get("overrides", {}), held, told)
+                overrides = merged(held, settled(claim, variant), chosen.get(variant, {}))
+                yield Case(division, variant, seed, overrides)
+
+
+def trials(claim: Row) -> Iterator[tuple[Case, Row]]:
+    """What each variant tries: its own list, or all variants'."""
+    told = claim["tuning"]
+    held = claim["divisions"][told["division"]]
+    for variant, own in claim["variants"].items():
+        for trial in own.get("trials", told["trials"]):
+            overrides = merged(held, settled(claim, variant), trial)
+            yield Case(told["division"], variant, told["seed"], overrides), trial
+
+
+def settled(claim: Row, variant: str) -> Row:
+    """What a variant overrides, whatever its trials say."""
+    return {part: told for part, told in claim["variants"][variant].items() if part != "trials"}
+
+
+def best(tried: Sequence[Row]) -> dict[str, Row]:
+    """The trial of each variant with the lowest validation loss; one that diverged loses."""
+    found: dict[str, Row] = {}
+    for row in sorted(tried, key=lambda row: (math.isnan(row["validation"]), row["validation"])):
+        found.setdefault(row["variant"], row["trial"])
+    return found
 
 
 def merged(*tables: Row) -> Row:
@@ -81,6 +117,7 @@ def reached(row: Row, loss: float) -> Row | None:
 def table(claim: Row, rows: Sequence[Row]) -> str:
     """The claim's tables in Markdown, one a division."""
     first, seeds = rows[0], ", ".join(map(str, claim["seeds"]))
+    tuned = claim.get("tuning")
     out = [
         f"Recipe `{claim['recipe']}` as in `paper/{claim['name']}.toml`, seeds {seeds}; "
         f"{first['hardware']}, {first['precision']}. Test perplexity (token level), mean over "
@@ -88,6 +125,11 @@ def table(claim: Row, rows: Sequence[Row]) -> str:
         f"paired). Target: the validation loss of `{claim['reference']}` after its last round, and "
         f"{claim['within']:.0%} of perplexity more; a dash where some seed does not reach it.",
     ]
+    if tuned:
+        out[0] += (
+            f" Each variant has the best of {len(tuned['trials'])} trials by validation loss, on "
+            f"seed {tuned['seed']} and {tuned['division']}."
+        )
     for division in dict.fromkeys(row["division"] for row in rows):
         own = [row for row in rows if row["division"] == division]
         out += ["", *([f"**{division}**", ""] if division else []), *_division(claim, rows, own)]
@@ -95,11 +137,17 @@ def table(claim: Row, rows: Sequence[Row]) -> str:
 
 
 def _division(claim: Row, rows: Sequence[Row], own: Sequence[Row]) -> list[str]:
-    out = [
-        f"| variant | perplexity | less `{claim['reference']}` | uplink | saved of full-model "
-        "FedAvg | uplink to target | downlink to target | rounds to target |",
-        "|---" * 8 + "|",
+    tuned = ["chosen"] if claim.get("tuning") else []
+    heads = [
+        "variant",
+        *tuned,
+        "perplexity",
+        f"less `{claim['reference']}`",
+        "uplink",
+        "saved of full-model FedAvg",
+        *(f"{what} to target" for what in ("uplink", "downlink", "rounds")),
     ]
+    out = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     base = _by_seed(own, claim["reference"])
     for variant in dict.fromkeys(row["variant"] for row in own):
         mine = [row for row in own if row["variant"] == variant]
@@ -111,6 +159,7 @@ def _division(claim: Row, rows: Sequence[Row], own: Sequence[Row]) -> list[str]:
         all_there = len(there) == len(when)
         cells = [
             variant,
+            *(f"`{worded(mine[0]['chosen'])}`" for _ in tuned),
             f"{fmean(found.values()):.2f}",
             apart,
             size(up),
@@ -122,6 +171,11 @@ def _division(claim: Row, rows: Sequence[Row], own: Sequence[Row]) -> list[str]:
     return out
 
 
+def worded(trial: Row) -> str:
+    """Overrides as a command line has them."""
+    return ", ".join(f"{p}.{k}={v:g}" for p, held in trial.items() for k, v in held.items())
+
+
 def _by_seed(rows: Sequence[Row], variant: str) -> dict[int, float]:
     return {row["seed"]: row["test"]["global"] for row in rows if row["variant"] == variant}
 
@@ -129,6 +183,16 @@ def _by_seed(rows: Sequence[Row], variant: str) -> dict[int, float]:
 def _apart(found: dict[int, float], base: dict[int, float]) -> str:
     mean, low, high = paired_interval([found[s] - base[s] for s in base])
     return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def ran(claim: Row, case: Case, path: Path, runs: Path) -> Row:
+    """The record of one case, which is run if it has not been."""
+    own = {**claim, "overrides": merged(claim.get("overrides", {}), case.overrides)}
+    settings = settings_of(own, path.parent.parent)
+    settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
+    name = "-".join(filter(None, (claim["name"], case.division, case.variant, str(case.seed))))
+    row = record(settings, runs / name.replace(" ", "_"))
+    return {"division": case.division, "variant": case.variant, "seed": case.seed, **row}
 
 
 def main() -> None:
@@ -141,6 +205,7 @@ def main() -> None:
     parser.add_argument("--table-only", action="store_true", help="from the records that are there")
     told = parser.parse_args()
     claim = {"name": told.claim.stem, **tomllib.loads(told.claim.read_text())}
+    out = RESULTS / f"{claim['name']}.jsonl"
     if not told.table_only:
         steady_allocations()
         here = {
@@ -148,20 +213,26 @@ def main() -> None:
             for part, path in (("data", told.data), ("backbone", told.backbone))
             if path
         }
-        made = []
-        for division, variant, seed, overrides in cases(claim):
-            if told.only in {None, variant}:
-                own = {**claim, "overrides": merged(overrides, here)}
-                settings = settings_of(own, told.claim.parent.parent)
-                settings = replace(settings, federation=replace(settings.federation, seed=seed))
-                name = "-".join([claim["name"], *filter(None, (division, variant)), str(seed)])
-                row = record(settings, told.runs / name.replace(" ", "_"))
-                made.append({"division": division, "variant": variant, "seed": seed, **row})
+        claim["overrides"] = merged(claim.get("overrides", {}), here)
+        if told.only:
+            claim["variants"] = {told.only: claim["variants"][told.only]}
+        tried = [
+            {"trial": trial, "validation": row["way"][-1][3], **row}
+            for case, trial in (trials(claim) if "tuning" in claim else ())
+            for row in (ran(claim, case, told.claim, told.runs),)
+        ]
+        chosen = best(tried)
+        made = [
+            {"chosen": chosen.get(case.variant, {}), **ran(claim, case, told.claim, told.runs)}
+            for case in cases(claim, chosen)
+        ]
         if told.only is None:
-            write_lines(RESULTS / f"{claim['name']}.jsonl", made)
+            write_lines(out, made)
+        if tried and told.only is None:
+            write_lines(out.with_name(f"{claim['name']}-trials.jsonl"), tried)
     if told.only is None:
-        rows = lines(RESULTS / f"{claim['name']}.jsonl")
-        (RESULTS / f"{claim['name']}.md").write_text(table(claim, rows))
+        rows = lines(out)
+        out.with_suffix(".md").write_text(table(claim, rows))
         print(table(claim, rows))
 
 
