@@ -29,6 +29,7 @@ from fedgen_edge import files
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import seeded
+from fedgen_edge.tasks.attention import quicken
 
 SAFE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WAYS = "give a folder, a GGUF file, package:NAME, tiny, or a hub id"
@@ -75,7 +76,9 @@ def load(settings: Backbone, device: torch.device) -> Loaded:
 
 
 def _placed(model: Any, device: torch.device) -> Any:
-    return model.eval().to(device)
+    model = model.eval().to(device)
+    quicken(model)
+    return model
 
 
 def precision(settings: Backbone, device: torch.device) -> torch.dtype:

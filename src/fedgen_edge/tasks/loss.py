@@ -9,34 +9,41 @@ from torch.nn import functional as F
 
 from fedgen_edge.types import Batch
 
-CHUNK = 512
-"""Tokens whose logits are held at once: 100 MB in float32 for 50,000 words."""
+LOGITS = {"cpu": 2**24}
+"""Logits that are held at once, by the type of the device: 64 MB in float32."""
+MOST_LOGITS = 2**26
+"""The same, on accelerators, whose products want many rows."""
 
 
 class NextToken(torch.autograd.Function):
     """Cross-entropy behind a frozen output layer.
 
     The layer's weight has no gradient, so the gradient of the hidden states is known as soon as
-    the logits are: it is kept instead of them, chunk by chunk.
+    the logits are: it is kept instead of them, chunk by chunk. All chunks share their buffers: new
+    memory of that size costs a processor more than what is done in it.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         """Nats of the labels, float32 `[tokens]`, from `[tokens, width]` hidden states."""
         wanted = ctx.needs_input_grad[0]
-        grad = torch.empty_like(hidden) if wanted else None
+        grad = torch.empty_like(hidden) if wanted else hidden[:0]
         nats = torch.empty(len(hidden), device=hidden.device)
-        for at in range(0, len(hidden), CHUNK):
-            own = slice(at, at + CHUNK)
-            logits = (hidden[own] @ weight.T).float()
-            label = labels[own].unsqueeze(1)
-            norm = logits.logsumexp(1, keepdim=True)
-            nats[own] = (norm - logits.gather(1, label)).squeeze(1)
-            if grad is not None:
-                share = logits.sub_(norm).exp_()
-                share.scatter_add_(1, label, share.new_full(label.shape, -1.0))
-                grad[own] = share.to(weight.dtype) @ weight
-        if grad is not None:
+        rows = max(1, LOGITS.get(hidden.device.type, MOST_LOGITS) // len(weight))
+        narrow = hidden.new_empty(min(rows, len(hidden)), len(weight))
+        wide = torch.empty_like(narrow, dtype=torch.float32)
+        for at in range(0, len(hidden), rows):
+            own, left = slice(at, at + rows), slice(len(hidden) - at)
+            low, high = narrow[left], wide[left]
+            high.copy_(torch.mm(hidden[own], weight.T, out=low))
+            label, top = labels[own].unsqueeze(1), high.amax(1, keepdim=True)
+            said = high.gather(1, label)
+            total = high.sub_(top).exp_().sum(1, keepdim=True)
+            nats[own] = (total.log() + top - said).squeeze(1)
+            if wanted:
+                high.scatter_add_(1, label, -total).div_(total)
+                torch.mm(low.copy_(high), weight, out=grad[own])
+        if wanted:
             ctx.save_for_backward(grad)
         return nats
 

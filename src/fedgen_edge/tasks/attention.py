@@ -1,0 +1,79 @@
+"""Attention within short blocks on a processor, several times as fast as torch's own.
+
+torch's kernel for processors never holds all scores, for which its backward pass computes them
+again: slowly, in bf16. For blocks of a few hundred tokens the scores are small, and three batched
+products and a softmax do.
+"""
+
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "fedgen-grouped"
+LONGEST = 512
+"""Tokens in a block, up to which scores take less room than the layer's other activations."""
+
+
+def grouped(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **told: Any,
+) -> tuple[Tensor, None]:
+    """As transformers asks for it; what it does not do, transformers' own for torch does.
+
+    Heads that share keys and values are rows of one product, so that nothing is repeated for them.
+
+    Args:
+        module: the layer.
+        query: `[rows, heads, length, width]`.
+        key: `[rows, groups, length, width]`.
+        value: like the key.
+        attention_mask: added to scores, `[rows, 1, length, length]`.
+        told: `scaling` of the scores, of which none is one over the root of the width; and more.
+
+    Returns:
+        `[rows, length, heads, width]`, and no scores.
+    """
+    rows, heads, length, width = query.shape
+    groups, seen = key.shape[1:3]
+    ours = (
+        attention_mask is not None
+        and attention_mask.is_floating_point()
+        and attention_mask.shape[1:] == (1, length, seen)
+        and length <= LONGEST
+        and not told.get("dropout")
+        and told.get("position_bias") is None
+    )
+    if not ours:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **told)
+    assert attention_mask is not None
+    scaling = told.get("scaling")
+    narrow = rows * groups
+    scores = torch.baddbmm(
+        query.new_zeros(()),
+        query.reshape(narrow, -1, width),
+        key.reshape(narrow, seen, width).mT,
+        beta=0,
+        alpha=1 / sqrt(width) if scaling is None else scaling,
+    ).view(rows, heads, length, seen)
+    share = scores.add_(attention_mask).softmax(-1)
+    found = share.view(narrow, -1, seen) @ value.reshape(narrow, seen, -1)
+    return found.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(NAME, grouped)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def quicken(model: Any) -> None:
+    """Have a model whose attention is torch's use this on a processor."""
+    if model.device.type == "cpu" and getattr(model.config, "_attn_implementation", "") == "sdpa":
+        model.set_attn_implementation(NAME)
