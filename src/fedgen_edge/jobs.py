@@ -16,7 +16,16 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import CHOICE, alike, labelled, of, parts
 from fedgen_edge.algorithms.variates import strides
 from fedgen_edge.client import Recipe, local_update, preferred
-from fedgen_edge.data.batches import Budget, Shard, deal, interleave, spaced, stack, steps
+from fedgen_edge.data.batches import (
+    MARKS,
+    Budget,
+    Shard,
+    deal,
+    interleave,
+    spaced,
+    stack,
+    steps,
+)
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
@@ -161,14 +170,14 @@ class Clients:
         return self.memory.get(order.clients[0], {})
 
     def batches(self, order: Order, budget: Budget, purpose: str) -> Iterator[Batch]:
-        """The order's batches, drawn, on the device."""
+        """The order's batches, drawn."""
         streams = [
             deal(self.shards[c].train, budget, self.seed, purpose, order.round, c)
             for c in order.clients
         ]
         for at, batch in enumerate(interleave(streams)):
             rng = generator(self.seed, purpose, "draw", order.round, order.clients[0], at)
-            yield {k: v.to(self.device) for k, v in self.task.draw(batch, rng).items()}
+            yield self.task.draw(batch, rng)
 
     def steps(self, order: Order, budget: Budget) -> int:
         """Optimiser steps that the order asks for."""
@@ -193,8 +202,21 @@ class Clients:
         streams = [self.batches(order, budget, purpose) for order in orders]
         starts, memories = ([self.place(of(o)) for o in orders] for of in (begins, noted))
         if not stacked:
-            return starts[0], memories[0], streams[0]
-        return leaves.stack(starts), leaves.stack(leaves.filled(memories)), stack(streams)
+            return starts[0], memories[0], map(self.fed, streams[0])
+        members = leaves.stack(leaves.filled(memories))
+        return leaves.stack(starts), members, map(self.fed, stack(streams))
+
+    def fed(self, batch: Batch) -> Batch:
+        """A batch on the device but for its marks, which decide what is done with it.
+
+        An accelerator goes on with the step before meanwhile, and is never asked for anything.
+        """
+        if self.device.type != "cuda":
+            return {k: v if k in MARKS else v.to(self.device) for k, v in batch.items()}
+        return {
+            k: v if k in MARKS else v.pin_memory().to(self.device, non_blocking=True)
+            for k, v in batch.items()
+        }
 
     def place(self, values: Leaves) -> Leaves:
         """On the device."""

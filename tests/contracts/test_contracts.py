@@ -19,7 +19,7 @@ from fedgen_edge.algorithms.receive import KEPT
 from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Federation, Method, from_table
-from fedgen_edge.data.batches import Budget, Shard
+from fedgen_edge.data.batches import Budget, Shard, side_by_side
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import Answer, Reply, Terms, Work, digest, line, read
 from fedgen_edge.engines.remote import Distant, Remote
@@ -149,6 +149,15 @@ class TestTask:
         for key, value in whole.items():
             torch.testing.assert_close(first[key] + rest[key], value, rtol=1e-5, atol=1e-5)
         assert "loss" in task.summary(whole)
+
+    def test_evaluation_of_a_stack_is_that_of_each(self, task: Learnt) -> None:
+        held = [shard.test for shard in shards(task)[:2]]
+        held[1] = {k: v[:1] for k, v in held[1].items()}  # shorter: filled up in the stack
+        adapters = [some(task, c) for c in (0, 1)]
+        both = task.evaluate(stack(adapters), side_by_side(held))
+        for c, own in enumerate(adapters):
+            for key, value in task.evaluate(own, held[c]).items():
+                torch.testing.assert_close(both[key][c], value, rtol=1e-5, atol=1e-5)
 
 
 def trainer(task: Learnt, name: str, algorithm: Algorithm, memory: dict[int, Leaves]) -> Train:

@@ -17,6 +17,8 @@ from fedgen_edge.experiments.evaluate import left
 from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.leaves import scale
+from fedgen_edge.tasks.language import Language
+from fedgen_edge.types import Batch, Leaves, Statistics
 
 MIXING = (0.0, 0.3, 0.6)
 
@@ -81,6 +83,27 @@ def test_a_mixture_is_judged_saved_and_loaded_as_one_adapter(tmp_path: Path, nam
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     # rates are high enough for tuning to go too far, so that some keep a real mixture
     assert any(0 < line["share"] < 1 for line in told)
+
+
+def test_clients_are_judged_together_as_each_would_be_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment = reopen(ran(tmp_path, method={"name": "fedper"}))
+    seen, evaluate = [], Language.evaluate
+
+    def watched(self: Language, adapter: Leaves, examples: Batch) -> Statistics:
+        seen.append(examples["mask"].shape[:-2])
+        return evaluate(self, adapter, examples)
+
+    monkeypatch.setattr(Language, "evaluate", watched)
+    state = experiment.start()
+    adapters = [scale(state.adapter, c + 1.0) for c in range(3)]
+    shards = experiment.clients.shards
+    held = [(own, shards[c].test) for c, own in enumerate(adapters)]
+    together = list(experiment.sums_of(held))
+    assert seen == [(2,), ()]  # a stack holds two
+    for (own, test), found in zip(held, together, strict=True):
+        assert found == pytest.approx(experiment.sums(own, test), rel=1e-6)
 
 
 def test_without_a_choice_no_share_is_told(tmp_path: Path) -> None:

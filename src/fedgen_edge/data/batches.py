@@ -16,6 +16,8 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.types import Batch
 
 FIELDS = ("tokens", "labels", "mask", "segment", "position")
+MARKS = ("epoch", "last")
+"""Where a batch stands in its client's work: read by the loop, and not by a model."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +157,8 @@ def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
         key: seeds the order.
 
     Yields:
-        Batches with two more fields, scalars: `epoch`, from 0, and `last`, true at its end.
+        Batches with two more fields, the `MARKS`, scalars: `epoch`, from 0, and `last`, true at its
+        end.
     """
     each = budget.each(examples)
     chosen = islice(_passes(rows(examples), budget.batch, *key), each * budget.epochs)
@@ -195,7 +198,12 @@ def stack(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
         members = [batch for batch in turn if batch is not None]
         if any(batch is None for batch in turn[: len(members)]):
             raise ValueError("a stack's longest streams come first")
-        yield {k: _fill([m[k] for m in members]) for k in members[0]}
+        yield side_by_side(members)
+
+
+def side_by_side(members: Sequence[Batch]) -> Batch:
+    """Examples of several clients with a first axis of clients; zeros fill the shorter ones."""
+    return {k: _fill([m[k] for m in members]) for k in members[0]}
 
 
 def _fill(values: Sequence[torch.Tensor]) -> torch.Tensor:

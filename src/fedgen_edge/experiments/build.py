@@ -1,9 +1,10 @@
 """From settings to the parts of a run; nothing is written, so a mistake costs nothing."""
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, AdamW, Optimizer
 
-from fedgen_edge import schedule
+from fedgen_edge import leaves, schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import parts
@@ -21,7 +22,7 @@ from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Downlink, Settings, Training, learning_rate
 from fedgen_edge.data import sources
-from fedgen_edge.data.batches import Budget, Shard, Shards, rows, spaced
+from fedgen_edge.data.batches import Budget, Shard, Shards, rows, side_by_side, spaced
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.data.partition import Holding, labelled, partition
 from fedgen_edge.engines.serial import serial
@@ -129,15 +130,35 @@ class Experiment:
         found = self.task.evaluate(clients.place(adapter), clients.place(examples))
         return {k: float(v) for k, v in found.items()}
 
+    def sums_of(self, held: Iterable[tuple[Leaves, Batch]]) -> Iterator[Sums]:
+        """Statistics of several clients' examples, each under its adapter, in their order.
+
+        As many are together as in training, on the same engine.
+        """
+        held = iter(held)
+        together = 1 if self.engine is serial else self.settings.engine.stack or 1
+        while group := list(islice(held, together)):
+            adapters, examples = zip(*group, strict=True)
+            if len(group) == 1:
+                yield self.sums(adapters[0], examples[0])
+                continue
+            clients = self.clients
+            found = self.task.evaluate(
+                clients.place(leaves.stack(adapters)), clients.place(side_by_side(examples))
+            )
+            each = zip(*(v.tolist() for v in found.values()), strict=True)
+            yield from (dict(zip(found, own, strict=True)) for own in each)
+
     def validation(self, state: ServerState) -> dict[str, Any]:
         """Every training client's validation data under its own model, after a round."""
         able = len(self.holdings) - self.settings.federation.newcomers
-        memory = self.clients.memory
-        each = {
-            shard.name: self.sums(self.own(state, memory.get(c, {}), c), shard.validation)
-            for c, shard in enumerate(self.clients.shards[:able])
-        }
-        return added(each)
+        memory, training = self.clients.memory, range(able)
+        held = (
+            (self.own(state, memory.get(c, {}), c), self.clients.shards[c].validation)
+            for c in training
+        )
+        names = (self.clients.shards[c].name for c in training)
+        return added(dict(zip(names, self.sums_of(held), strict=True)))
 
     def _recipe(self, round_: int) -> Recipe:
         t, algorithm = self.settings.training, self.algorithm

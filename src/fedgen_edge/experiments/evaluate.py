@@ -51,12 +51,12 @@ def left(experiment: Experiment, run: Path, model: str) -> Left:
 
 def test(found: Left) -> Iterator[dict[str, Any]]:
     """Every client's test data under what a method left it."""
-    experiment = found.experiment
-    for c, shard in enumerate(experiment.clients.shards):
-        began = time.perf_counter()
-        added = experiment.sums(found.adapter(c), shard.test)
+    shards, began = found.experiment.clients.shards, time.perf_counter()
+    held = ((found.adapter(c), shard.test) for c, shard in enumerate(shards))
+    for shard, added in zip(shards, found.experiment.sums_of(held), strict=True):
         seconds = round(time.perf_counter() - began, 3)
         yield {**tested(shard.name, found.model, added, found.drawn), "seconds": seconds}
+        began = time.perf_counter()
 
 
 def tested(client: str, model: str, found: Sums, drawn: Set[str]) -> dict[str, Any]:
