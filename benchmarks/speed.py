@@ -9,6 +9,7 @@ each case's peak memory comes from a process of its own. Batches hold random tok
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -26,15 +27,27 @@ from transformers import AutoModelForCausalLM
 
 from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
-from fedgen_edge.experiments.machine import hardware, peak_memory
+from fedgen_edge.data.batches import MARKS
+from fedgen_edge.experiments.machine import hardware, peak_memory, steady_allocations
 from fedgen_edge.leaves import stack
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones, language
 from fedgen_edge.types import Batch
 
-ROWS, LENGTH, CLIENTS = 4, 64, 8
+LENGTH = 64
 Case = Callable[[int], int]
 """Does some steps, and returns the tokens that it trained on."""
+
+
+class Shape(NamedTuple):
+    """What a step trains on."""
+
+    clients: int = 10
+    rows: int = 4
+    """Of each client's batch, of `LENGTH` tokens."""
+
+    def __str__(self) -> str:
+        return f"{self.clients} clients of {self.rows} x {LENGTH} tokens"
 
 
 def folder_of(path: str) -> Path:
@@ -64,7 +77,7 @@ def bare(path: str, rows: int, device: torch.device) -> Case:
     return steps
 
 
-def ours(path: str, clients: int | None, device: torch.device) -> Case:
+def ours(path: str, shape: Shape, device: torch.device, *, stacked: bool = True) -> Case:
     settings = from_table(
         {
             "backbone": {"path": path, "precision": "bf16"},
@@ -74,37 +87,38 @@ def ours(path: str, clients: int | None, device: torch.device) -> Case:
     task = language.build(settings, full=False, device=device)
     words = task.loaded.model.config.vocab_size
     adapter = {k: v.to(device) for k, v in task.init(generator("init")).items()}
-    start = stack([adapter] * clients) if clients else adapter
+    start = stack([adapter] * shape.clients) if stacked else adapter
+    axes = (shape.clients,) if stacked else ()
     recipe = Recipe(partial(AdamW, lr=1e-3))
 
     def batch(at: int) -> Batch:
-        axes = (clients,) if clients else ()
-        shape = (*axes, ROWS, LENGTH)
-        ids = torch.randint(words, (*axes, ROWS, LENGTH + 1), generator=generator("ours", at))
+        rows = (*axes, shape.rows, LENGTH)
+        ids = torch.randint(words, (*rows[:-1], LENGTH + 1), generator=generator("ours", at))
         made = {
             "tokens": ids[..., :-1].int(),
             "labels": ids[..., 1:].int(),
-            "mask": torch.ones(shape, dtype=torch.bool),
-            "segment": torch.ones(shape, dtype=torch.int32),
-            "position": torch.arange(LENGTH, dtype=torch.int32).expand(shape),
-            "words": torch.ones(shape[:-1], dtype=torch.int32),
+            "mask": torch.ones(rows, dtype=torch.bool),
+            "segment": torch.ones(rows, dtype=torch.int32),
+            "position": torch.arange(LENGTH, dtype=torch.int32).expand(rows),
+            "words": torch.ones(rows[:-1], dtype=torch.int32),
             "epoch": torch.zeros(axes, dtype=torch.int64),
             "last": torch.zeros(axes, dtype=torch.bool),
         }
-        return {k: v.to(device) for k, v in task.draw(made, generator(at)).items() if k != "seed"}
+        drawn = {k: v for k, v in task.draw(made, generator(at)).items() if k != "seed"}
+        return {k: v if k in MARKS else v.to(device) for k, v in drawn.items()}
 
     def steps(count: int) -> int:
         local_update(task, start, {}, (batch(at) for at in range(count)), recipe)
-        return count * ROWS * LENGTH * (clients or 1)
+        return count * math.prod(axes) * shape.rows * LENGTH
 
     return steps
 
 
-CASES: dict[str, Callable[[str, torch.device], Case]] = {
-    "bare, one client's batch": lambda p, d: bare(p, ROWS, d),
-    "bare, the total batch": lambda p, d: bare(p, ROWS * CLIENTS, d),
-    "serial": lambda p, d: ours(p, None, d),
-    "stacked": lambda p, d: ours(p, CLIENTS, d),
+CASES: dict[str, Callable[[str, Shape, torch.device], Case]] = {
+    "bare, one client's batch": lambda p, s, d: bare(p, s.rows, d),
+    "bare, the total batch": lambda p, s, d: bare(p, s.rows * s.clients, d),
+    "serial": lambda p, s, d: ours(p, s, d, stacked=False),
+    "stacked": ours,
 }
 
 
@@ -117,9 +131,11 @@ def timed(case: Case, steps: int, device: torch.device) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def speeds(path: str, repeats: int, seconds: float, device: torch.device) -> dict[str, list[float]]:
+def speeds(
+    path: str, shape: Shape, repeats: int, seconds: float, device: torch.device
+) -> dict[str, list[float]]:
     """Tokens a second of every case, repeat by repeat, each about `seconds` long."""
-    cases = {name: make(path, device) for name, make in CASES.items()}
+    cases = {name: make(path, shape, device) for name, make in CASES.items()}
     counts = {}
     for name, case in cases.items():
         case(1)
@@ -132,20 +148,19 @@ def speeds(path: str, repeats: int, seconds: float, device: torch.device) -> dic
     return found
 
 
-def memory(path: str, name: str, device: torch.device) -> int:
+def memory(path: str, name: str, shape: Shape, device: torch.device) -> int:
     """Peak bytes of a process that does this case alone: the device's, on an accelerator."""
-    CASES[name](path, device)(3)
+    CASES[name](path, shape, device)(3)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return peak_memory()
 
 
-def alone(path: str, name: str, device: torch.device) -> int:
+def alone(path: str, name: str, shape: Shape, device: torch.device) -> int:
     """The same, measured in a process of its own."""
     command = [sys.executable, __file__, "--backbone", path, "--memory-of", name]
-    done = subprocess.run(
-        [*command, "--device", str(device)], check=True, capture_output=True, text=True
-    )
+    command += ["--clients", str(shape.clients), "--rows", str(shape.rows), "--device", str(device)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
     return int(done.stdout.split()[-1])
 
 
@@ -156,13 +171,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--clients", type=int, default=Shape().clients)
+    parser.add_argument("--rows", type=int, default=Shape().rows, help="of a client's batch")
     parser.add_argument("--memory-of", choices=CASES)
     told = parser.parse_args()
-    device = torch.device(told.device)
+    device, shape = torch.device(told.device), Shape(told.clients, told.rows)
+    steady_allocations()
     if told.memory_of:
-        print(memory(told.backbone, told.memory_of, device))
+        print(memory(told.backbone, told.memory_of, shape, device))
         return
-    found = speeds(told.backbone, told.repeats, told.seconds, device)
+    found = speeds(told.backbone, shape, told.repeats, told.seconds, device)
     rates = {name: statistics.median(values) for name, values in found.items()}
 
     def ratio(over: str) -> float:
@@ -174,13 +192,15 @@ def main() -> None:
         "hardware": hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "batch": f"{CLIENTS} clients of {ROWS} x {LENGTH} tokens",
+        "batch": str(shape),
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "all_runs": {name: [round(v, 1) for v in values] for name, values in found.items()},
         "stacked_over_bare_same_batch_per_client": ratio("bare, one client's batch"),
         "stacked_over_bare_same_total_batch": ratio("bare, the total batch"),
         "stacked_over_serial": ratio("serial"),
-        "peak_megabytes": {name: round(alone(told.backbone, name, device) / 1e6) for name in CASES},
+        "peak_megabytes": {
+            name: round(alone(told.backbone, name, shape, device) / 1e6) for name in CASES
+        },
     }
     print(json.dumps(result, indent=1))
     if told.out:
