@@ -122,7 +122,8 @@ def table(claim: Row, rows: Sequence[Row]) -> str:
         f"Recipe `{claim['recipe']}` as in `paper/{claim['name']}.toml`, seeds {seeds}; "
         f"{first['hardware']}, {first['precision']}. Test perplexity (token level), mean over "
         f"clients, then over seeds; differences with their 95 % interval (Student's t over seeds, "
-        f"paired). Target: the validation loss of `{claim['reference']}` after its last round, and "
+        "paired); bytes, and per cent of the reference's. "
+        f"Target: the validation loss of `{claim['reference']}` after its last round, and "
         f"{claim['within']:.0%} of perplexity more; a dash where some seed does not reach it.",
     ]
     if tuned:
@@ -144,16 +145,19 @@ def _division(claim: Row, rows: Sequence[Row], own: Sequence[Row]) -> list[str]:
         "perplexity",
         f"less `{claim['reference']}`",
         "uplink",
-        "saved of full-model FedAvg",
+        "downlink",
+        "saved of full-model FedAvg's uplink",
         *(f"{what} to target" for what in ("uplink", "downlink", "rounds")),
     ]
     out = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     base = _by_seed(own, claim["reference"])
+    whole = {k: _mean(own, claim["reference"], k) for k in ("bytes_up", "bytes_down")}
     for variant in dict.fromkeys(row["variant"] for row in own):
         mine = [row for row in own if row["variant"] == variant]
         found = _by_seed(own, variant)
         apart = "" if variant == claim["reference"] else _apart(found, base)
-        up, full = fmean(r["bytes_up"] for r in mine), fmean(r["bytes_full"] for r in mine)
+        sent = {k: _mean(own, variant, k) for k in whole}
+        saved = 1 - sent["bytes_up"] / _mean(own, variant, "bytes_full")
         when = [reached(row, target(claim, rows, row)) for row in mine]
         there = [w for w in when if w]
         all_there = len(there) == len(when)
@@ -162,13 +166,17 @@ def _division(claim: Row, rows: Sequence[Row], own: Sequence[Row]) -> list[str]:
             *(f"`{worded(mine[0]['chosen'])}`" for _ in tuned),
             f"{fmean(found.values()):.2f}",
             apart,
-            size(up),
-            f"{100 * (1 - up / full):.2f} %",
+            *(f"{size(sent[k])} ({100 * sent[k] / whole[k]:.1f} %)" for k in whole),
+            f"{100 * saved:.2f} %",
             *(size(fmean(w[k] for w in there)) if all_there else "-" for k in ("up", "down")),
             f"{fmean(w['round'] for w in there):.1f}" if all_there else "-",
         ]
         out.append(f"| {' | '.join(cells)} |")
     return out
+
+
+def _mean(rows: Sequence[Row], variant: str, key: str) -> float:
+    return fmean(row[key] for row in rows if row["variant"] == variant)
 
 
 def worded(trial: Row) -> str:
