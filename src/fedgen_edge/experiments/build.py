@@ -184,11 +184,12 @@ def rate_of(settings: Settings, algorithm: Algorithm, round_: int) -> float:
 
 
 def optimiser(settings: Training, rate: float) -> Callable[[Sequence[Tensor]], Optimizer]:
-    """A factory of torch's optimisers."""
+    """A factory of torch's optimisers; AdamW's fused one reads a stack's leaves but once a step."""
     if settings.optimiser == "sgd":
         decay, momentum = settings.weight_decay, settings.momentum
         return partial(SGD, lr=rate, momentum=momentum, weight_decay=decay)
-    return partial(AdamW, lr=rate, betas=settings.betas, weight_decay=settings.weight_decay)
+    betas, decay = settings.betas, settings.weight_decay
+    return partial(AdamW, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
 def build(settings: Settings) -> Experiment:
