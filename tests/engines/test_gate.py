@@ -45,7 +45,12 @@ from fedgen_edge.tasks.task import TASKS
 from fedgen_edge.types import Order
 from fedgen_edge.uplink.transform import decode, encode
 
-OTHERS = {"duplicate", "spectrum-too-large", *(code for code, _, _ in SHORTENED.values())}
+OTHERS = {
+    "duplicate",
+    "spectrum-too-large",
+    "bad-cluster",
+    *(code for code, _, _ in SHORTENED.values()),
+}
 """Codes that other tests meet."""
 PLAIN = r"[ -~]{1,400}"
 """Fit for a terminal: one short line, nothing but plain characters."""

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
+from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
@@ -206,15 +207,20 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
     except TrainingError as error:
         raise RefusedError("diverged", f"{error}: lower training.lr") from None
     _check_sent(site, sent)
-    said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
+    said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps} | _of(sent.cluster)
     past.keep(Trained(asked, sent.payload, sent.memory, said))
     return said, sent.payload
 
 
+def _of(cluster: int | None) -> Said:
+    """Which of the server's adapters the work was done with, where there are several."""
+    return {} if cluster is None else {"cluster": cluster}
+
+
 def _check_sent(site: Site, sent: Sent) -> None:
-    """The last look at what leaves: the shared leaves and no other, all finite."""
+    """The last look at what leaves: the shared leaves, of one cluster, and no other, all finite."""
     order = sent.order
-    now = site.experiment.algorithm.shared(site.start, order.round)
+    now = site.experiment.algorithm.shared(of(site.start, sent.cluster), order.round)
     # of what was shared when the site opened, whatever the method says by now
     expected = {k: shape for k, shape in of_rank(site.shared, order.rank).items() if k in now}
     try:
@@ -269,6 +275,7 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
         "validation": tuned.history,
         "chosen": tuned.chosen,
         **({} if tuned.share is None else {"share": tuned.share}),
+        **_of(tuned.cluster),
         "test": experiment.sums(tuned.adapter, experiment.clients.shards[0].test),
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -306,11 +313,6 @@ def open_site(folder: Path) -> Site:
         raise ConfigError(
             f"method.name={settings.method.name!r} commits by a virtual clock, and a site has "
             "none: take another"
-        )
-    if algorithm.clusters:
-        raise ConfigError(
-            f"method.name={settings.method.name!r} has several adapters, and a site's answer must "
-            "be of one: take another"
         )
     if not shared or algorithm.groups is not each_alone:
         raise ConfigError(

@@ -139,7 +139,8 @@ class Distant:
         schema = shapes(self.algorithm.shared(start, order.round))
         numbers = {name: number for number, name in enumerate(self.names())}
         bounds, weights = self.bounds(order.round), self.weights()
-        return Open(asked, schema, start, bounds, weights, self.wire, numbers)
+        clusters = self.algorithm.clusters.number if self.algorithm.clusters else 0
+        return Open(asked, schema, start, bounds, weights, self.wire, numbers, clusters)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.clusters import parts
+from fedgen_edge.algorithms.clusters import enough, parts
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
@@ -101,10 +101,7 @@ class Experiment:
 
     def shared(self, state: ServerState) -> dict[str, Leaves]:
         """What clients share, by the names of its folders: one adapter, or one a cluster."""
-        if not self.has_global:
-            return {}
-        clusters = {f"cluster-{k}": own for k, own in parts(state.adapter).items()}
-        return clusters or {"global": state.adapter}
+        return by_folder(state.adapter) if self.has_global else {}
 
     def remembering(self, memory: MutableMapping[int, Leaves]) -> "Experiment":
         """The same, with what its clients have kept."""
@@ -145,6 +142,12 @@ class Experiment:
         trains = algorithm.training(list(self.task.model.leaf_shapes()), round_)
         surveys = algorithm.surveys(round_)
         return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects, surveys)
+
+
+def by_folder(adapter: Leaves) -> dict[str, Leaves]:
+    """The server's adapter by the names of its folders: one, or one a cluster."""
+    clusters = {f"cluster-{k}": own for k, own in parts(adapter).items()}
+    return clusters or {"global": adapter}
 
 
 def added(each: Mapping[str, Sums]) -> dict[str, Any]:
@@ -198,7 +201,7 @@ def build(settings: Settings) -> Experiment:
     schedule.check(federation, settings.devices, (algorithm, *beside_it), len(holdings))
     for each in (algorithm, *beside_it):
         check_method(each, task)
-        _check_clusters(each, cohort)
+        enough(each.clusters, cohort)
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = wired(Experiment(settings, task, corpus, holdings, clients))
     return replace(experiment, settings=_resolved(experiment, cohort))
@@ -241,15 +244,6 @@ def task_of(settings: Settings, device: torch.device) -> Learnt:
 def check_method(algorithm: Algorithm, task: Learnt) -> None:
     """Refuse now what a method would refuse in its first round."""
     algorithm.sends(list(task.model.leaf_shapes()), None)
-
-
-def _check_clusters(algorithm: Algorithm, cohort: int) -> None:
-    """A round with fewer clients than clusters would never tell these apart."""
-    if algorithm.clusters and algorithm.clusters.number > cohort:
-        raise ConfigError(
-            f"method.clusters={algorithm.clusters.number} must be at most {cohort}, the clients of "
-            "a round: have fewer, or draw more by federation.cohort"
-        )
 
 
 def _check_candidates(settings: Settings) -> None:
