@@ -71,6 +71,11 @@ def test_the_honest_message_that_they_were_made_of_is_accepted() -> None:
     assert found.sha256 == digest(PAYLOAD)
 
 
+def test_a_site_may_say_that_it_has_lost_what_it_kept() -> None:
+    assert judged(OPEN, said(lost=True)).lost
+    assert not judged(OPEN, reply()).lost
+
+
 def test_a_spectrum_is_refused_only_where_there_is_a_limit() -> None:
     a, b = START["m.lora_A"].double(), START["m.lora_B"].double()
     dense = (b + DELTA["m.lora_B"]) @ (a + DELTA["m.lora_A"]) - b @ a

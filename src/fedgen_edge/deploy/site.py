@@ -208,6 +208,7 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
         raise RefusedError("diverged", f"{error}: lower training.lr") from None
     _check_sent(site, sent)
     said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps} | _of(sent.cluster)
+    said |= {"lost": True} if past.lost(work.accepted) else {}
     past.keep(Trained(asked, sent.payload, sent.memory, said))
     return said, sent.payload
 

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from fedgen_edge.errors import RefusedError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by every change of what the messages mean."""
 LONGEST = 64 * 1024
 """Bytes of a message's line of JSON, at most."""
@@ -65,7 +65,8 @@ class Answer:
     base: str
     """SHA-256 of the payload that it worked from."""
     said: dict[str, Any]
-    """Numbers: of training, `weight`, `loss`, `steps`; of an evaluation, its sums."""
+    """Numbers: of training, `weight`, `loss`, `steps`, and `cluster` where there are some; of an
+    evaluation, its sums. `lost` is true where a site lacks what it kept with its last payload."""
     refused: str | None = None
     """Why the site did not do it: a stable code, with `reason` in what it said."""
     payload: bytes = b""

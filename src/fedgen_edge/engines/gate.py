@@ -119,6 +119,8 @@ class Accepted:
     steps: int
     sha256: str
     """Of the payload, in hexadecimal."""
+    lost: bool = False
+    """Whether the site lacks what it kept with its last payload that counts."""
 
 
 @dataclass
@@ -173,7 +175,8 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     far = max(map(largest, found.values()), default=0.0)
     if far > ABSURD:
         raise RefusedError("change-too-large", f"an element changed by {far:.3g}")
-    return Accepted(found, weight, loss, steps, digest(answer.payload))
+    lost = "lost" in answer.said
+    return Accepted(found, weight, loss, steps, digest(answer.payload), lost)
 
 
 def _change(open_: Open, site: str, payload: bytes) -> Leaves:
@@ -290,7 +293,7 @@ def _said(open_: Open, site: str, said: Mapping[str, Any]) -> tuple[int, float, 
     if joined is None:
         raise RefusedError("unknown-site", f"{shown(site)} has not joined this run")
     wanted = ("weight", "loss", "steps", *(["cluster"] if open_.clusters else []))
-    if said.keys() != {*wanted}:
+    if said.keys() - {"lost"} != {*wanted} or said.get("lost", True) is not True:
         raise RefusedError("bad-numbers", f"training is told by {', '.join(wanted)}")
     weight = weighed(said["weight"], open_.bounds.weight)
     if weight != joined:
