@@ -290,6 +290,7 @@ class Deployment:
             since = 0
         rates = (rate_of(self.settings, self.algorithm, r) for r in range(since, round_ + 1))
         bound = not (self.wire.feedback and training.weight_decay)
+        training = replace(training, clip=training.clip or self.plan.gradient or 0.0)
         return Bounds(
             self.plan.largest_weight,
             training,

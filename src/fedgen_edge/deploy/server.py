@@ -93,6 +93,7 @@ def begin(folder: Path) -> Home:
     torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
     task = task_of(recipe, device)
     _check_spectrum(plan, recipe, task)
+    _check_gradient(plan, recipe)
     settings, sites = _resolved(recipe, task, device), len(members(folder))
     run = folder / "run"
     told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
@@ -127,6 +128,17 @@ def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:
         raise ConfigError(
             f"spectrum={plan.spectrum} in federation.toml needs both factors of a layer, which "
             f"sites do not send with method.name={recipe.method.name!r}: leave it out"
+        )
+
+
+def _check_gradient(plan: Federation, recipe: Settings) -> None:
+    """Refuse a limit on steps where the recipe has one itself."""
+    t = recipe.training
+    if plan.gradient is not None and (t.optimiser != "sgd" or t.clip):
+        raise ConfigError(
+            f"gradient={plan.gradient} in federation.toml is for SGD that does not clip, and "
+            f"training.optimiser={t.optimiser!r} with training.clip={t.clip} is bounded by the "
+            "recipe: leave it out"
         )
 
 
