@@ -165,6 +165,7 @@ def test_another_run_is_refused_until_the_site_has_joined_it(
     [
         ({"recipe": "0" * 64}, "wrong-recipe"),
         ({"backbone": "0" * 64}, "wrong-backbone"),
+        ({"drawn": "0" * 64}, "wrong-start"),
         ({"protocol": 1}, "wrong-protocol"),
         ({"run": "../../../../etc"}, "malformed"),
         ({"run": "F" * 32}, "malformed"),

@@ -28,14 +28,17 @@ from fedgen_edge.deploy.processes import Ended, Kept
 from fedgen_edge.deploy.roll import opened
 from fedgen_edge.deploy.settings import Federation, digest, read
 from fedgen_edge.deploy.stages import proceed, waits
+from fedgen_edge.engines import exchange
 from fedgen_edge.engines.exchange import Carrier, Terms
 from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import CarrierError, CheckpointError, ConfigError, FedGenError
 from fedgen_edge.experiments import machine, records
-from fedgen_edge.experiments.build import task_of
-from fedgen_edge.experiments.provenance import facts
+from fedgen_edge.experiments.build import drawn, task_of
+from fedgen_edge.experiments.provenance import facts, versions
 from fedgen_edge.experiments.run import Event
+from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
+from fedgen_edge.uplink.transform import encode
 
 WATCH = 2.0
 """Seconds between two looks at who may take part."""
@@ -97,16 +100,20 @@ def begin(folder: Path) -> Home:
     settings, sites = _resolved(recipe, task, device), len(members(folder))
     run = folder / "run"
     told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
-    terms = Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256)
+    terms = replace(
+        Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256),
+        drawn=_drawn(recipe, task),
+        versions=versions(),
+    )
     if not told:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        drawn = replace(
+        federation = replace(
             settings.federation,
             clients=sites,
             cohort=wanted(settings.federation, sites),
             fraction=None,
         )
-        told_settings = replace(settings, federation=drawn)
+        told_settings = replace(settings, federation=federation)
         files.write(run / "settings.toml", to_toml(told_settings).encode())
         records.write_json(run / "clients.json", [])
         made = {"run": terms.run, "recipe": terms.recipe, "data_sha256": None, "duplicates": 0}
@@ -117,6 +124,13 @@ def begin(folder: Path) -> Home:
             f"{run} away to begin another run"
         )
     return Home(folder, plan, settings, task, terms)
+
+
+def _drawn(recipe: Settings, task: Learnt) -> str:
+    """SHA-256 of what sites draw for themselves, as this machine draws it."""
+    algorithm = method(recipe.method, adapter=recipe.adapter)
+    begun = algorithm.init(task.init(generator(recipe.federation.seed, "init"))).adapter
+    return exchange.digest(encode(drawn(recipe, algorithm, begun)))
 
 
 def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:

@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -31,18 +32,19 @@ from fedgen_edge.experiments.build import (
     Experiment,
     check_held_out,
     check_method,
+    drawn,
     named,
     shards,
     task_of,
     wired,
 )
 from fedgen_edge.experiments.models import save
-from fedgen_edge.experiments.provenance import holdings
+from fedgen_edge.experiments.provenance import holdings, versions
 from fedgen_edge.jobs import Clients, Sent
 from fedgen_edge.leaves import shapes
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Order, ServerState
-from fedgen_edge.uplink.transform import length
+from fedgen_edge.uplink.transform import encode, length
 from fedgen_edge.uplink.wire import Wire, came_down, came_up, most_down
 
 MOST = 100_000
@@ -75,6 +77,12 @@ class Site:
     def largest(self) -> int:
         """Bytes of a payload, at most."""
         return max(length({**self.shared, **self.told}), most_down(self.wire, self.shared))
+
+    @cached_property
+    def drawn(self) -> str:
+        """SHA-256 of what this machine drew and no server sends."""
+        experiment = self.experiment
+        return digest(encode(drawn(experiment.settings, experiment.algorithm, self.start)))
 
     @property
     def wire(self) -> Wire:
@@ -115,6 +123,13 @@ class Site:
             raise RefusedError(
                 "wrong-backbone",
                 "the weights at backbone.path are not the server's: copy those here",
+            )
+        if terms.drawn != self.drawn:
+            raise RefusedError(
+                "wrong-start",
+                f"the leaves drawn here ({versions()}) are not the server's "
+                f"({terms.versions[:60]}): install the same versions, or give both one "
+                "adapter.initial",
             )
         if work.kind != "join" and terms.run != bound:
             raise RefusedError("wrong-run", "this site has not joined that run: ask it to join")

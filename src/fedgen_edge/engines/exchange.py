@@ -25,7 +25,7 @@ Kind = Literal["join", "train", "evaluate", "personalise"]
 
 @dataclass(frozen=True, config=STRICT)
 class Terms:
-    """What both sides must hold equal, said in every message."""
+    """What both sides must hold equal, said in every message; but for `versions`."""
 
     run: str
     """Name of the run: 32 random hexadecimal digits."""
@@ -34,6 +34,10 @@ class Terms:
     backbone: str
     """SHA-256 of the frozen weights."""
     protocol: int = PROTOCOL
+    drawn: str = ""
+    """SHA-256 of the leaves that each machine draws for itself: `build.drawn`."""
+    versions: str = ""
+    """Of what runs at the server; they may differ, and are told where something else does."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -220,6 +220,17 @@ def wire(settings: Settings, start: Callable[[], ServerState]) -> Wire:
     return made(settings.uplink, settings.downlink, settings.federation.seed, base)
 
 
+def drawn(settings: Settings, algorithm: Algorithm, begun: Leaves) -> Leaves:
+    """Of the adapter before the first round, what all machines draw for themselves, and alike.
+
+    What is never sent begins so. Where what goes down is a change since then, that is all of it.
+    """
+    if settings.downlink != Downlink():
+        return begun
+    sent = algorithm.shared(begun)
+    return {k: v for k, v in begun.items() if k not in sent}
+
+
 def named(settings: Settings, corpus: Corpus) -> Settings:
     """The settings with the pictures' size, and the names of their classes: samples have both."""
     if not isinstance(corpus.examples, Images):
