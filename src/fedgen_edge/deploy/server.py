@@ -18,6 +18,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
+from fedgen_edge.deploy import begun
 from fedgen_edge.deploy.audit import Audit
 from fedgen_edge.deploy.client import say
 from fedgen_edge.deploy.cohort import wanted
@@ -31,7 +32,7 @@ from fedgen_edge.deploy.stages import proceed, waits
 from fedgen_edge.engines import exchange
 from fedgen_edge.engines.exchange import Carrier, Terms
 from fedgen_edge.engines.flower_environment import environment
-from fedgen_edge.errors import CarrierError, CheckpointError, ConfigError, FedGenError
+from fedgen_edge.errors import CarrierError, ConfigError, FedGenError
 from fedgen_edge.experiments import machine, records
 from fedgen_edge.experiments.build import drawn, task_of
 from fedgen_edge.experiments.provenance import facts, versions
@@ -107,30 +108,21 @@ def begin(folder: Path) -> Home:
     )
     if not told:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        federation = replace(
-            settings.federation,
-            clients=sites,
-            cohort=wanted(settings.federation, sites),
-            fraction=None,
-        )
-        told_settings = replace(settings, federation=federation)
-        files.write(run / "settings.toml", to_toml(told_settings).encode())
+        files.write(run / "settings.toml", to_toml(begun.of_sites(settings, sites)).encode())
         records.write_json(run / "clients.json", [])
-        made = {"run": terms.run, "recipe": terms.recipe, "data_sha256": None, "duplicates": 0}
+        made = {"run": terms.run, "recipe": terms.recipe, "drawn": terms.drawn}
+        made |= {"data_sha256": None, "duplicates": 0}
         records.write_json(run / "run.json", {**facts(task, settings, device), **made})
-    elif (told["recipe"], told["backbone"]["sha256"]) != (terms.recipe, terms.backbone):
-        raise CheckpointError(
-            f"{run} was begun with another recipe.toml or another backbone: restore it, or move "
-            f"{run} away to begin another run"
-        )
+    else:
+        begun.check(run, told, terms, settings)
     return Home(folder, plan, settings, task, terms)
 
 
 def _drawn(recipe: Settings, task: Learnt) -> str:
     """SHA-256 of what sites draw for themselves, as this machine draws it."""
     algorithm = method(recipe.method, adapter=recipe.adapter)
-    begun = algorithm.init(task.init(generator(recipe.federation.seed, "init"))).adapter
-    return exchange.digest(encode(drawn(recipe, algorithm, begun)))
+    start = algorithm.init(task.init(generator(recipe.federation.seed, "init"))).adapter
+    return exchange.digest(encode(drawn(recipe, algorithm, start)))
 
 
 def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:

@@ -117,7 +117,7 @@ class Site:
             raise RefusedError(
                 "wrong-recipe",
                 "recipe.toml, or site.toml's own settings, differ from the server's: fetch a new "
-                "kit from the server",
+                f"kit from it, or its versions: {terms.versions[:60]}; here {versions()}",
             )
         if terms.backbone != self.experiment.task.model.sha256:
             raise RefusedError(
