@@ -281,7 +281,8 @@ def outcome(run: Path) -> dict[str, Any]:
         rows = records.lines(run / f"{name}.jsonl")
         rows = [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
         found[name] = sorted(rows, key=by_client) if name in {"personal", "evaluation"} else rows
-    found["global"] = model(run / "adapters" / "global")
+    shared = [p for p in sorted((run / "adapters").glob("*")) if p.name != "clients"]
+    found["global"] = {f"{p.name}/{k}": v for p in shared for k, v in model(p).items()}
     return found
 
 

@@ -68,7 +68,7 @@ def kit(folder: Path, name: str, **more: dict[str, Any]) -> Path:
 
 def terms(site: Site, run: str = RUN) -> Terms:
     """What this site and its server agree on."""
-    return Terms(run, site.recipe, site.experiment.task.model.sha256)
+    return Terms(run, site.recipe, site.experiment.task.model.sha256, drawn=site.drawn)
 
 
 def work(site: Site, kind: Kind, adapter: Leaves | None = None, **more: Any) -> Work:

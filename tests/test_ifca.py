@@ -20,7 +20,6 @@ from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.config import Devices, Federation, Method, Settings, from_table
 from fedgen_edge.data.batches import Budget, Shard
 from fedgen_edge.deploy.kits import deployable
-from fedgen_edge.deploy.site import open_site
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import CheckpointError, ConfigError
@@ -36,7 +35,6 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Leaves, Order
 from fedgen_edge.uplink.transform import encode
 from loop import same
-from sites import kit
 
 HALF = Recipe(partial(SGD, lr=0.5))
 
@@ -304,16 +302,17 @@ def test_what_a_payload_left_out_waits_for_its_own_cluster(texts: Path) -> None:
     assert all(torch.equal(memory[0][k], v) for k, v in first.items())
 
 
-def test_what_cannot_work_is_refused_with_what_would(texts: Path, tmp_path: Path) -> None:
+def test_what_cannot_work_is_refused_with_what_would(texts: Path) -> None:
     with pytest.raises(ConfigError, match=r"method\.clusters=3 must be at most 2, the clients of"):
         short(texts, federation={"cohort": 2}, method={"clusters": 3})
     with pytest.raises(ConfigError, match=r"method\.clusters=1"):
         short(texts, method={"clusters": 1})
     with pytest.raises(ConfigError, match=r"adapter\.ranks=\[2, 8\] cannot go with"):
         short(texts, adapter={"ranks": [2, 8]})
-    remote = replace(settings(texts, evaluation={"baselines": []}), method=Method(name="ifca"))
+    remote = replace(
+        settings(texts, evaluation={"baselines": []}), method=Method("ifca", clusters=4)
+    )
     remote = replace(remote, federation=Federation(rounds=2))
-    with pytest.raises(ConfigError, match=r"method\.name='ifca' has several adapters"):
+    with pytest.raises(ConfigError, match=r"method\.clusters=4 must be at most 3, the clients of"):
         deployable(remote, 3)
-    with pytest.raises(ConfigError, match=r"method\.name='ifca' has several adapters"):
-        open_site(kit(tmp_path / "east", "east", method={"name": "ifca"}))
+    deployable(remote, 4)

@@ -154,7 +154,8 @@ def server(told: Server) -> None:
         sys.exit(130)
     print(headline(read(home.run)))
     print(f"report    {write([home.run], home.run / 'report.html')}")
-    print(f"adapter   {home.run / 'adapters' / 'global'}")
+    for folder in sorted((home.run / "adapters").iterdir()):
+        print(f"adapter   {folder}")
     print("          sites keep their own, in KIT/state/runs")
 
 

@@ -8,6 +8,7 @@ from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.config import Devices
+from fedgen_edge.errors import TrainingError
 from fedgen_edge.jobs import Training
 from fedgen_edge.leaves import shapes
 from fedgen_edge.schedule import Load, Luck, Stint
@@ -25,6 +26,9 @@ def wording(
         job: what clients do.
         state: after so many rounds; they train from it.
         among: clients that train, drawn or not.
+
+    Raises:
+        TrainingError: by what it makes, when what is to go down cannot be written as the wire says.
     """
     strides = job.strides(state.round)
 
@@ -32,7 +36,10 @@ def wording(
     def addressed(rank: int | None) -> tuple[Leaves, bytes]:
         """With zeros beyond the rank; and what travels, without them."""
         shared = truncated(algorithm.worded(state, among), rank)
-        payload = sent_down(job.wire, shared, state.round)
+        try:
+            payload = sent_down(job.wire, shared, state.round)
+        except TrainingError as error:
+            raise TrainingError(f"round {state.round + 1}, to its clients: {error}") from None
         found = padded(came_down(job.wire, payload, shapes(shared)), shapes(state.adapter))
         return {**cut(state.adapter, rank), **found}, payload
 

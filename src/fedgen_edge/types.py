@@ -92,6 +92,8 @@ class Update:
     """Optimiser steps taken."""
     bytes_up: int
     """Serialised length of what was sent, metadata included."""
+    forgot: Leaves = field(default_factory=dict)
+    """What the method had the client remember, where it has lost that: it trained without."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """SCAFFOLD by hand, and where it ends beside FedAvg."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import pytest
@@ -17,9 +17,19 @@ from fedgen_edge.data.batches import Budget, Shard
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.jobs import Clients, Train
+from fedgen_edge.jobs import Clients, Job, Train
 from fedgen_edge.rounds import Engine, rounds
-from fedgen_edge.types import VARIATE, Batch, Commit, Leaves, PerClient, Phase, ServerState
+from fedgen_edge.types import (
+    VARIATE,
+    Batch,
+    Commit,
+    Leaves,
+    Order,
+    PerClient,
+    Phase,
+    ServerState,
+    Update,
+)
 
 C = VARIATE + "w"
 
@@ -117,6 +127,36 @@ def test_scaffold_rests_at_the_optimum_where_few_take_part_and_steps_differ() ->
     # nine steps beside three; one of the two a round, so c moves by half of what its c_k does
     run = Run(bowls(), Bowl(), epochs=3, rate=0.1, batch=1)
     last = run(400, cohort=1)[-1]
+    assert float(last.state.adapter["w"]) == pytest.approx(0.8, abs=1e-4)
+
+
+def losing(run: Run, when: int, client: int) -> Engine:
+    """A round begins with one client's memory gone, and the server hears of it."""
+
+    def engine(orders: Sequence[Order], job: Job) -> Iterator[Update]:
+        lost = run.memory.pop(client) if orders[0].round == when else {}
+        for update in serial(orders, job):
+            assert isinstance(update, Update)
+            own = update.order.clients == (client,)
+            yield replace(update, forgot=lost) if own else update
+
+    return engine
+
+
+def test_what_a_client_has_lost_leaves_the_servers_sum_by_hand() -> None:
+    # round 1 as above: c_k = -3 and -6, w = 4.5, c = -4.5. The first one begins anew from zero:
+    # gradients w - 4 - 4.5, 3/4 of the way from 4.5 to 8.5 are 3, so c_k = -3 + 4.5 = 1.5;
+    # the other's is -3 as before. The sum is 1.5 - 3, where it would be -4.5 with the lost -3.
+    run = Run([line_shard("a", 4), line_shard("b", 8, 8, 8)], epochs=2)
+    _, second = replace(run, engine=losing(run, 1, 0))(2)
+    assert [own(run, 0), own(run, 1)] == [1.5, -3.0]
+    assert float(second.state.memory[C]) == -1.5
+    assert float(second.state.adapter["w"]) == 4.5 + (3 + 1.5) / 2
+
+
+def test_scaffold_rests_at_the_optimum_though_a_client_has_lost_its_memory() -> None:
+    run = Run(bowls(), Bowl(), epochs=10, rate=0.1)
+    last = replace(run, engine=losing(run, 30, 1))(90)[-1]
     assert float(last.state.adapter["w"]) == pytest.approx(0.8, abs=1e-4)
 
 

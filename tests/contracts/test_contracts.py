@@ -324,6 +324,7 @@ class Inline:
             order = Order((asked.client,), asked.round, received, strides=strides)
             (sent,) = job.send([order], stacked=False)
             said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
+            said |= {} if sent.cluster is None else {"cluster": sent.cluster}
             answer = Answer(asked.kind, asked.terms, asked.round, asked.attempt, digest(payload),
                             said)  # fmt: skip
             self.kept[digest(sent.payload)] = sent.memory
@@ -341,7 +342,6 @@ SHARING = [
     if (made := entry.make(Method())).sends is not nothing
     and made.groups is each_alone
     and not made.buffer
-    and made.clusters is None
 ]
 
 

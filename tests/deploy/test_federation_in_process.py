@@ -11,6 +11,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from conftest import suited
 from fedgen_edge import config
 from fedgen_edge.adapters.ranks import truncated
+from fedgen_edge.algorithms.clusters import parts
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.deploy import store
@@ -92,6 +93,7 @@ def test_a_federation_of_sites_ends_as_a_run_on_one_machine(tmp_path: Path, meth
         ("rolora", {"keep": "top-k", "values": "fp16", "feedback": True}, {"values": "bf16"}),
         ("fedper", {"keep": "random-k", "feedback": True}, {"keep": "top-k", "values": "int4"}),
         ("flexlora", {"rank": 1}, {"values": "int8", "zstd": 1}),
+        ("ifca", {"keep": "top-k", "values": "fp16", "feedback": True}, {"values": "int8"}),
     ],
 )
 def test_fewer_bytes_arrive_as_on_one_machine(
@@ -104,6 +106,41 @@ def test_fewer_bytes_arrive_as_on_one_machine(
     sites = opened(tmp_path / "kits", **more)
     folder = server(tmp_path / "fed", shared(recipe(None, **more)), NAMES, over_selection=1)
     check(folder, sites, simulation, Loop({name: s.handle for name, s in sites.items()}))
+
+
+def loud(row: dict[str, str]) -> dict[str, str]:
+    """One site writes in capitals."""
+    return {**row, "text": row["text"].upper()} if row["who"] == "west" else row
+
+
+def test_each_site_trains_and_tunes_the_cluster_that_suits_its_data(tmp_path: Path) -> None:
+    more = {
+        **QUICK,
+        "adapter": {"dropout": 0.0},
+        "federation": {"cohort": None},
+        "method": {"name": "ifca"},
+        "training": {"lr": 0.02, "epochs": 6},
+    }
+    data = write_rows(tmp_path / "all.jsonl", [loud(row) for row in rows()])
+    simulation = simulated(tmp_path / "run", recipe(data, **more))
+    kits = {name: kit(tmp_path / "kits" / name, name, **more) for name in NAMES}
+    write_rows(kits["west"] / "texts.jsonl", [loud(row) for row in rows(["west"])])
+    sites = {name: open_site(folder) for name, folder in kits.items()}
+    folder = server(tmp_path / "fed", shared(recipe(None, **more)), NAMES, over_selection=1)
+    carrier = Loop({name: s.handle for name, s in sites.items()})
+    check(folder, sites, simulation, carrier)
+    assert {p.name for p in (folder / "run" / "adapters").iterdir()} == {"cluster-0", "cluster-1"}
+    *_, last = records.lines(folder / "run" / "rounds.jsonl")
+    took = {own["client"]: own["cluster"] for own in last["clients"]}
+    tuned = {own["client"]: own["cluster"] for own in records.lines(folder / "run/personal.jsonl")}
+    assert took == tuned == {"east": 0, "north": 0, "west": 1}
+    # both adapters go down, and one comes up
+    start = sites["north"].start
+    up, down = len(encode(parts(start)[0])), len(encode(start))
+    assert {len(w.payload) for _, w in carrier.asked if w.payload} == {down}
+    sent = {len(r.payload) for r in carrier.heard if r.payload}
+    assert len(sent) == 1
+    assert up < sent.pop() < down
 
 
 def test_sites_of_unequal_ranks_end_as_on_one_machine_and_send_fewer_bytes(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def test_another_run_is_refused_until_the_site_has_joined_it(
     [
         ({"recipe": "0" * 64}, "wrong-recipe"),
         ({"backbone": "0" * 64}, "wrong-backbone"),
-        ({"protocol": 2}, "wrong-protocol"),
+        ({"drawn": "0" * 64}, "wrong-start"),
+        ({"protocol": 1}, "wrong-protocol"),
         ({"run": "../../../../etc"}, "malformed"),
         ({"run": "F" * 32}, "malformed"),
     ],
@@ -193,7 +194,7 @@ def test_numbers_that_cannot_be_are_refused(
     assert ask(site, asked).refused == "malformed"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"terms": {"protocol": 1}}', "x" * 70_000])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"terms": {"protocol": 2}}', "x" * 70_000])
 def test_a_line_that_is_no_work_is_answered_with_a_refusal(site: Site, text: str) -> None:
     answer = read(Answer, *site.handle(text, b"\0" * 9))
     assert answer.refused in {"malformed", "line-too-long"}

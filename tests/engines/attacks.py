@@ -14,7 +14,7 @@ import torch
 
 from fedgen_edge.config import Training
 from fedgen_edge.engines.bounds import Bounds
-from fedgen_edge.engines.exchange import LONGEST, Answer, Reply, Terms, line
+from fedgen_edge.engines.exchange import LONGEST, PROTOCOL, Answer, Reply, Terms, line
 from fedgen_edge.engines.gate import Asked, Open
 from fedgen_edge.leaves import scale
 from fedgen_edge.seeds import generator
@@ -166,6 +166,8 @@ ATTACKS: dict[str, tuple[str, Reply]] = {
     "steps over its examples": ("bad-steps", said(steps=4)),
     "steps as a float": ("bad-steps", said(steps=3.0)),
     "steps that are a flag": ("bad-steps", said(steps=True)),
+    "a loss that is none": ("bad-numbers", said(lost=False)),
+    "a loss in words": ("bad-numbers", said(lost="true")),
     "more numbers": ("bad-numbers", said(text="a private one")),
     "fewer numbers": ("bad-numbers", reply(said={"weight": 9, "loss": 1.5})),
     "stale round": ("stale-round", reply(round=6)),
@@ -177,7 +179,7 @@ ATTACKS: dict[str, tuple[str, Reply]] = {
     "other recipe": ("wrong-recipe", reply(terms=replace(TERMS, recipe="x\n" * 99))),
     "other backbone": ("wrong-backbone", reply(terms=replace(TERMS, backbone="x"))),
     "older protocol": ("wrong-protocol", reply(terms=replace(TERMS, protocol=0))),
-    "newer protocol": ("wrong-protocol", reply(terms=replace(TERMS, protocol=2))),
+    "newer protocol": ("wrong-protocol", reply(terms=replace(TERMS, protocol=PROTOCOL + 1))),
     "long line": ("line-too-long", said(text="x" * LONGEST)),
     "line of no JSON": ("malformed", lined("{", "")),
     "line of no text": ("malformed", lined("train", "\ud800")),

@@ -45,7 +45,12 @@ from fedgen_edge.tasks.task import TASKS
 from fedgen_edge.types import Order
 from fedgen_edge.uplink.transform import decode, encode
 
-OTHERS = {"duplicate", "spectrum-too-large", *(code for code, _, _ in SHORTENED.values())}
+OTHERS = {
+    "duplicate",
+    "spectrum-too-large",
+    "bad-cluster",
+    *(code for code, _, _ in SHORTENED.values()),
+}
 """Codes that other tests meet."""
 PLAIN = r"[ -~]{1,400}"
 """Fit for a terminal: one short line, nothing but plain characters."""
@@ -64,6 +69,11 @@ def test_the_honest_message_that_they_were_made_of_is_accepted() -> None:
     assert all(torch.equal(found.leaves[k], DELTA[k]) for k in SCHEMA)
     assert (found.weight, found.loss, found.steps) == (9, 1.5, 3)
     assert found.sha256 == digest(PAYLOAD)
+
+
+def test_a_site_may_say_that_it_has_lost_what_it_kept() -> None:
+    assert judged(OPEN, said(lost=True)).lost
+    assert not judged(OPEN, reply()).lost
 
 
 def test_a_spectrum_is_refused_only_where_there_is_a_limit() -> None:

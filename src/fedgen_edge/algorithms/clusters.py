@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fedgen_edge import leaves
 from fedgen_edge.algorithms.merge import mean
+from fedgen_edge.errors import ConfigError
 from fedgen_edge.types import Leaves, Update
 
 CHOICE = "chosen:cluster"
@@ -45,6 +46,19 @@ class Clusters:
     """At least 2."""
     examples: int
     """Of its training examples, evenly spaced, those by which a client chooses; 0 is all."""
+
+
+def enough(clusters: Clusters | None, cohort: int) -> None:
+    """Refuse rounds with fewer clients than clusters, which would never tell these apart.
+
+    Raises:
+        ConfigError: they are fewer.
+    """
+    if clusters and clusters.number > cohort:
+        raise ConfigError(
+            f"method.clusters={clusters.number} must be at most {cohort}, the clients of a round: "
+            "have fewer, or draw more by federation.cohort"
+        )
 
 
 def begins(number: int) -> Callable[[Leaves], Leaves]:

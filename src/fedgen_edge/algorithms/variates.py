@@ -8,6 +8,10 @@ II), so what c_k changes by is
 
 which the server knows as well as the client: c travels down, and nothing more travels up.
 
+A client may lose its c_k (a site's disk), and then trains with zero for it. What the lost one was
+would stay in c for ever, and rounds would rest beside the optimum. So an update says what its
+client forgot (`Update.forgot`), and the server takes that out of its sum as it adds the new one.
+
 Source: Karimireddy et al. 2020, SCAFFOLD (arXiv:1910.06378), algorithm 1 with a global rate of 1.
 Differs: there, clients send the change of c_k; here both sides work it out from delta, as SCALLION
 does (Huang et al. 2023, arXiv:2308.08165).
@@ -60,11 +64,14 @@ def merges(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 
     Clients count alike, however many examples they have, as c counts them: what is found is the
     optimum of the plain mean of their losses. Weights would change the way there and not its end,
-    where no client moves.
+    where no client moves. A c_k that was lost is taken out.
     """
     del adapter
     found = leaves.mean([u.delta for u in updates], torch.ones(len(updates)))
-    own = [_changes(u.order, u.delta, u.steps) for u in updates]
+    own = [
+        {k: v - u.forgot.get(OWN + k, 0.0) for k, v in _changes(u.order, u.delta, u.steps).items()}
+        for u in updates
+    ]
     return found | {VARIATE + k: torch.stack([c[k] for c in own]).sum(0) for k in own[0]}
 
 

@@ -2,9 +2,9 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -69,6 +69,8 @@ class Deployment:
     """Sites that have joined since they came, or since the server did."""
     invited: dict[str, float] = field(default_factory=dict)
     """When each was asked to and did not, by a clock that only goes on."""
+    known: MutableMapping[int, Leaves] = field(default_factory=dict)
+    """What the method has each site remember, by its number: see `Distant.known`."""
 
     @property
     def names(self) -> list[str]:
@@ -112,6 +114,7 @@ class Deployment:
             self._counted,
             self._note,
             self.wire,
+            self.known,
         )
 
     def start(self) -> ServerState:
@@ -120,9 +123,11 @@ class Deployment:
         return self.algorithm.init(self.task.init(rng))
 
     def remembering(self, memory: Memory) -> "Deployment":
-        """The same: what sites keep is theirs."""
-        del memory
-        return self
+        """The same, with what the server itself works out of what its sites remember.
+
+        What else they keep is theirs.
+        """
+        return replace(self, known=memory)
 
     def cohort(self, round_: int, losses: Tensor | None) -> list[int]:
         """Who is asked in a round: of those present, more than are wanted.
@@ -285,6 +290,7 @@ class Deployment:
             since = 0
         rates = (rate_of(self.settings, self.algorithm, r) for r in range(since, round_ + 1))
         bound = not (self.wire.feedback and training.weight_decay)
+        training = replace(training, clip=training.clip or self.plan.gradient or 0.0)
         return Bounds(
             self.plan.largest_weight,
             training,

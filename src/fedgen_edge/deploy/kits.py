@@ -14,6 +14,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from fedgen_edge import files
+from fedgen_edge.algorithms.clusters import enough
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone, nothing
 from fedgen_edge.config import Settings, flat, load
@@ -161,8 +162,6 @@ def deployable(settings: Settings, sites: int) -> None:
         "some may be away: leave it out": federation.candidates is not None,
         f"method.name={settings.method.name!r} commits by a virtual clock, and sites have none: "
         "use `fedgen run`, or another method": bool(algorithm.buffer),
-        f"method.name={settings.method.name!r} has several adapters, and a site's answer must be "
-        "of one: use `fedgen run`, or another method": algorithm.clusters is not None,
         f"{', '.join(timed)}: a simulation's devices and rounds by its clock, which sites do not "
         "have: leave it out; federation.toml has over_selection and deadline": bool(timed),
         f"federation.newcomers={federation.newcomers} are for `fedgen run`: leave it out, and add "
@@ -179,7 +178,7 @@ def deployable(settings: Settings, sites: int) -> None:
     for objection, holds in objections.items():
         if holds:
             raise ConfigError(objection)
-    cohort_size(federation, sites)
+    enough(algorithm.clusters, cohort_size(federation, sites))
 
 
 def shared(settings: Settings) -> Settings:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedgen_edge.deploy.roll import COUNTS
-from fedgen_edge.engines.gate import numbers, weighed
+from fedgen_edge.engines.gate import numbers, taken, weighed
 from fedgen_edge.engines.payload import shown
 from fedgen_edge.errors import RefusedError
 from fedgen_edge.experiments.build import Sums
@@ -47,12 +47,13 @@ def sums(said: object, counts: Sequence[str]) -> Sums:
     return found
 
 
-def tuned(said: Mapping[str, Any], counts: Sequence[str]) -> dict[str, Any]:
+def tuned(said: Mapping[str, Any], counts: Sequence[str], clusters: int = 0) -> dict[str, Any]:
     """What a site says of its own adapter.
 
     Args:
         said: by the site.
         counts: what the task counts.
+        clusters: adapters that it chose from; 0 is one for all.
 
     Raises:
         RefusedError: it is not what was asked for.
@@ -66,6 +67,8 @@ def tuned(said: Mapping[str, Any], counts: Sequence[str]) -> dict[str, Any]:
     share = numbers({"share": said["share"]}, (), ("share",)) if "share" in said else {}
     if share.get("share", 1.0) > 1:
         raise RefusedError("bad-numbers", f"share is {shown(said['share'])}")
+    cluster = {"cluster": taken(said.get("cluster"), clusters)} if clusters else {}
     seconds = numbers({"seconds": said.get("seconds")}, (), ("seconds",))
     found = sums(said.get("test"), counts)
-    return {"validation": [*each.values()], "chosen": chosen, **share, "test": found, **seconds}
+    return {"validation": [*each.values()], "chosen": chosen, **share, **cluster, "test": found,
+            **seconds}  # fmt: skip

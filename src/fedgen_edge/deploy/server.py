@@ -18,6 +18,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
+from fedgen_edge.deploy import begun
 from fedgen_edge.deploy.audit import Audit
 from fedgen_edge.deploy.client import say
 from fedgen_edge.deploy.cohort import wanted
@@ -28,14 +29,17 @@ from fedgen_edge.deploy.processes import Ended, Kept
 from fedgen_edge.deploy.roll import opened
 from fedgen_edge.deploy.settings import Federation, digest, read
 from fedgen_edge.deploy.stages import proceed, waits
+from fedgen_edge.engines import exchange
 from fedgen_edge.engines.exchange import Carrier, Terms
 from fedgen_edge.engines.flower_environment import environment
-from fedgen_edge.errors import CarrierError, CheckpointError, ConfigError, FedGenError
+from fedgen_edge.errors import CarrierError, ConfigError, FedGenError
 from fedgen_edge.experiments import machine, records
-from fedgen_edge.experiments.build import task_of
-from fedgen_edge.experiments.provenance import facts
+from fedgen_edge.experiments.build import drawn, task_of
+from fedgen_edge.experiments.provenance import facts, versions
 from fedgen_edge.experiments.run import Event
+from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
+from fedgen_edge.uplink.transform import encode
 
 WATCH = 2.0
 """Seconds between two looks at who may take part."""
@@ -93,29 +97,32 @@ def begin(folder: Path) -> Home:
     torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
     task = task_of(recipe, device)
     _check_spectrum(plan, recipe, task)
+    _check_gradient(plan, recipe)
     settings, sites = _resolved(recipe, task, device), len(members(folder))
     run = folder / "run"
     told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
-    terms = Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256)
+    terms = replace(
+        Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256),
+        drawn=_drawn(recipe, task),
+        versions=versions(),
+    )
     if not told:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        drawn = replace(
-            settings.federation,
-            clients=sites,
-            cohort=wanted(settings.federation, sites),
-            fraction=None,
-        )
-        told_settings = replace(settings, federation=drawn)
-        files.write(run / "settings.toml", to_toml(told_settings).encode())
+        files.write(run / "settings.toml", to_toml(begun.of_sites(settings, sites)).encode())
         records.write_json(run / "clients.json", [])
-        made = {"run": terms.run, "recipe": terms.recipe, "data_sha256": None, "duplicates": 0}
+        made = {"run": terms.run, "recipe": terms.recipe, "drawn": terms.drawn}
+        made |= {"data_sha256": None, "duplicates": 0}
         records.write_json(run / "run.json", {**facts(task, settings, device), **made})
-    elif (told["recipe"], told["backbone"]["sha256"]) != (terms.recipe, terms.backbone):
-        raise CheckpointError(
-            f"{run} was begun with another recipe.toml or another backbone: restore it, or move "
-            f"{run} away to begin another run"
-        )
+    else:
+        begun.check(run, told, terms, settings)
     return Home(folder, plan, settings, task, terms)
+
+
+def _drawn(recipe: Settings, task: Learnt) -> str:
+    """SHA-256 of what sites draw for themselves, as this machine draws it."""
+    algorithm = method(recipe.method, adapter=recipe.adapter)
+    start = algorithm.init(task.init(generator(recipe.federation.seed, "init"))).adapter
+    return exchange.digest(encode(drawn(recipe, algorithm, start)))
 
 
 def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:
@@ -127,6 +134,17 @@ def _check_spectrum(plan: Federation, recipe: Settings, task: Learnt) -> None:
         raise ConfigError(
             f"spectrum={plan.spectrum} in federation.toml needs both factors of a layer, which "
             f"sites do not send with method.name={recipe.method.name!r}: leave it out"
+        )
+
+
+def _check_gradient(plan: Federation, recipe: Settings) -> None:
+    """Refuse a limit on steps where the recipe has one itself."""
+    t = recipe.training
+    if plan.gradient is not None and (t.optimiser != "sgd" or t.clip):
+        raise ConfigError(
+            f"gradient={plan.gradient} in federation.toml is for SGD that does not clip, and "
+            f"training.optimiser={t.optimiser!r} with training.clip={t.clip} is bounded by the "
+            "recipe: leave it out"
         )
 
 

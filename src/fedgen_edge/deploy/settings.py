@@ -71,6 +71,9 @@ class Federation:
     """Most training examples that a site may have."""
     spectrum: Positive | None = None
     """Largest singular value that a site's change of a layer's product may have; none is any."""
+    gradient: Positive | None = None
+    """Norm of the mean step of a site's change over the learning rate, at most, where the recipe is
+    of SGD and does not clip; none is any."""
 
 
 @dataclass(frozen=True, config=STRICT)

@@ -10,11 +10,13 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
+from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
@@ -30,18 +32,19 @@ from fedgen_edge.experiments.build import (
     Experiment,
     check_held_out,
     check_method,
+    drawn,
     named,
     shards,
     task_of,
     wired,
 )
 from fedgen_edge.experiments.models import save
-from fedgen_edge.experiments.provenance import holdings
+from fedgen_edge.experiments.provenance import holdings, versions
 from fedgen_edge.jobs import Clients, Sent
 from fedgen_edge.leaves import shapes
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Order, ServerState
-from fedgen_edge.uplink.transform import length
+from fedgen_edge.uplink.transform import encode, length
 from fedgen_edge.uplink.wire import Wire, came_down, came_up, most_down
 
 MOST = 100_000
@@ -74,6 +77,12 @@ class Site:
     def largest(self) -> int:
         """Bytes of a payload, at most."""
         return max(length({**self.shared, **self.told}), most_down(self.wire, self.shared))
+
+    @cached_property
+    def drawn(self) -> str:
+        """SHA-256 of what this machine drew and no server sends."""
+        experiment = self.experiment
+        return digest(encode(drawn(experiment.settings, experiment.algorithm, self.start)))
 
     @property
     def wire(self) -> Wire:
@@ -108,12 +117,19 @@ class Site:
             raise RefusedError(
                 "wrong-recipe",
                 "recipe.toml, or site.toml's own settings, differ from the server's: fetch a new "
-                "kit from the server",
+                f"kit from it, or its versions: {terms.versions[:60]}; here {versions()}",
             )
         if terms.backbone != self.experiment.task.model.sha256:
             raise RefusedError(
                 "wrong-backbone",
                 "the weights at backbone.path are not the server's: copy those here",
+            )
+        if terms.drawn != self.drawn:
+            raise RefusedError(
+                "wrong-start",
+                f"the leaves drawn here ({versions()}) are not the server's "
+                f"({terms.versions[:60]}): install the same versions, or give both one "
+                "adapter.initial",
             )
         if work.kind != "join" and terms.run != bound:
             raise RefusedError("wrong-run", "this site has not joined that run: ask it to join")
@@ -206,15 +222,21 @@ def _train(site: Site, work: Work) -> tuple[Said, bytes]:
     except TrainingError as error:
         raise RefusedError("diverged", f"{error}: lower training.lr") from None
     _check_sent(site, sent)
-    said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps}
+    said = {"weight": int(sent.weight), "loss": sent.loss, "steps": sent.steps} | _of(sent.cluster)
+    said |= {"lost": True} if past.lost(work.accepted) else {}
     past.keep(Trained(asked, sent.payload, sent.memory, said))
     return said, sent.payload
 
 
+def _of(cluster: int | None) -> Said:
+    """Which of the server's adapters the work was done with, where there are several."""
+    return {} if cluster is None else {"cluster": cluster}
+
+
 def _check_sent(site: Site, sent: Sent) -> None:
-    """The last look at what leaves: the shared leaves and no other, all finite."""
+    """The last look at what leaves: the shared leaves, of one cluster, and no other, all finite."""
     order = sent.order
-    now = site.experiment.algorithm.shared(site.start, order.round)
+    now = site.experiment.algorithm.shared(of(site.start, sent.cluster), order.round)
     # of what was shared when the site opened, whatever the method says by now
     expected = {k: shape for k, shape in of_rank(site.shared, order.rank).items() if k in now}
     try:
@@ -269,6 +291,7 @@ def _personalise(site: Site, work: Work) -> tuple[Said, bytes]:
         "validation": tuned.history,
         "chosen": tuned.chosen,
         **({} if tuned.share is None else {"share": tuned.share}),
+        **_of(tuned.cluster),
         "test": experiment.sums(tuned.adapter, experiment.clients.shards[0].test),
         "seconds": round(time.perf_counter() - began, 3),
     }
@@ -306,11 +329,6 @@ def open_site(folder: Path) -> Site:
         raise ConfigError(
             f"method.name={settings.method.name!r} commits by a virtual clock, and a site has "
             "none: take another"
-        )
-    if algorithm.clusters:
-        raise ConfigError(
-            f"method.name={settings.method.name!r} has several adapters, and a site's answer must "
-            "be of one: take another"
         )
     if not shared or algorithm.groups is not each_alone:
         raise ConfigError(

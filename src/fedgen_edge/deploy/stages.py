@@ -9,7 +9,7 @@ from fedgen_edge.deploy.said import tuned
 from fedgen_edge.deploy.settings import Federation
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Sums
+from fedgen_edge.experiments.build import Sums, by_folder
 from fedgen_edge.experiments.checkpoint import last, latest
 from fedgen_edge.experiments.evaluate import tested
 from fedgen_edge.experiments.federate import federate
@@ -67,7 +67,8 @@ def _rounds(deployment: Deployment, run: Path) -> Iterator[Event]:
             yield Event("federation", done, total, {"said": said})
             time.sleep(pause)
     state, _ = last(run)
-    save(deployment, run / "adapters" / "global", state, state.adapter, "global")
+    for name, adapter in by_folder(state.adapter).items():
+        save(deployment, run / "adapters" / name, state, adapter, name)
 
 
 def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:
@@ -76,14 +77,15 @@ def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:
     log = run / "personal.jsonl"
     done = {line["client"] for line in records.lines(log)}
     records.truncate(log, len(done))
-    pauses = waits(deployment.plan)
+    pauses, there = waits(deployment.plan), deployment.algorithm.clusters
+    clusters = there.number if there else 0
     while True:
         left = [name for name in deployment.ready() if name not in done]
         for name, answer in deployment.ask(
             "personalise", state.round, deployment.payloads(state.adapter, left)
         ):
             try:
-                line = {"client": name, **tuned(answer.said, deployment.counts)}
+                line = {"client": name, **tuned(answer.said, deployment.counts, clusters)}
             except RefusedError as error:
                 deployment.offended(name, state.round, error)
                 continue
@@ -154,4 +156,5 @@ def _evaluate(
 
 def _samples(deployment: Deployment, run: Path) -> Iterator[Event]:
     """What the backbone and the global model make; sites' own stay where they are."""
-    yield from sampled(deployment, run, [("backbone", None), ("global", None)])
+    shared = [(name, None) for name in by_folder(last(run)[0].adapter)]
+    yield from sampled(deployment, run, [("backbone", None), *shared])

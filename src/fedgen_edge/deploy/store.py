@@ -90,6 +90,10 @@ class Past:
                 return decode(_checked(place / MEMORY, note["memory"]))
         return None
 
+    def lost(self, accepted: str | None) -> bool:
+        """Whether there is no payload of this hash here, and so nothing that was kept with it."""
+        return accepted is not None and all(n["payload"] != accepted for _, n in self._notes())
+
     @property
     def personal(self) -> Path:
         """Folder of the site's own adapter."""

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 
 from fedgen_edge.errors import RefusedError
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Raised by every change of what the messages mean."""
 LONGEST = 64 * 1024
 """Bytes of a message's line of JSON, at most."""
@@ -25,7 +25,7 @@ Kind = Literal["join", "train", "evaluate", "personalise"]
 
 @dataclass(frozen=True, config=STRICT)
 class Terms:
-    """What both sides must hold equal, said in every message."""
+    """What both sides must hold equal, said in every message; but for `versions`."""
 
     run: str
     """Name of the run: 32 random hexadecimal digits."""
@@ -34,6 +34,10 @@ class Terms:
     backbone: str
     """SHA-256 of the frozen weights."""
     protocol: int = PROTOCOL
+    drawn: str = ""
+    """SHA-256 of the leaves that each machine draws for itself: `build.drawn`."""
+    versions: str = ""
+    """Of what runs at the server; they may differ, and are told where something else does."""
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -65,7 +69,8 @@ class Answer:
     base: str
     """SHA-256 of the payload that it worked from."""
     said: dict[str, Any]
-    """Numbers: of training, `weight`, `loss`, `steps`; of an evaluation, its sums."""
+    """Numbers: of training, `weight`, `loss`, `steps`, and `cluster` where there are some; of an
+    evaluation, its sums. `lost` is true where a site lacks what it kept with its last payload."""
     refused: str | None = None
     """Why the site did not do it: a stable code, with `reason` in what it said."""
     payload: bytes = b""

@@ -6,9 +6,10 @@ carrier has settled. What a hostile site said is never printed as it is.
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from fedgen_edge.algorithms.clusters import of, plain
 from fedgen_edge.engines.bounds import Bounds, spectrum, strayed
 from fedgen_edge.engines.exchange import Answer, Kind, Reply, Terms, digest, read
 from fedgen_edge.engines.payload import opened, shown
@@ -37,6 +38,7 @@ CODES = {
     "bad-weight": "Its number of examples is no whole number within the bound, or has changed.",
     "bad-loss": "Its training loss is no finite number.",
     "bad-steps": "Its number of steps is none that its examples make.",
+    "bad-cluster": "It says to have trained a cluster that there is not.",
     "wrong-length": "The payload's length is not that of the leaves that were asked for.",
     "header-too-long": "The payload says that its header is longer than any honest one: it may be "
     "no safetensors file.",
@@ -87,6 +89,23 @@ class Open:
     """How leaves travel."""
     numbers: Mapping[str, int] = field(default_factory=dict)
     """Each site's, by its name."""
+    clusters: int = 0
+    """Adapters that the sites chose from, of which each sends back one's leaves; 0 is one for all.
+    """
+
+    def of(self, cluster: int | None) -> "Open":
+        """The same, where one cluster's leaves may come back, all and only (none: as it is)."""
+        if cluster is None:
+            return self
+        start = of(self.start, cluster)
+        schema = {name: shape for name, shape in self.schema.items() if name in start}
+        return replace(self, schema=schema, start=start, clusters=0)
+
+    @property
+    def longest(self) -> int:
+        """Bytes of an honest payload, at most."""
+        each = range(self.clusters) if self.clusters else (None,)
+        return max(most_up(self.wire, self.of(cluster).schema) for cluster in each)
 
 
 @dataclass(frozen=True)
@@ -100,6 +119,8 @@ class Accepted:
     steps: int
     sha256: str
     """Of the payload, in hexadecimal."""
+    lost: bool = False
+    """Whether the site lacks what it kept with its last payload that counts."""
 
 
 @dataclass
@@ -138,22 +159,24 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     Raises:
         RefusedError: with one of `CODES`.
     """
-    answer = answered(open_.asked, reply, most_up(open_.wire, open_.schema))
+    answer = answered(open_.asked, reply, open_.longest)
     weight, loss, steps = _said(open_, reply.site, answer.said)
+    open_ = open_.of(answer.said.get("cluster"))
     found = _change(open_, reply.site, answer.payload)
-    excess = strayed(open_.bounds, steps, open_.start, found)
-    if excess:
+    start, moved = plain(open_.start), plain(found)  # bounds go by the names of training
+    if excess := strayed(open_.bounds, steps, start, moved):
         raise RefusedError("change-too-large", excess)
     limit = open_.bounds.spectrum
-    if limit is not None and (changed := spectrum(open_.start, found)) > limit:
+    if limit is not None and (changed := spectrum(start, moved)) > limit:
         raise RefusedError(
             "spectrum-too-large",
             f"a product changed by {changed:.3g}, and spectrum={limit} in federation.toml",
         )
-    moved = max(map(largest, found.values()), default=0.0)
-    if moved > ABSURD:
-        raise RefusedError("change-too-large", f"an element changed by {moved:.3g}")
-    return Accepted(found, weight, loss, steps, digest(answer.payload))
+    far = max(map(largest, found.values()), default=0.0)
+    if far > ABSURD:
+        raise RefusedError("change-too-large", f"an element changed by {far:.3g}")
+    lost = "lost" in answer.said
+    return Accepted(found, weight, loss, steps, digest(answer.payload), lost)
 
 
 def _change(open_: Open, site: str, payload: bytes) -> Leaves:
@@ -242,6 +265,18 @@ def weighed(value: object, largest: int) -> int:
     return int(number)
 
 
+def taken(value: object, clusters: int) -> int:
+    """The cluster that a site says.
+
+    Raises:
+        RefusedError: `bad-cluster`.
+    """
+    if type(value) is not int or not 0 <= value < clusters:
+        said = f"cluster is {shown(value)}, and must be from 0 to {clusters - 1}"
+        raise RefusedError("bad-cluster", said)
+    return value
+
+
 def _number(value: object) -> int | float | None:
     """The value, if it is a finite number and no flag."""
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -253,12 +288,13 @@ def _number(value: object) -> int | float | None:
 
 
 def _said(open_: Open, site: str, said: Mapping[str, Any]) -> tuple[int, float, int]:
-    """Weight, loss and steps."""
+    """Weight, loss and steps; and the cluster is one of those that there are."""
     joined = open_.weights.get(site)
     if joined is None:
         raise RefusedError("unknown-site", f"{shown(site)} has not joined this run")
-    if said.keys() != {"weight", "loss", "steps"}:
-        raise RefusedError("bad-numbers", "training is told by weight, loss and steps")
+    wanted = ("weight", "loss", "steps", *(["cluster"] if open_.clusters else []))
+    if said.keys() - {"lost"} != {*wanted} or said.get("lost", True) is not True:
+        raise RefusedError("bad-numbers", f"training is told by {', '.join(wanted)}")
     weight = weighed(said["weight"], open_.bounds.weight)
     if weight != joined:
         raise RefusedError("bad-weight", f"weight is {weight}, and was {joined} when it joined")
@@ -268,4 +304,6 @@ def _said(open_: Open, site: str, said: Mapping[str, Any]) -> tuple[int, float, 
     steps, most = said["steps"], open_.bounds.steps(weight)
     if type(steps) is not int or steps < 1 or (most is not None and steps > most):
         raise RefusedError("bad-steps", f"steps are {shown(steps)}, and must be from 1 to {most}")
+    if open_.clusters:
+        taken(said["cluster"], open_.clusters)
     return weight, float(loss), steps

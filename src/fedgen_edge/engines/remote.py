@@ -1,6 +1,6 @@
 """Sites as an engine: orders go out to other machines, and what comes back in time is judged."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ from fedgen_edge.engines.gate import Asked, Gate, Open, event_of
 from fedgen_edge.errors import QuorumError, RefusedError
 from fedgen_edge.jobs import Job
 from fedgen_edge.leaves import shapes
-from fedgen_edge.types import Order, Update
+from fedgen_edge.types import Leaves, Order, Update
 from fedgen_edge.uplink.wire import Wire
 
 
@@ -39,6 +39,8 @@ class Called:
     gates: Mapping[int | None, Gate]
     """By the rank of the adapters that pass."""
     note: Note
+    known: Mapping[int, Leaves]
+    """What the method has each site remember, by its number."""
 
     def update(self, reply: Reply) -> Update | None:
         """What a reply counts for: none where it is refused, or said before, or failed."""
@@ -58,14 +60,16 @@ class Called:
         if taken is None:
             return None
         self.note("accepted", payload=taken.sha256, **said)
+        order = self.orders[reply.site]
         return Update(
-            order=self.orders[reply.site],
-            delta=padded(taken.leaves, shapes(self.orders[reply.site].received)),
+            order=order,
+            delta=padded(taken.leaves, shapes(order.received)),
             memory={},
             weight=float(taken.weight),
             loss=taken.loss,
             steps=taken.steps,
             bytes_up=len(reply.payload),
+            forgot=self.known.get(order.clients[0], {}) if taken.lost else {},
         )
 
 
@@ -88,6 +92,8 @@ class Distant:
     note: Note
     wire: Wire = field(default_factory=Wire)
     """How leaves travel."""
+    known: MutableMapping[int, Leaves] = field(default_factory=dict)
+    """What the method has each site remember, as far as the server can work it out as well."""
 
     def steps(self, order: Order) -> int:
         """Unknown here, and the same for all."""
@@ -113,8 +119,12 @@ class Distant:
         return strides(bounds.phases, bounds.rate)
 
     def accepted(self, updates: Sequence[Update]) -> None:
-        """Sites are told with the work that follows."""
-        del updates
+        """Work out what these sites learnt; they themselves are told with the work that follows."""
+        for update in updates:
+            client, done = update.order.clients[0], (update.order, update.delta, update.steps)
+            before = {} if update.forgot else self.known.get(client, {})
+            if learnt := self.algorithm.learns(*done, before):
+                self.known[client] = {**before, **learnt}
 
     def call(self, orders: Sequence[Order]) -> Called:
         """Word a round's orders; the attempt is on the record before anybody is asked."""
@@ -130,7 +140,7 @@ class Distant:
                        counted.get(name), order.payload)
             for name, order in by_name.items()
         }  # fmt: skip
-        return Called(by_name, work, gates, self.note)
+        return Called(by_name, work, gates, self.note, self.known)
 
     def _open(self, order: Order, attempt: int) -> Open:
         """What the answer of an order's site must be, and of all others of its rank."""
@@ -139,7 +149,8 @@ class Distant:
         schema = shapes(self.algorithm.shared(start, order.round))
         numbers = {name: number for number, name in enumerate(self.names())}
         bounds, weights = self.bounds(order.round), self.weights()
-        return Open(asked, schema, start, bounds, weights, self.wire, numbers)
+        clusters = self.algorithm.clusters.number if self.algorithm.clusters else 0
+        return Open(asked, schema, start, bounds, weights, self.wire, numbers, clusters)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from fedgen_edge import leaves, schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.clusters import parts
+from fedgen_edge.algorithms.clusters import enough, parts
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
@@ -102,10 +102,7 @@ class Experiment:
 
     def shared(self, state: ServerState) -> dict[str, Leaves]:
         """What clients share, by the names of its folders: one adapter, or one a cluster."""
-        if not self.has_global:
-            return {}
-        clusters = {f"cluster-{k}": own for k, own in parts(state.adapter).items()}
-        return clusters or {"global": state.adapter}
+        return by_folder(state.adapter) if self.has_global else {}
 
     def remembering(self, memory: MutableMapping[int, Leaves]) -> "Experiment":
         """The same, with what its clients have kept."""
@@ -168,6 +165,12 @@ class Experiment:
         return Recipe(optimiser(t, rate), t.clip, trains, algorithm.corrects, surveys)
 
 
+def by_folder(adapter: Leaves) -> dict[str, Leaves]:
+    """The server's adapter by the names of its folders: one, or one a cluster."""
+    clusters = {f"cluster-{k}": own for k, own in parts(adapter).items()}
+    return clusters or {"global": adapter}
+
+
 def added(each: Mapping[str, Sums]) -> dict[str, Any]:
     """Clients' sums together; and the mean of each, by its name."""
     names = dict.fromkeys(k for own in each.values() for k in own)
@@ -220,7 +223,7 @@ def build(settings: Settings) -> Experiment:
     schedule.check(federation, settings.devices, (algorithm, *beside_it), len(holdings))
     for each in (algorithm, *beside_it):
         check_method(each, task)
-        _check_clusters(each, cohort)
+        enough(each.clusters, cohort)
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = wired(Experiment(settings, task, corpus, holdings, clients))
     return replace(experiment, settings=_resolved(experiment, cohort))
@@ -237,6 +240,17 @@ def wire(settings: Settings, start: Callable[[], ServerState]) -> Wire:
     """How leaves travel by these settings, from a server that starts so."""
     base = start().adapter if settings.downlink != Downlink() else {}
     return made(settings.uplink, settings.downlink, settings.federation.seed, base)
+
+
+def drawn(settings: Settings, algorithm: Algorithm, begun: Leaves) -> Leaves:
+    """Of the adapter before the first round, what all machines draw for themselves, and alike.
+
+    What is never sent begins so. Where what goes down is a change since then, that is all of it.
+    """
+    if settings.downlink != Downlink():
+        return begun
+    sent = algorithm.shared(begun)
+    return {k: v for k, v in begun.items() if k not in sent}
 
 
 def named(settings: Settings, corpus: Corpus) -> Settings:
@@ -263,15 +277,6 @@ def task_of(settings: Settings, device: torch.device) -> Learnt:
 def check_method(algorithm: Algorithm, task: Learnt) -> None:
     """Refuse now what a method would refuse in its first round."""
     algorithm.sends(list(task.model.leaf_shapes()), None)
-
-
-def _check_clusters(algorithm: Algorithm, cohort: int) -> None:
-    """A round with fewer clients than clusters would never tell these apart."""
-    if algorithm.clusters and algorithm.clusters.number > cohort:
-        raise ConfigError(
-            f"method.clusters={algorithm.clusters.number} must be at most {cohort}, the clients of "
-            "a round: have fewer, or draw more by federation.cohort"
-        )
 
 
 def _check_candidates(settings: Settings) -> None:

@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from fedgen_edge.experiments import plots, summary
+from fedgen_edge.experiments.called import noted
 from fedgen_edge.experiments.diagnose import diagnose
 from fedgen_edge.experiments.gains import PAIRS
 from fedgen_edge.experiments.summary import (
@@ -65,6 +66,7 @@ def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
         "kind": "comparison",
         "title": f"{len(runs)} runs compared",
         "headline": f"Settings compared: {len(groups)}. {_lowest(rows, models)}",
+        "note": noted([(group.label, run) for group in groups for run in group.runs]),
         "measure": runs[0].measure,
         "differ": differ,
         "apart": apart,

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 from fedgen_edge.experiments import checks
+from fedgen_edge.experiments.called import reworded
 from fedgen_edge.experiments.summary import BACKBONE, GLOBAL, PERSONAL, RunFiles
 
 Severity = Literal["problem", "warning", "note", "good"]
@@ -28,7 +29,12 @@ class Finding(NamedTuple):
 def diagnose(run: RunFiles) -> list[Finding]:
     """Every signature that fires, the gravest first; a healthy run gets one good finding."""
     found = [
-        Finding(severity, title, evidence, _with_values(advice, run))
+        Finding(
+            severity,
+            reworded(run, title),
+            reworded(run, evidence),
+            reworded(run, _with_values(advice, run)),
+        )
         for severity, title, check, advice in SIGNATURES
         if (evidence := check(run))
     ]
@@ -75,7 +81,7 @@ SIGNATURES: tuple[Signature, ...] = (
     ("warning", "Some clients have too little data", checks.too_little_data,
      "Raise [partition.minimum], have fewer clients, or let them use the global adapter."),
     ("warning", "Clients pull the adapter apart", checks.pulled_apart,
-     "Lower [training.lr], train less in each round (training.steps), or pull towards the global "
+     "Lower [training.lr], train less in each round (training.steps), or pull towards the received "
      "adapter (method.name=fedprox)."),
     ("warning", "Adapters have lost their rank (rank collapse)", checks.rank_collapses,
      "Lower [training.weight_decay] or [training.lr], or merge products (method.name=flexlora), "

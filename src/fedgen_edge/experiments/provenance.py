@@ -85,6 +85,11 @@ def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, A
     }
 
 
+def versions() -> str:
+    """Of what draws an adapter."""
+    return f"fedgen-edge {version('fedgen-edge')}, torch {torch.__version__}"
+
+
 def data_digest(experiment: Experiment) -> str:
     """SHA-256 of who holds which examples for what: a resumed run must find the same."""
     found, examples = hashlib.sha256(), experiment.corpus.examples

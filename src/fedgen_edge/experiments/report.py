@@ -16,16 +16,13 @@ from fedgen_edge import files
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots, summary, targets
 from fedgen_edge.experiments.apart import distances
+from fedgen_edge.experiments.called import called, noted
 from fedgen_edge.experiments.comparison import SEED, compared
 from fedgen_edge.experiments.diagnose import diagnose
 from fedgen_edge.experiments.drawing import standalone
 from fedgen_edge.experiments.gains import gains, per_client
 from fedgen_edge.experiments.merging import layer_rows
 from fedgen_edge.experiments.summary import (
-    BACKBONE,
-    GLOBAL,
-    LOCAL,
-    PERSONAL,
     ModelRow,
     Number,
     RunFiles,
@@ -33,12 +30,6 @@ from fedgen_edge.experiments.summary import (
     size,
 )
 
-CALLED = {
-    BACKBONE: "the frozen backbone",
-    LOCAL: "training alone",
-    GLOBAL: "the global adapter",
-    PERSONAL: "personal adapters",
-}
 CAPTIONS = {
     "validation": ("Learning", "Validation {name} after each round."),
     "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
@@ -133,6 +124,7 @@ def single(run: RunFiles) -> dict[str, Any]:
         "kind": "run",
         "title": run.folder.resolve().name,
         "headline": headline(run),
+        "note": noted([("", run)]),
         "measure": run.measure,
         "models": (models := summary.judged(run)),
         "newcomers": summary.judged(run, newcomers=True),
@@ -159,11 +151,11 @@ def headline(run: RunFiles) -> str:
     sent, new = summary.uplink(run), summary.judged(run, newcomers=True)
     method = run.settings.get("method.name", "training")
     text = f"{len(run.clients)} clients, {len(run.rounds)} rounds of {method}."
-    if told := _means(summary.judged(run)):
+    if told := _means(run, summary.judged(run)):
         text += f" Mean {run.measure.name} on held-out {run.measure.material}: {told}."
     text += _apart(run)
     if new:
-        text += f" For the {new[0].clients} who never trained: {_means(new)}."
+        text += f" For the {new[0].clients} who never trained: {_means(run, new)}."
     if not math.isnan(sent.saving):
         text += (
             f" Clients sent {size(sent.up)}, where the full model would have been "
@@ -177,15 +169,14 @@ def _apart(run: RunFiles) -> str:
     whole = next((row for row in run.distances if row["client"] is None), None)
     if whole is None:
         return ""
-    told = ", ".join(
-        f"{number(row.pooled)} with {CALLED.get(row.model, row.model)}" for row in distances(run)
-    )
+    rows = distances(run)
+    told = ", ".join(f"{number(row.pooled)} with {called(run, row.model)}" for row in rows)
     floor = f" (real against real: {number(whole['floor'])})" if "floor" in whole else ""
     return f" {whole['distance']} of {whole['made']:,} samples: {told}{floor}."
 
 
-def _means(rows: Sequence[ModelRow]) -> str:
-    return ", ".join(f"{number(row.mean)} with {CALLED.get(row.model, row.model)}" for row in rows)
+def _means(run: RunFiles, rows: Sequence[ModelRow]) -> str:
+    return ", ".join(f"{number(row.mean)} with {called(run, row.model)}" for row in rows)
 
 
 def samples(run: RunFiles) -> list[dict[str, Any]]:
