@@ -92,6 +92,9 @@ class Update:
     """Optimiser steps taken."""
     bytes_up: int
     """Serialised length of what was sent, metadata included."""
+    moved: float | None = None
+    """Norm of the client's own change where `delta` is the mean over its worker's clients; none
+    where it is the client's own."""
 
 
 @dataclass(frozen=True)
