@@ -1,15 +1,17 @@
 """Clients on a cluster of Ray's: a small one of this machine, which these tests start and end."""
 
+# ruff: noqa: E402  (what follows needs ray, or is skipped)
+
 import json
 import os
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch.optim import SGD, AdamW
@@ -29,10 +31,13 @@ from fedgen_edge.engines.ray import Fleet
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.engines.staff import Jobs, Kind, Staff
-from fedgen_edge.errors import ConfigError, MissingExtraError, TrainingError, WorkerError
-from fedgen_edge.experiments import build as building
-from fedgen_edge.experiments.build import build
-from fedgen_edge.experiments.models import reopen
+from fedgen_edge.errors import (
+    ConfigError,
+    FedGenError,
+    MissingExtraError,
+    TrainingError,
+    WorkerError,
+)
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.jobs import Clients, Job, Train
 from fedgen_edge.personal import Personalise
@@ -150,23 +155,30 @@ def test_personal_adapters_come_as_those_of_one_machine_and_in_their_order(fleet
     assert all(same(a.adapter, b.adapter) for a, b in zip(found, expected, strict=True))
 
 
+class Elsewhere:
+    """A job that is no simulation's."""
+
+    def steps(self, order: Order) -> int:
+        return order.round
+
+    def kin(self, order: Order) -> int:
+        return order.round
+
+    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
+        raise AssertionError(orders, stacked)
+
+
 def test_a_job_of_sites_is_not_for_workers(fleet: Fleet) -> None:
     with pytest.raises(TypeError, match="simulation"):
-        list(fleet.engine("any", 2, sums=False)([], object()))  # pyright: ignore[reportArgumentType]
-
-
-class Mortal(Clients):
-    """Clients at whom a worker dies."""
+        list(fleet.engine("any", 2, sums=False)([], Elsewhere()))
 
 
 def dying(deaths: Path, times: int) -> Jobs:
-    """Jobs at which a worker is killed, so many times in all, once it has begun to train."""
+    """Jobs at which a worker is killed in the middle of a round, so many times."""
 
     def job(what: str, kind: Kind, memory: Kept) -> Job:
-        del what, kind
-
         def recipe(round_: int) -> Recipe:
-            if os.getpid() != DRIVER and len(deaths.read_bytes()) < times:
+            if len(deaths.read_bytes()) < times:
                 with deaths.open("ab") as file:
                     file.write(b".")
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -177,15 +189,11 @@ def dying(deaths: Path, times: int) -> Jobs:
     return job
 
 
-DRIVER = os.getpid()
-
-
 def plain(round_: int) -> Recipe:
-    del round_
     return Recipe(partial(SGD, lr=0.5))
 
 
-def lines(memory: Kept, recipe: Any = plain) -> Train:
+def lines(memory: Kept, recipe: Callable[[int], Recipe] = plain) -> Train:
     held = [line_shard(str(c), *map(float, range(c + 1))) for c in range(4)]
     return Train(Clients(Line(), Algorithm(), held, 0, memory=memory), Budget(2), recipe)
 
@@ -193,19 +201,14 @@ def lines(memory: Kept, recipe: Any = plain) -> Train:
 ORDERS = [Order((c,), 0, {"w": torch.tensor(0.5)}) for c in range(4)]
 
 
-@pytest.mark.parametrize("sums", [False, True])
-def test_a_worker_that_is_killed_in_a_round_changes_nothing(tmp_path: Path, sums: bool) -> None:
-    found = []
-    for times in (0, 1):
-        deaths = tmp_path / str(times)
-        deaths.touch()
-        fleet = Fleet(partial(dying, deaths, times), workers=2)
-        found.append(list(fleet.engine("any", 1, sums=sums)(ORDERS, lines({}))))
-        fleet.close()
-        assert deaths.read_bytes() == b"." * times
-    assert found[0] == found[1]
-    if not sums:
-        assert found[0] == list(stacked(1)(ORDERS, lines({})))
+def test_a_worker_that_is_killed_in_a_round_changes_nothing(tmp_path: Path) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.touch()
+    fleet = Fleet(partial(dying, deaths, 1), workers=2)
+    found = list(fleet.engine("any", 1, sums=False)(ORDERS, lines({})))
+    assert deaths.read_bytes() == b"."
+    assert found == list(stacked(1)(ORDERS, lines({})))
+    fleet.close()
 
 
 def test_a_worker_that_dies_every_time_ends_the_run_in_one_line(
@@ -222,34 +225,30 @@ def test_a_worker_that_dies_every_time_ends_the_run_in_one_line(
     fleet.close()
 
 
-def failing(error: Exception) -> Jobs:
-    raise error
+def failing(pid: Path) -> Jobs:
+    pid.write_text(str(os.getpid()))
+
+    def job(what: str, kind: Kind, memory: Kept) -> Job:
+        if what == "diverged":
+            raise TrainingError("round 1, client a: lost")
+        raise MissingExtraError("this", "hub")
+
+    return job
 
 
-@pytest.mark.parametrize(
-    ("error", "kind", "told"),
-    [(TrainingError("round 1, client a: lost"), TrainingError, "^round 1, client a: lost$"),
-     (MissingExtraError("this", "hub"), Exception, r"worker of engine.name='ray': this needs")],
-)  # fmt: skip
-def test_what_a_worker_refuses_is_said_as_if_it_were_here(
-    error: Exception, kind: type[Exception], told: str
+def test_what_workers_refuse_is_said_here_and_they_end_before_a_cluster_that_was_there(
+    tmp_path: Path,
 ) -> None:
-    fleet = Fleet(partial(failing, error), workers=1)
-    with pytest.raises(kind, match=told) as found:
-        list(fleet.engine("any", 1, sums=False)(ORDERS, lines({})))
-    assert "\n" not in str(found.value)
+    pid = tmp_path / "pid"
+    fleet = Fleet(partial(failing, pid), workers=1)
+    with pytest.raises(TrainingError, match=r"^round 1, client a: lost$"):
+        list(fleet.engine("diverged", 1, sums=False)(ORDERS, lines({})))
+    with pytest.raises(FedGenError, match=r"^a worker of engine.name='ray': this needs: [^\n]*$"):
+        list(fleet.engine("lacking", 1, sums=False)(ORDERS, lines({})))
+    worker = psutil.Process(int(pid.read_text()))
     fleet.close()
-
-
-def test_a_cluster_that_was_there_stays_and_workers_do_not() -> None:
-    def alive() -> int:
-        return sum(a["State"] == "ALIVE" for a in ray.util.state.list_actors())
-
-    before = ray.available_resources()["CPU"]
-    fleet = Fleet(partial(dying, Path(os.devnull), 0), workers=2)
-    list(fleet.engine("any", 1, sums=False)(ORDERS, lines({})))
-    assert ray.available_resources()["CPU"] == before - 2
-    fleet.close()
+    psutil.wait_procs([worker], timeout=20)
+    assert not worker.is_running()
     assert ray.is_initialized()
 
 
@@ -259,3 +258,32 @@ def test_workers_for_whom_there_is_no_room_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"an accelerator each, .* room for 0"):
         Fleet(jobs, on_ray.Room(1, 1)).connect()
     assert Fleet(jobs, on_ray.Room(4)).connect() == 2
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five clients of unequal size."""
+    path = tmp_path_factory.mktemp("data") / "stories.jsonl"
+    rows = [
+        {"text": text, "who": f"client {c}"} for c in range(5) for text in sentences(6 + 3 * c, c)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+ON_RAY = {"name": "ray", "threads": 1, "stack": 2, "workers": 2}
+
+
+def test_a_run_stopped_and_resumed_leaves_what_a_run_on_one_machine_leaves(
+    text: Path, tmp_path: Path
+) -> None:
+    short = {"rounds": 3}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    create(settings(text, federation=short), whole)
+    finish(whole)
+    events = proceed(create(settings(text, federation=short, engine=ON_RAY), broken), broken)
+    assert [next(events).done for _ in range(2)] == [1, 2]
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    finish(broken)
+    assert outcome(broken) == outcome(whole)
+    assert load(broken / "settings.toml").engine.workers == 2

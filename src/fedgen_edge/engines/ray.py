@@ -181,7 +181,7 @@ def _fitting(wanted: int | None, room: Room) -> int:
 
 
 def _accelerated(machine: Mapping[str, float], room: Room) -> float:
-    return machine.get("GPU", 0) // room.gpus if room.gpus else inf
+    return machine.get("GPU", 0.0) // room.gpus if room.gpus else inf
 
 
 def _answers(calls: Sequence[Any]) -> list[list[list[Said]]]:
@@ -199,5 +199,5 @@ def _answers(calls: Sequence[Any]) -> list[list[list[Said]]]:
         why = str(error).strip().rpartition("\n")[2]
         raise WorkerError(
             f"engine.name='ray': a worker was lost, and its work was tried {AGAIN + 1} times, or it "
-            f"never began: if its memory ran out, lower engine.stack or engine.workers; Ray: {why}"
+            f"never began: if memory ran out, lower engine.stack or engine.workers; Ray says: {why}"
         ) from None
