@@ -53,6 +53,16 @@ def test_sums_are_refused_to_a_method_that_needs_more(method: str, tmp_path: Pat
         create(told({"name": "ray", "sums": True}, method), tmp_path / "run")
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "auto", "127.0.0.1:70000"])
+def test_an_address_where_nobody_answers_is_refused_before_anything_is_written(
+    address: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    with pytest.raises(ConfigError, match=f"engine.address='{address}' is no cluster"):
+        create(told({"name": "ray", "address": address}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 @dataclass(frozen=True)
 class Alone:
     """One worker, in this process."""
@@ -90,7 +100,8 @@ def test_with_sums_a_run_tells_all_but_what_merging_missed(tmp_path: Path) -> No
     told = []
     for sums in (False, True):
         made = create(quick, tmp_path / str(sums))
-        assert isinstance(staff := Alone(jobs(made.settings)), Staff)
+        staff = Alone(jobs(made.settings))
+        assert isinstance(staff, Staff)
         asked_for = replace(made.settings, engine=replace(made.settings.engine, sums=sums))
         for _ in proceed(replace(made, settings=asked_for, staff=staff), tmp_path / str(sums)):
             pass

@@ -7,6 +7,7 @@ started anew, and its part done again, with the same result to the last bit.
 """
 
 import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from fedgen_edge.uplink.transform import encode
 
 AGAIN = 3
 """Times that a part of a round is done again, after its worker was lost."""
+SECONDS = 10.0
+"""That a cluster has to answer."""
 
 
 class Room(NamedTuple):
@@ -147,15 +150,22 @@ class Fleet:
 
 
 def _connect(address: str | None, **own: int) -> None:
-    """Reach a cluster; or start one, which has all that this machine has, or what is its own."""
+    """Reach a cluster; or start one, which has all that this machine has, or what is its own.
+
+    Raises:
+        ConfigError: there is none.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a new cluster reports to its makers
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         ray.init("local", include_dashboard=False, **own, **quiet)
         return
+    host, _, port = address.rpartition(":")
     try:
+        # Ray itself asks for minutes
+        socket.create_connection((host, int(port)), SECONDS).close()
         ray.init(address, **quiet)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, OverflowError) as error:
         said = str(error).partition("\n")[0]
         raise ConfigError(
             f"engine.address={address!r} is no cluster of Ray's: {said}; say its host:port, or "
@@ -198,6 +208,7 @@ def _answers(calls: Sequence[Any]) -> list[list[list[Said]]]:
     except RayError as error:
         why = str(error).strip().rpartition("\n")[2]
         raise WorkerError(
-            f"engine.name='ray': a worker was lost, and its work was tried {AGAIN + 1} times, or it "
-            f"never began: if memory ran out, lower engine.stack or engine.workers; Ray says: {why}"
+            f"engine.name='ray': a worker was lost, and its work was tried {AGAIN + 1} times, or "
+            "it never began: if memory ran out, lower engine.stack or engine.workers; Ray says: "
+            f"{why}"
         ) from None
