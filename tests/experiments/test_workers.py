@@ -22,7 +22,12 @@ from fedgen_edge.uplink.transform import encode
 
 
 def told(engine: dict[str, Any], method: str = "fedgen-edge") -> Any:
-    return from_table({"engine": engine, "method": {"name": method}, "backbone": {"path": "tiny"}})
+    return from_table({
+        "engine": engine,
+        "method": {"name": method},
+        "backbone": {"path": "tiny"},
+        "data": {"packages": ["json", "xml"], "length": 32},
+    })  # fmt: skip
 
 
 def test_without_its_extra_a_run_is_refused_before_anything_is_written(

@@ -163,13 +163,13 @@ def _connect(address: str | None, **own: int) -> None:
     host, _, port = address.rpartition(":")
     try:
         # Ray itself asks for minutes
-        socket.create_connection((host, int(port)), SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), SECONDS).close()
         ray.init(address, **quiet)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
         said = str(error).partition("\n")[0]
         raise ConfigError(
-            f"engine.address={address!r} is no cluster of Ray's: {said}; say its host:port, or "
-            "leave it out for one of this machine"
+            f"engine.address={address!r} is no cluster of Ray's that lets us in: {said}; say its "
+            "host:port, and its token by RAY_AUTH_TOKEN, or leave it out for one of this machine"
         ) from None
 
 
