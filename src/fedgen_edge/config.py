@@ -355,11 +355,12 @@ class Personal:
 
 @dataclass(frozen=True, config=STRICT)
 class Engine:
-    """How clients run on this machine."""
+    """How clients run on this machine, or on a cluster."""
 
-    name: Literal["auto", "serial", "stacked"] = "auto"
+    name: Literal["auto", "serial", "stacked", "ray"] = "auto"
     """serial: one client at a time; stacked: many at once through the shared backbone; auto is
-    stacked wherever the method allows."""
+    stacked wherever the method allows; ray: as auto, by several workers, on a cluster of Ray's or
+    on this machine (extra: ray)."""
     stack: Count | None = None
     """Most clients in one stack; none chooses from the memory at hand."""
     device: str = "auto"
@@ -367,6 +368,14 @@ class Engine:
     threads: Count | None = None
     """Threads of the arithmetic; none is every core. Recorded: results depend on it in the last
     bit."""
+    address: str | None = None
+    """Of the cluster, as host:port (ray); none is a cluster of this machine alone."""
+    workers: Count | None = None
+    """Processes that each have a backbone (ray); none is as many as there is room for: an
+    accelerator each, or `threads` cores."""
+    sums: bool = False
+    """Have each worker send the mean of its clients' changes, and not every change, where the
+    server takes their mean (ray): records lack the error of merging then."""
 
 
 @dataclass(frozen=True, config=STRICT)

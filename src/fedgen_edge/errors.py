@@ -44,5 +44,9 @@ class QuorumError(FedGenError):
     """Too few sites answered a round in time; the model is as it was."""
 
 
+class WorkerError(FedGenError):
+    """A simulation's workers were lost, more often than their work is done again."""
+
+
 class CarrierError(FedGenError):
     """Messages cannot be carried: what carries them is away, refuses, or has given the run up."""

@@ -94,6 +94,9 @@ class Update:
     """Serialised length of what was sent, metadata included."""
     forgot: Leaves = field(default_factory=dict)
     """What the method had the client remember, where it has lost that: it trained without."""
+    moved: float | None = None
+    """Norm of the client's own change where `delta` is the mean over its worker's clients; none
+    where it is the client's own."""
 
 
 @dataclass(frozen=True)

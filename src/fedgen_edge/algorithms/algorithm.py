@@ -67,6 +67,11 @@ class Algorithm:
     """Updates that make a commit, whichever come first; 0 waits for the round's cohort."""
     ages: Ages = stale.never
 
+    @property
+    def averages(self) -> bool:
+        """Whether the server needs no more of a cohort's changes than their mean by examples."""
+        return self.merges is merge.mean and not self.buffer
+
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
         adapter = self.begins(adapter)

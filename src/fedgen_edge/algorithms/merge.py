@@ -1,6 +1,7 @@
 """Slots that make one change of many updates."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -17,6 +18,18 @@ def mean(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     del adapter
     weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
     return leaves.mean([u.delta for u in updates], weights)
+
+
+def in_common(updates: Sequence[Update]) -> list[Update]:
+    """The same, each with their mean in its own change's place: `mean` makes the same of them.
+
+    So of many clients one change is enough, whoever else there is. What each moved by is noted.
+    """
+    common = mean({}, updates)
+    return [
+        replace(u, delta=common, moved=float(leaves.norm(u.delta)) if u.delta else 0.0)
+        for u in updates
+    ]
 
 
 def by_steps(adapter: Leaves, updates: Sequence[Update]) -> Leaves:

@@ -15,10 +15,16 @@ def stacked(size: int) -> Engine:
     """
 
     def run(orders: Sequence[Order], job: Job) -> Iterator[Update | Tuned]:
-        ranked = sorted(orders, key=job.steps, reverse=True)
-        for kin in dict.fromkeys(map(job.kin, ranked)):
-            alike = [order for order in ranked if job.kin(order) == kin]
-            for at in range(0, len(alike), size):
-                yield from job(alike[at : at + size], stacked=True)
+        for stack in stacks(orders, job, size):
+            yield from job(stack, stacked=True)
 
     return run
+
+
+def stacks(orders: Sequence[Order], job: Job, size: int) -> Iterator[list[Order]]:
+    """Who is together: kin alone, and at most so many of them."""
+    ranked = sorted(orders, key=job.steps, reverse=True)
+    for kin in dict.fromkeys(map(job.kin, ranked)):
+        alike = [order for order in ranked if job.kin(order) == kin]
+        for at in range(0, len(alike), size):
+            yield alike[at : at + size]

@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.data.partition import Holding, labelled, partition
 from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
+from fedgen_edge.engines.staff import Staff
 from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.features import extractor
@@ -53,6 +54,8 @@ class Experiment:
     corpus: Corpus
     holdings: Sequence[Holding]
     clients: Clients
+    staff: Staff | None = None
+    """Workers, where there are some."""
 
     @property
     def algorithm(self) -> Algorithm:
@@ -72,8 +75,12 @@ class Experiment:
     @property
     def engine(self) -> Engine:
         """The engine of the settings; a method whose leaves cannot be stacked runs serially."""
-        settings = self.settings.engine
-        if settings.name == "serial" or not self.task.model.stackable:
+        settings, able = self.settings.engine, self.task.model.stackable
+        if self.staff:
+            sums = settings.sums and self.algorithm.averages
+            stack = (settings.stack or 1) if able else None
+            return self.staff.engine(self.settings.method.name, stack, sums=sums)
+        if settings.name == "serial" or not able:
             return serial
         return stacked(settings.stack or 1)
 
@@ -94,6 +101,11 @@ class Experiment:
         beside, patience = self.algorithm.beside, Patience(p.patience, p.fallback)
         mixing = p.mixing or (beside.mixing if beside else ())
         return Personalise(self.clients, budget, recipe, patience, mixing)
+
+    def close(self) -> None:
+        """Let workers go, if there are some."""
+        if self.staff:
+            self.staff.close()
 
     def start(self) -> ServerState:
         """The server before the first round."""
@@ -209,6 +221,7 @@ def build(settings: Settings) -> Experiment:
     ]
     if settings.evaluation.tensorboard and not find_spec("tensorboard"):
         raise MissingExtraError("evaluation.tensorboard=true", "tensorboard")
+    _check_workers(settings)
     device = machine.device(settings.engine.device)
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     federation, seed = settings.federation, settings.federation.seed
@@ -226,7 +239,12 @@ def build(settings: Settings) -> Experiment:
         enough(each.clusters, cohort)
     clients = Clients(task, algorithm, shards(task, corpus, holdings, settings), seed, device)
     experiment = wired(Experiment(settings, task, corpus, holdings, clients))
-    return replace(experiment, settings=_resolved(experiment, cohort))
+    experiment = replace(experiment, settings=_resolved(experiment, cohort))
+    if settings.engine.name != "ray":
+        return experiment
+    from fedgen_edge.experiments.workers import staffed
+
+    return staffed(experiment)
 
 
 def wired(experiment: Experiment) -> Experiment:
@@ -277,6 +295,22 @@ def task_of(settings: Settings, device: torch.device) -> Learnt:
 def check_method(algorithm: Algorithm, task: Learnt) -> None:
     """Refuse now what a method would refuse in its first round."""
     algorithm.sends(list(task.model.leaf_shapes()), None)
+
+
+def _check_workers(settings: Settings) -> None:
+    """Workers are Ray's, which is an extra."""
+    told = settings.engine
+    if told.name == "ray":
+        if not find_spec("ray"):
+            raise MissingExtraError("engine.name='ray'", "ray")
+        return
+    asked = {"address": told.address, "workers": told.workers, "sums": told.sums or None}
+    for name, value in asked.items():
+        if value is not None:
+            raise ConfigError(
+                f"engine.{name}={value!r} is of workers, and engine.name={told.name!r} has none: "
+                "say engine.name='ray', or leave it out"
+            )
 
 
 def _check_candidates(settings: Settings) -> None:
@@ -365,12 +399,18 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
         ),
         engine=replace(
             settings.engine,
-            name="stacked" if can_stack else "serial",
+            name=_engine(settings.engine.name, can_stack),
             stack=min(cohort, settings.engine.stack or _stack(experiment)) if can_stack else None,
             device=str(clients.device),
             threads=torch.get_num_threads(),
         ),
     )
+
+
+def _engine(asked: str, can_stack: bool) -> Literal["serial", "stacked", "ray"]:
+    if asked == "ray":
+        return "ray"
+    return "stacked" if can_stack else "serial"
 
 
 def _absolute(path: Any) -> Any:

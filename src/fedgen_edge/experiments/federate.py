@@ -155,6 +155,8 @@ def _ways_out(experiment: Federated) -> str:
 
 def drift(update: Update) -> float:
     """How far a client moved."""
+    if update.moved is not None:
+        return update.moved
     return float(leaves.norm(update.delta)) if update.delta else 0.0
 
 
@@ -210,14 +212,15 @@ def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
 
     A layer of which clients keep a factor of their own is left out: the server's product is
     nobody's. Of updates that began from older versions the mean is no adapter's aim, and of
-    clusters it is none's.
+    clusters it is none's. Workers that send means alone do not tell the products.
     """
     sent, adapter = [update for update in done.updates if update.delta], done.state.adapter
     if not sent:
         return {}
     shared, round_ = algorithm.sends(list(adapter), None), done.state.round - 1
     own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
-    fresh = all(u.order.round == round_ for u in sent) and not algorithm.clusters
+    fresh = all(u.order.round == round_ and u.moved is None for u in sent)
+    fresh = fresh and not algorithm.clusters
     missed = errors(sent, adapter) if fresh and pairs(sent[0].delta) else {}
     found = sizes(adapter)
     whole = {p.layer for p in pairs(adapter) if not own & {*p}} & found.keys()

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,10 @@ def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Do what is left of a run, from its last commit to its test."""
     with records.locked(run):
         files.sweep(run)
-        for stage in _stages(experiment, run):
-            yield from stage
-            give_back()
+        with closing(experiment):
+            for stage in _stages(experiment, run):
+                yield from stage
+                give_back()
         told = records.read_json(run / "run.json")
         peak = max(peak_memory(), told.get("peak_bytes", 0))
         found = {"seconds": spent(run), "peak_bytes": peak, "finished": True}
