@@ -26,21 +26,20 @@ class Cost(NamedTuple):
     """What operations ask for, all together."""
 
     ops: float
-    """Operations that compute: views and look-ups are none."""
+    """Operations that compute: views are none."""
+    products: float
+    """Those of them that are products of matrices."""
     flops: float
-    """Of products of matrices: a multiplication and an addition are two."""
+    """Of the products: a multiplication and an addition are two."""
     traffic: float
     """Bytes that the operations read and write."""
 
-    def __add__(self, other: Any) -> "Cost":
+    def plus(self, other: "Cost") -> "Cost":
+        """Both together."""
         return Cost(*(a + b for a, b in zip(self, other, strict=True)))
 
-    def times(self, factor: float) -> "Cost":
-        """As often."""
-        return Cost(*(factor * a for a in self))
 
-
-NOTHING = Cost(0.0, 0.0, 0.0)
+NOTHING = Cost(0.0, 0.0, 0.0, 0.0)
 
 
 @dataclass
@@ -88,8 +87,9 @@ class Counter(TorchDispatchMode):
         self._note()
         if not func.is_view:
             size = sum(t.numel() * t.element_size() for t in (*told, *made))
-            work = Cost(1.0, float(_flops(func, args, kwargs or {}, out)), float(size))
-            self.stages[self.stage].cost += work
+            flops = float(_flops(func, args, kwargs or {}, out))
+            seen = self.stages[self.stage]
+            seen.cost = seen.cost.plus(Cost(1.0, float(flops > 0), flops, float(size)))
         return out
 
     def _note(self) -> None:

@@ -9,7 +9,7 @@ import gc
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -176,7 +176,7 @@ def _counted(
         with counter:
             found = _second_step(settings, algorithm, task, work, counter)
     peaks = {stage: float(counter.stages[stage].peak) for stage in STAGES}
-    cost = sum((counter.stages[stage].cost for stage in STAGES), Cost(0.0, 0.0, 0.0))
+    cost = reduce(Cost.plus, (counter.stages[stage].cost for stage in STAGES))
     return {**peaks, **cost._asdict(), **found}
 
 
@@ -188,11 +188,11 @@ def _second_step(
         counter.enter("step")
         return algorithm.corrects(grads, now, begun, memory)
 
-    start, told = _begun(algorithm, task, work)
+    start, told = begun(algorithm, task, work)
     made: list[Optimizer] = []
-    recipe = _recipe(settings, algorithm, start, corrects, made)
+    recipe = recipe_of(settings, algorithm, start, corrects, made)
     task.module.register_forward_hook(lambda *_: counter.enter("backward"))
-    batch = _batch(work)
+    batch = blank(work)
     steps = descend(task, start, told, [batch, batch], recipe)
     next(steps)
     gc.collect()  # what layers were computed again with is in cycles
@@ -204,7 +204,7 @@ def _second_step(
     return {"adapter": own, "optimiser": moments, "gradients": held - own - moments - _bytes(batch)}
 
 
-def _begun(algorithm: Algorithm, task: Language, work: Work) -> tuple[Leaves, Leaves]:
+def begun(algorithm: Algorithm, task: Language, work: Work) -> tuple[Leaves, Leaves]:
     """What a client begins from, and what it is told beside it, before the first round."""
     fresh = {k: torch.zeros(shape) for k, shape in task.model.leaf_shapes().items()}
     state = algorithm.init(fresh)
@@ -219,7 +219,7 @@ def _begun(algorithm: Algorithm, task: Language, work: Work) -> tuple[Leaves, Le
     return stack([start] * work.clients), stack([told] * work.clients)
 
 
-def _recipe(
+def recipe_of(
     settings: Settings,
     algorithm: Algorithm,
     start: Leaves,
@@ -241,16 +241,19 @@ def _recipe(
     return Recipe(factory, settings.training.clip, trains, corrects, algorithm.surveys(most))
 
 
-def _batch(work: Work) -> Batch:
+def blank(work: Work) -> Batch:
     """Blocks of nothing, each one document."""
     clients = (work.clients,) if work.clients else ()
     shape = (*clients, work.rows, work.length)
-    numbers = ("tokens", "labels", "segment", "position")
     with unset_fake_temporarily():  # which epoch it is, the client looks at
         marks = {"epoch": torch.zeros(clients, dtype=torch.long)}
         marks["last"] = torch.zeros(clients, dtype=torch.bool)
+    zeros = torch.zeros(shape, dtype=torch.int32)
     return {
-        **{k: torch.zeros(shape, dtype=torch.int32) for k in numbers},
+        "tokens": zeros,
+        "labels": zeros.clone(),
+        "segment": torch.ones_like(zeros),
+        "position": zeros + torch.arange(work.length, dtype=torch.int32),
         "mask": torch.ones(shape, dtype=torch.bool),
         **marks,
     }

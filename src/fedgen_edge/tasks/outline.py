@@ -43,7 +43,7 @@ def config_of(settings: Backbone) -> Any:
     told = family(settings.path) or _written(_file(settings), settings.path)
     kind = told.get("model_type")
     try:
-        config = AutoConfig.for_model(**told)
+        config = made_of(told)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
@@ -58,6 +58,11 @@ def config_of(settings: Backbone) -> Any:
             "is no causal language model: take another"
         )
     return config
+
+
+def made_of(shape: Mapping[str, Any]) -> Any:
+    """The configuration with these values; as transformers has them where there are none."""
+    return AutoConfig.for_model(**shape)
 
 
 def _file(settings: Backbone) -> Path:
