@@ -9,7 +9,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ from torch.utils.flop_counter import flop_registry
 aten: Any = torch.ops.aten
 
 
-class Cost(NamedTuple):
+@dataclass(frozen=True)
+class Cost:
     """What operations ask for, all together."""
 
     ops: float
@@ -36,7 +37,12 @@ class Cost(NamedTuple):
 
     def plus(self, other: "Cost") -> "Cost":
         """Both together."""
-        return Cost(*(a + b for a, b in zip(self, other, strict=True)))
+        return Cost(
+            self.ops + other.ops,
+            self.products + other.products,
+            self.flops + other.flops,
+            self.traffic + other.traffic,
+        )
 
 
 NOTHING = Cost(0.0, 0.0, 0.0, 0.0)

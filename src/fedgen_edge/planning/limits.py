@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from fedgen_edge.config import Settings
 
@@ -23,7 +23,8 @@ class Limits:
     """Blocks of text that a client has for training."""
 
 
-class Bound(NamedTuple):
+@dataclass(frozen=True)
+class Bound:
     """One limit, and what is needed of it."""
 
     what: str
@@ -72,7 +73,7 @@ def bounds(
     held = sum(server[part] for part in ("adapter", "state", "updates"))
     if told.server_memory:
         helps = "a smaller federation.cohort, or a lower adapter.rank"
-        found.append(Bound("the server's memory", held, told.server_memory, "bytes", helps))
+        found.append(Bound("the server's memory", float(held), told.server_memory, "bytes", helps))
     window = settings.federation.deadline or time.round
     if told.server_link and window:
         seconds = (traffic.round_down + traffic.round_up) / told.server_link
@@ -91,7 +92,7 @@ def _device(limit: float, memory: Mapping[str, Any]) -> Bound:
     helps = f"{way} takes {need / GB:.3g} GB"
     if not fits:
         helps += ", which does not fit either: a smaller backbone, or a shorter data.length"
-    return Bound("the device's memory", own[1].total, limit, "bytes", helps)
+    return Bound("the device's memory", float(own[1].total), limit, "bytes", helps)
 
 
 def sentence(found: Sequence[Bound]) -> str:

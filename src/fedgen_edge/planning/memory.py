@@ -8,9 +8,9 @@ straight line.
 import gc
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial, reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,10 +41,12 @@ DTYPES = {"float32": torch.float32}
 """Of the arithmetic; all other precisions have bfloat16."""
 FEW = 2
 """Layers, or periods of them, that a deep model is counted with at first, and one more."""
+COUNTS = tuple(field.name for field in fields(Cost))
 STAGES = ("forward", "backward", "step")
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """What one optimiser step asks for, beside the frozen weights."""
 
     adapter: float
@@ -145,7 +147,8 @@ def training_step(settings: Settings, config: Any, work: Work, dtype: torch.dtyp
     """What a step of these settings asks for.
 
     Raises:
-        NotImplementedError: torch does not know an operation of this model without its values.
+        RuntimeError: torch does not know an operation of this model without values, or of this
+            type.
     """
     whole, each = layers(config), period(config)
     few = FEW * each
@@ -159,7 +162,7 @@ def training_step(settings: Settings, config: Any, work: Work, dtype: torch.dtyp
 
 def _step(found: Mapping[str, float]) -> Step:
     peak = max(found[stage] for stage in STAGES)
-    cost = Cost(*(found[name] for name in Cost._fields))
+    cost = Cost(*(found[name] for name in COUNTS))
     return Step(found["adapter"], found["optimiser"], found["gradients"], peak, cost)
 
 
@@ -177,13 +180,14 @@ def _counted(
             found = _second_step(settings, algorithm, task, work, counter)
     peaks = {stage: float(counter.stages[stage].peak) for stage in STAGES}
     cost = reduce(Cost.plus, (counter.stages[stage].cost for stage in STAGES))
-    return {**peaks, **cost._asdict(), **found}
+    return {**peaks, **asdict(cost), **found}
 
 
 def _second_step(
     settings: Settings, algorithm: Algorithm, task: Language, work: Work, counter: Counter
 ) -> dict[str, float]:
     """Train on two batches, and count the second, before which the optimiser has its moments."""
+
     def corrects(grads: Leaves, now: Leaves, begun: Leaves, memory: Leaves) -> Leaves:
         counter.enter("step")
         return algorithm.corrects(grads, now, begun, memory)
@@ -201,7 +205,8 @@ def _second_step(
     moments = sum(_bytes(of) for one in made for of in one.state.values())
     counter.enter("forward")
     next(steps)
-    return {"adapter": own, "optimiser": moments, "gradients": held - own - moments - _bytes(batch)}
+    rest = held - own - moments - _bytes(batch)
+    return {"adapter": float(own), "optimiser": float(moments), "gradients": float(rest)}
 
 
 def begun(algorithm: Algorithm, task: Language, work: Work) -> tuple[Leaves, Leaves]:

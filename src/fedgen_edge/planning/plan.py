@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -33,6 +33,7 @@ from fedgen_edge.planning.traffic import (
     timed,
 )
 from fedgen_edge.schedule import cohort_size
+from fedgen_edge.tasks.language import Language
 from fedgen_edge.tasks.outline import config_of, layers, linear_weights, outlined
 from fedgen_edge.uplink.transform import length
 
@@ -40,7 +41,8 @@ SHOWN = 1000
 """Clients among whom the slowest is looked for."""
 
 
-class Memory(NamedTuple):
+@dataclass(frozen=True)
+class Memory:
     """Bytes that a client's training takes, libraries not counted."""
 
     backbone: int
@@ -147,8 +149,7 @@ def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
     config = config_of(settings.backbone)
     _check_length(settings, config)
     algorithm = method(settings.method, adapter=settings.adapter)
-    with torch.device("meta"):
-        task = outlined(config, settings.adapter, torch.bfloat16, full=algorithm.adapts == "full")
+    task = _outline(settings, config, full=algorithm.adapts == "full")
     shapes, leaves = task.model.shapes(), task.model.leaf_shapes()
     algorithm.sends(list(leaves), None)  # refuses what it cannot share
     steps, clients = _steps(settings, told), members(settings)
@@ -159,6 +160,11 @@ def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
         stacked = [_trained(settings, config, settings.engine.stack, checkpointing=c)
                    for c in (False, True)]  # fmt: skip
         every["stack"] = _memory(next(iter(every.values())).backbone, *stacked)
+    source = (
+        "devices.steps_per_second"
+        if settings.devices.steps_per_second or not speed
+        else speed.source
+    )
     devices = timed(settings.devices, speed.seconds(step.cost) if speed and steps else None)
     settings = replace(settings, devices=devices)
     on = road(settings, algorithm, leaves, clients)
@@ -171,6 +177,7 @@ def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
     )  # fmt: skip
     traffic = _traffic(settings, on, done, model.full_bytes)
     time = _time(settings, on, done, speed, server["updates"], steps)
+    time = replace(time, source=source if time.step else "")
     found = limits.bounds(settings, told, every, server, (traffic, time))
     return Plan(
         model, clients, cohort, len(done), steps, traffic, every, step, time, server,
@@ -219,12 +226,24 @@ def _precisions(settings: Settings) -> tuple[Precision, ...]:
     return ("bf16", "int8", "int4")
 
 
+def _outline(settings: Settings, config: Any, *, full: bool) -> Language:
+    try:
+        with torch.device("meta"):
+            return outlined(config, settings.adapter, torch.bfloat16, full=full)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be made of "
+            f"its config.json ({reason}): mend it, or take another"
+        ) from None
+
+
 def _trained(settings: Settings, config: Any, clients: int = 0, *, checkpointing: bool) -> Step:
     t = settings.training
     work = Work(t.batch, settings.data.length, clients, checkpointing)
     try:
         return training_step(settings, config, work, dtype_of(_precisions(settings)[0]))
-    except NotImplementedError as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be counted "
@@ -233,9 +252,15 @@ def _trained(settings: Settings, config: Any, clients: int = 0, *, checkpointing
 
 
 def _memory(backbone: int, step: Step, again: Step) -> Memory:
-    named = (step.adapter, step.optimiser, step.gradients, step.activations)
-    totals = (backbone + math.ceil(step.peak), backbone + math.ceil(again.peak))
-    return Memory(backbone, *(round(v) for v in named), *totals)
+    return Memory(
+        backbone,
+        adapter=round(step.adapter),
+        optimiser=round(step.optimiser),
+        gradients=round(step.gradients),
+        activations=round(step.activations),
+        total=backbone + math.ceil(step.peak),
+        checkpointed=backbone + math.ceil(again.peak),
+    )
 
 
 def _values(shapes: Mapping[str, Sequence[int]]) -> int:
@@ -271,17 +296,17 @@ def _time(
     updates: int,
     steps: int | None,
 ) -> Time:
+    """Of settings whose devices have a speed, if one is known."""
     devices = settings.devices
     each = (parts(devices, c, on.load(c, 0, steps or 0)) for c in range(min(SHOWN, on.among)))
     slowest: Parts = max(each, key=sum)
     knows = bool(devices.steps_per_second and steps)
     merge = 3 * updates * speed.per_byte if speed else None  # read, written side by side, read
+    merge = merge or None
     mean = sum(r.seconds for r in done) / len(done) + (merge or 0.0) if knows else None
-    fastest = 1 / devices.steps_per_second[0] if devices.steps_per_second else None
-    own = speed and speed.seconds is not None and fastest
     return Time(
-        source=speed.source if own and speed else "devices.steps_per_second" if knows else "",
-        step=fastest,
+        source="",
+        step=1 / min(devices.steps_per_second) if devices.steps_per_second else None,
         down=slowest.down if devices.down else None,
         train=slowest.train if knows else None,
         up=slowest.up if devices.up else None,

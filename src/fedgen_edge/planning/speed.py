@@ -3,13 +3,14 @@
     seconds = operations * a + products * b + flops * c + bytes read and written * d,
 
 with factors of nought or more: what it takes to call an operation, to begin a product of matrices,
-to multiply, and to reach memory. They are fitted to steps that were timed, by least squares of the relative error.
+to multiply, and to reach memory. They are fitted to steps that were timed, by least squares of the
+relative error.
 """
 
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,17 +74,18 @@ class Speed:
     def seconds(self, cost: Cost) -> float:
         """Of a step."""
         told = (self.per_op, self.per_product, self.per_flop, self.per_byte)
-        return float(np.dot(told, cost))
+        return float(np.dot(told, astuple(cost)))
 
 
 def fitted(costs: Sequence[Cost], seconds: Sequence[float], source: str) -> Speed:
     """The speed that comes nearest to these times, by its relative error."""
     found = np.array(seconds, dtype=np.float64)
-    relative = np.array(costs, dtype=np.float64) / found[:, None]
+    relative = np.array([astuple(cost) for cost in costs]) / found[:, None]
     size = relative.max(0, initial=1e-30)  # counts are of very unequal sizes
     line = LinearRegression(positive=True, fit_intercept=False)
     line.fit(relative / size, np.ones(len(found)))
-    return Speed(*(float(v) for v in line.coef_ / size), source)
+    per_op, per_product, per_flop, per_byte = (float(v) for v in line.coef_ / size)
+    return Speed(per_op, per_product, per_flop, per_byte, source)
 
 
 def calibrate(settings: Settings, dtype: torch.dtype, device: torch.device) -> Speed:

@@ -77,11 +77,15 @@ def _server(of: Plan) -> Iterator[Row]:
     yield "server's disk", f"{amount(held['checkpoint'])} a checkpoint"
 
 
-def amount(count: float) -> str:
+def amount(count: float | int) -> str:
     """Bytes in words."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 999.5 * size else f"{count / size:,.0f} {unit}"
+            return (
+                f"{count / size:.3g} {unit}"
+                if count < 999.5 * size
+                else f"{count / size:,.0f} {unit}"
+            )
     return f"{count:.0f} bytes"
 
 

@@ -146,9 +146,7 @@ def _commits(settings: Settings, on: Road, clients: int, steps: int) -> Iterator
 
     for version in range(federation.rounds):
         free = partial(present, federation, clients, devices)
-        found = schedule.gather(
-            queue, on.algorithm.buffer, at_once, free, partial(begun, version)
-        )
+        found = schedule.gather(queue, on.algorithm.buffer, at_once, free, partial(begun, version))
         up = sum(trip.sent for trip in (*found.buffer, *found.dropped))
         seconds = found.queue.clock - queue.clock
         down = found.started * on.down(0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -30,6 +30,7 @@ from fedgen_edge.tasks.families import FAMILIES, family
 from fedgen_edge.tasks.language import Language, default_targets
 from fedgen_edge.tasks.loss import TokenLoss, attention
 
+STRICT = (StrictDataclassError,)
 WAYS = "give a config.json, its folder, a hub id, or one of " + ", ".join(FAMILIES)
 
 
@@ -44,7 +45,7 @@ def config_of(settings: Backbone) -> Any:
     kind = told.get("model_type")
     try:
         config = made_of(told)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, *STRICT) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"backbone.path={settings.path!r} has model_type={kind!r}, or values with it, that "
@@ -54,8 +55,8 @@ def config_of(settings: Backbone) -> Any:
     causal = not made_for or any("CausalLM" in n or "LMHead" in n for n in made_for)
     if type(config) not in AutoModelForCausalLM._model_mapping or not causal:
         raise ConfigError(
-            f"backbone.path={settings.path!r}, a {kind} for {', '.join(made_for) or 'other tasks'}, "
-            "is no causal language model: take another"
+            f"backbone.path={settings.path!r}, a {kind} for {made_for or 'other tasks'}, is no "
+            "causal language model: take another"
         )
     return config
 
@@ -163,7 +164,7 @@ def _plain_head(model: Any) -> bool:
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     seen: list[Tensor] = []
-    hook = head.register_forward_hook(lambda module, args, out: seen.append(out))
+    hook = head.register_forward_hook(lambda *told: seen.append(told[-1]))
     probe = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
     mask = attention(probe, next(model.parameters()).dtype)  # else it would be made of values
     found = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
