@@ -33,13 +33,15 @@ def test_times_of_a_known_machine_give_its_factors_back(of: tuple[float, ...]) -
 
 def test_no_factor_is_negative() -> None:
     # the second takes ten times the work in a tenth of the time
-    found = fitted([Cost(1, 1, 1, 1), Cost(10, 10, 10, 10)], [1.0, 0.1], "")
+    found = fitted([Cost(1.0, 1.0, 1.0, 1.0), Cost(10.0, 10.0, 10.0, 10.0)], [1.0, 0.1], "")
     assert min(found.per_op, found.per_product, found.per_flop, found.per_byte) >= 0
 
 
 def test_seconds_are_a_sum_of_products() -> None:
     # 10 * 1 + 4 * 2 + 100 * 0.5 + 1000 * 0.01
-    assert Speed(1.0, 2.0, 0.5, 0.01, "").seconds(Cost(10, 4, 100, 1000)) == pytest.approx(78)
+    assert Speed(1.0, 2.0, 0.5, 0.01, "").seconds(Cost(10.0, 4.0, 100.0, 1000.0)) == pytest.approx(
+        78
+    )
 
 
 def test_a_calibration_is_kept_for_this_machine_and_type(

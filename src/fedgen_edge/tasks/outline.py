@@ -19,6 +19,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
 
 from fedgen_edge.adapters.lora import Lora, Site
 from fedgen_edge.config import Adapter, Backbone
@@ -41,6 +42,8 @@ def config_of(settings: Backbone) -> Any:
         ConfigError: there is none, it is not one of transformers', or it is no causal language
             model's.
     """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     told = family(settings.path) or _written(_file(settings), settings.path)
     kind = told.get("model_type")
     try:
@@ -112,9 +115,9 @@ def period(config: Any) -> int:
 
 
 def _uniform(config: Any) -> bool:
-    """Whether nothing but `layer_types` tells layers apart: some begin with dense ones."""
-    apart = ("first_k_dense_replace", "mlp_only_layers", "decoder_sparse_step", "moe_layer_freq")
-    return not any(getattr(config, name, None) not in (None, 0, 1, []) for name in apart)
+    """Whether nothing but `layer_types` tells layers apart: some have experts in a few alone."""
+    usual = {"first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    return all((getattr(config, k, None) or usual[k]) == usual[k] for k in usual)
 
 
 def shortened(config: Any, count: int) -> Any:
