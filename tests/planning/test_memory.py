@@ -28,7 +28,7 @@ LLAMA = {
     "model_type": "llama",
     "hidden_size": 32,
     "intermediate_size": 64,
-    "num_hidden_layers": 6,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "vocab_size": 258,
@@ -36,14 +36,15 @@ LLAMA = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
-    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 6, "n_head": 2, "vocab_size": 258},
+    "gpt2": {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 258},
     "experts": LLAMA | {"model_type": "mixtral", "num_local_experts": 4},
     "layers in turn": LLAMA
     | {
         "model_type": "gemma2",
         "head_dim": 8,
         "sliding_window": 8,
-        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "layer_types": ["sliding_attention", "full_attention"] * 4,
+        "num_hidden_layers": 8,  # more than two turns and one more
     },
 }
 
@@ -73,9 +74,9 @@ def test_a_backbones_bytes_are_its_weights_by_precision() -> None:
 def test_what_is_quantised_is_every_linear_layer_but_the_head() -> None:
     config = made_of(LLAMA)
     # of a layer q and o are 32 x 32, k and v 16 x 32, and the MLP has three of 32 x 64
-    linear = 6 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
-    rows = 6 * (32 + 32 + 16 + 16 + 64 + 64 + 32)
-    rest = 2 * 258 * 32 + (2 * 6 + 1) * 32
+    linear = 4 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    rows = 4 * (32 + 32 + 16 + 16 + 64 + 64 + 32)
+    rest = 2 * 258 * 32 + (2 * 4 + 1) * 32
     whole = linear + 4 * rows + 2 * rest + 2 * 32 * 64
     assert backbone_bytes(config, settings(), "int8") == whole
     assert backbone_bytes(config, settings(), "bf16") == 2 * (linear + rest)
@@ -146,7 +147,7 @@ def test_flops_are_those_of_the_products() -> None:
 def test_bytes_of_a_client_grow_with_its_rank_alone() -> None:
     config, told = made_of(LLAMA), settings()
     small, large = (client_bytes(told, config, "int4", rank) for rank in (1, 9))
-    values = 6 * (32 + 32 + 32 + 16)
+    values = 4 * (32 + 32 + 32 + 16)
     # eight more ranks: in AdamW's step the adapter twice, gradients twice and moments twice, or
     # more of them where that is not the peak
     assert large - small >= 8 * 4 * values * 4
