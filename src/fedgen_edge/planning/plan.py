@@ -12,6 +12,7 @@ from fedgen_edge.config import Settings
 from fedgen_edge.data.partition import CLIENTS
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.planning import limits
+from fedgen_edge.planning.clock import Time, time_of
 from fedgen_edge.planning.limits import Bound, Limits
 from fedgen_edge.planning.memory import (
     Precision,
@@ -23,10 +24,8 @@ from fedgen_edge.planning.memory import (
 )
 from fedgen_edge.planning.speed import Speed
 from fedgen_edge.planning.traffic import (
-    Parts,
     Road,
     Round,
-    parts,
     road,
     rounds,
     server_bytes,
@@ -36,9 +35,6 @@ from fedgen_edge.schedule import cohort_size
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.tasks.outline import config_of, layers, linear_weights, outlined
 from fedgen_edge.uplink.transform import length
-
-SHOWN = 1000
-"""Clients among whom the slowest is looked for."""
 
 
 @dataclass(frozen=True)
@@ -89,23 +85,6 @@ class Traffic:
     total_up: int
     full: int
     """What full-model FedAvg sends in as many payloads, both ways."""
-
-
-@dataclass(frozen=True)
-class Time:
-    """Seconds; none where nothing is known of it."""
-
-    source: str
-    """Whose speed a step's is."""
-    step: float | None
-    down: float | None
-    """Of the slowest client, as the next two."""
-    train: float | None
-    up: float | None
-    merge: float | None
-    round: float | None
-    """The mean of all rounds, with deadlines, over-selection and who drops out."""
-    total: float | None
 
 
 @dataclass(frozen=True)
@@ -176,7 +155,7 @@ def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
         _values(leaves), length(leaves), length(shapes), _targets(task),
     )  # fmt: skip
     traffic = _traffic(settings, on, done, model.full_bytes)
-    time = _time(settings, on, done, speed, server["updates"], steps)
+    time = time_of(settings, on, done, speed, server["updates"], steps)
     time = replace(time, source=source if time.step else "")
     found = limits.bounds(settings, told, every, server, (traffic, time))
     return Plan(
@@ -285,32 +264,4 @@ def _traffic(settings: Settings, on: Road, done: Sequence[Round], full: int) -> 
         total_down=down,
         total_up=up,
         full=payloads * full,
-    )
-
-
-def _time(
-    settings: Settings,
-    on: Road,
-    done: Sequence[Round],
-    speed: Speed | None,
-    updates: int,
-    steps: int | None,
-) -> Time:
-    """Of settings whose devices have a speed, if one is known."""
-    devices = settings.devices
-    each = (parts(devices, c, on.load(c, 0, steps or 0)) for c in range(min(SHOWN, on.among)))
-    slowest: Parts = max(each, key=sum)
-    knows = bool(devices.steps_per_second and steps)
-    merge = 3 * updates * speed.per_byte if speed else None  # read, written side by side, read
-    merge = merge or None
-    mean = sum(r.seconds for r in done) / len(done) + (merge or 0.0) if knows else None
-    return Time(
-        source="",
-        step=1 / min(devices.steps_per_second) if devices.steps_per_second else None,
-        down=slowest.down if devices.down else None,
-        train=slowest.train if knows else None,
-        up=slowest.up if devices.up else None,
-        merge=merge,
-        round=mean,
-        total=None if mean is None else mean * len(done),
     )
