@@ -16,7 +16,7 @@ from fedgen_edge.errors import ConfigError
 
 Told = TypeVar("Told")
 
-TAKE_SETTINGS = frozenset(("run", "pretrain", "deploy init"))
+TAKE_SETTINGS = frozenset(("run", "pretrain", "plan", "deploy init"))
 """Commands that every setting of a run can be given to."""
 
 

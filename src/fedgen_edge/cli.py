@@ -15,6 +15,7 @@ import tyro
 from fedgen_edge import files
 from fedgen_edge.arguments import parse, recipe
 from fedgen_edge.cli_deploy import Client, Server, Status, client, deploy, server, status
+from fedgen_edge.cli_plan import plan
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.errors import ConfigError, FedGenError
 
@@ -22,6 +23,7 @@ COMMANDS = {
     "run": "train a federation, personalise it, and report",
     "resume": "go on with a run that was stopped",
     "report": "write a page for one run, or compare several",
+    "plan": "say beforehand what a run will take: bytes, memory, time",
     "generate": "continue a prompt, or draw pictures, with a run's model",
     "pretrain": "train a backbone of pictures on their public part",
     "export": "copy out a run's adapters, or merge one into the backbone",
@@ -162,6 +164,7 @@ def _dispatch(args: list[str]) -> None:
         "pretrain": pretrain,
         "resume": lambda rest: resume(parse(Resume, rest, "resume")),
         "report": lambda rest: report(parse(Report, rest, "report")),
+        "plan": plan,
         "generate": lambda rest: generate(parse(Generate, rest, "generate")),
         "export": lambda rest: export(parse(Export, rest, "export")),
         "methods": lambda rest: methods(parse(Methods, rest, "methods")),

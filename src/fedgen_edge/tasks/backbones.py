@@ -155,7 +155,7 @@ def _tiny() -> Path:
 
 def cached(name: str, make: Callable[[Path], None]) -> Path:
     """A folder of the user's cache, filled the first time that it is asked for."""
-    found = _cache() / name
+    found = cache() / name
     if not found.is_dir():
         with files.folder(found) as draft:
             make(draft)
@@ -187,7 +187,8 @@ def _write_tiny(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """The user's, for what can be made again."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "fedgen-edge"
 

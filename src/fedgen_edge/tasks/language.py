@@ -183,12 +183,10 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     model = loaded.model
     _check_length(settings, loaded)
     _check_packing(settings, model)
-    kind = model.config.model_type
-    default = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"])
     adapted = adapt(
         model,
         settings.adapter,
-        list(default),
+        default_targets(model.config.model_type),
         full=full,
         folder=loaded.folder,
         sha256=loaded.sha256,
@@ -197,6 +195,11 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
         peft={"task_type": "CAUSAL_LM"},
     )
     return Language(adapted, TokenLoss(model), loaded, settings.data.length)
+
+
+def default_targets(kind: str) -> list[str]:
+    """The layers that PEFT adapts in models of this type."""
+    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"]))
 
 
 def _write(loaded: Loaded, folder: Path, weights: Leaves) -> None:

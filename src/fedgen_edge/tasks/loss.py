@@ -57,10 +57,10 @@ class NextToken(torch.autograd.Function):
 class TokenLoss(nn.Module):
     """A causal language model as a function from a packed batch to the nats of its labels."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, plain_head: bool | None = None) -> None:
         super().__init__()
         self.model = model
-        self.plain_head = _head_is_all(model)
+        self.plain_head = _head_is_all(model) if plain_head is None else plain_head
 
     def forward(self, batch: Batch) -> Float[Tensor, "rows length"]:
         """Nats of each label, zero where the mask is.

@@ -1,0 +1,220 @@
+"""A language model's task from its configuration alone, on whatever device is at hand.
+
+On torch's meta device, or under fake tensors, it has every shape and no values: a model of any size
+is outlined in a second. On a processor its weights are random.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import logging
+
+from fedgen_edge.adapters.lora import Lora, Site
+from fedgen_edge.config import Adapter, Backbone
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.adapted import adapt
+from fedgen_edge.tasks.backbones import Loaded
+from fedgen_edge.tasks.families import FAMILIES, family
+from fedgen_edge.tasks.language import Language, default_targets
+from fedgen_edge.tasks.loss import TokenLoss, attention
+
+STRICT = (StrictDataclassError,)
+WAYS = "give a config.json, its folder, a hub id, or one of " + ", ".join(FAMILIES)
+
+
+def config_of(settings: Backbone) -> Any:
+    """The configuration of a backbone; its weights are neither looked for nor read.
+
+    Raises:
+        ConfigError: there is none, it is not one of transformers', or it is no causal language
+            model's.
+    """
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    told = family(settings.path) or _written(_file(settings), settings.path)
+    kind = told.get("model_type")
+    try:
+        config = made_of(told)
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, *STRICT) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"backbone.path={settings.path!r} has model_type={kind!r}, or values with it, that "
+            f"cannot be read ({reason}): {WAYS}"
+        ) from None
+    made_for = [str(name) for name in told.get("architectures") or []]
+    causal = not made_for or any("CausalLM" in n or "LMHead" in n for n in made_for)
+    if type(config) not in AutoModelForCausalLM._model_mapping or not causal:
+        raise ConfigError(
+            f"backbone.path={settings.path!r}, a {kind} for {made_for or 'other tasks'}, is no "
+            "causal language model: take another"
+        )
+    return config
+
+
+def made_of(shape: Mapping[str, Any]) -> Any:
+    """The configuration with these values; as transformers has them where there are none."""
+    return AutoConfig.for_model(**shape)
+
+
+def _file(settings: Backbone) -> Path:
+    path = Path(settings.path)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ConfigError(f"backbone.path={settings.path!r} has no config.json: {WAYS}")
+    if path.is_file() and path.suffix == ".json":
+        return path
+    if settings.path == "tiny" or settings.path.startswith("package:") or path.suffix == ".gguf":
+        return backbones.find(settings) / "config.json"
+    if path.is_dir():
+        return path / "config.json"
+    if "/" not in settings.path or path.is_absolute() or settings.path.startswith("."):
+        raise ConfigError(f"backbone.path={settings.path!r} is no model that is known: {WAYS}")
+    try:
+        return Path(hf_hub_download(settings.path, "config.json", revision=settings.revision))
+    except (HFValidationError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"backbone.path={settings.path!r} was not found ({reason}): {WAYS}"
+        ) from None
+
+
+def _written(file: Path, path: str) -> Mapping[str, Any]:
+    try:
+        told = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"backbone.path={path!r}: {file} is no JSON ({error}): mend it") from None
+    if not isinstance(told, dict) or "model_type" not in told:
+        raise ConfigError(
+            f"backbone.path={path!r}: {file} names no model_type, so it is no model's: {WAYS}"
+        )
+    return told
+
+
+def layers(config: Any) -> int:
+    """How many there are."""
+    return config.num_hidden_layers
+
+
+def period(config: Any) -> int:
+    """After how many layers they begin again; all of them where they never do."""
+    kinds = [*(getattr(config, "layer_types", None) or ["one"] * layers(config))]
+    found = (n for n in range(1, len(kinds) + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)])
+    return next(found) if _uniform(config) else layers(config)
+
+
+def _uniform(config: Any) -> bool:
+    """Whether nothing but `layer_types` tells layers apart: some have experts in a few alone."""
+    usual = {"first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    return all((getattr(config, k, None) or usual[k]) == usual[k] for k in usual)
+
+
+def shortened(config: Any, count: int) -> Any:
+    """The same model with fewer layers, its first ones."""
+    short = deepcopy(config)
+    if getattr(short, "layer_types", None):
+        short.layer_types = list(short.layer_types)[:count]
+    setattr(short, short.attribute_map.get("num_hidden_layers", "num_hidden_layers"), count)
+    return short
+
+
+def outlined(config: Any, adapter: Adapter, dtype: torch.dtype, *, full: bool = False) -> Language:
+    """The task of a model of this configuration; it has no tokenizer, and reads no text.
+
+    Args:
+        config: transformers'.
+        adapter: what is put into it; `initial` is not read.
+        dtype: of the weights and the arithmetic.
+        full: train every weight instead.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    # as meta tensors and fakes do it too: none of the ways by data, of which shapes are not known
+    if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
+        model.set_experts_implementation("grouped_mm")
+    adapted = adapt(
+        model,
+        replace(adapter, initial=None),
+        default_targets(model.config.model_type),
+        full=full,
+        folder=Path(),
+        sha256="",
+        write=_nothing,
+        weights="",
+    )
+    module = TokenLoss(model, plain_head=_plain_head(model))
+    return Language(adapted, module, Loaded(model, None, Path(), ""), 0)
+
+
+def _nothing(folder: Path, weights: Mapping[str, Tensor]) -> None:
+    del folder, weights
+
+
+@torch.no_grad()
+def _plain_head(model: Any) -> bool:
+    """Whether logits are the output layer's very tensor, as shapes alone can tell."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None:
+        return False
+    seen: list[Tensor] = []
+    hook = head.register_forward_hook(lambda *told: seen.append(told[-1]))
+    probe = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
+    mask = attention(probe, next(model.parameters()).dtype)  # else it would be made of values
+    found = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
+    hook.remove()
+    return len(seen) == 1 and found is seen[0]
+
+
+def checkpointed(task: Language) -> Language:
+    """The same, whose layers keep their input alone, and are computed again on the way back."""
+    model, adapter = task.module.model, task.model.adapter
+    sites = [*adapter.sites.values()] if isinstance(adapter, Lora) else []
+    how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": partial(_both, sites)}
+    model.activation_checkpointing_enable(how)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # of this one alone: dropout within stays off
+    return task
+
+
+def _both(sites: Sequence[Site]) -> tuple[Any, Any]:
+    """A layer's first pass as it is; its second with the factors that the first one had."""
+    return nullcontext(), _bound(sites, [site.factors for site in sites])
+
+
+@contextmanager
+def _bound(sites: Sequence[Site], factors: Sequence[Any]) -> Iterator[None]:
+    for site, own in zip(sites, factors, strict=True):
+        site.factors = own
+    yield
+    for site in sites:
+        site.factors = None
+
+
+def linear_weights(task: Language) -> dict[str, tuple[int, ...]]:
+    """Shapes of the matrices that are quantised where a backbone is: all but the head's.
+
+    What mixtures of experts hold as one tensor `[experts, rows, columns]` is among them.
+    """
+    model = task.module.model
+    head = model.get_output_embeddings()
+    tied = {id(p) for layer in (head, model.get_input_embeddings()) for p in layer.parameters()}
+    return {
+        name.replace(".base.", "."): tuple(p.shape)
+        for name, p in model.named_parameters()
+        if p.ndim > 1 and id(p) not in tied and not _positions(name)
+    }
+
+
+def _positions(name: str) -> bool:
+    return name.endswith(("wpe.weight", "embed_positions.weight", "position_embeddings.weight"))

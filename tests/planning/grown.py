@@ -1,0 +1,49 @@
+"""How many bytes a process grows by, at most, while a model that standard input names trains."""
+
+import ctypes
+import gc
+import json
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+from fedgen_edge.algorithms.methods import method
+from fedgen_edge.client import descend
+from fedgen_edge.config import Settings, from_table
+from fedgen_edge.planning.memory import Work, begun, blank, recipe_of
+from fedgen_edge.tasks.language import Language
+from fedgen_edge.tasks.outline import checkpointed, made_of, outlined
+
+
+def held(key: str) -> int:
+    told = re.search(rf"{key}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert told
+    return 1024 * int(told[1])
+
+
+def train(settings: Settings, task: Language, work: Work) -> None:
+    algorithm = method(settings.method)
+    start, told = begun(algorithm, task, work)
+    recipe = recipe_of(settings, algorithm, start, algorithm.corrects, [])
+    for _ in descend(task, start, told, [blank(work)] * 2, recipe):
+        pass
+
+
+def main(rows: int, length: int, clients: int, again: int) -> int:
+    torch.set_num_threads(1)
+    settings = from_table({"adapter": {"rank": 4}})
+    task = outlined(made_of(json.load(sys.stdin)), settings.adapter, torch.float32)
+    task = checkpointed(task) if again else task
+    train(settings, task, Work(1, 8, min(clients, 1), bool(again)))  # what libraries keep
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    train(settings, task, Work(rows, length, clients, bool(again)))
+    return held("VmHWM") - before
+
+
+if __name__ == "__main__":
+    print(main(*map(int, sys.argv[1:])))
