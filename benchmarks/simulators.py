@@ -8,8 +8,7 @@ r"""Seconds of a whole simulation: `fedgen run`, and others' simulators as their
         --flower FLOWER/bin/python --out benchmarks/results/simulators-stories260K.json
 
 BlazeFL wants Python 3.12 or newer; where there is one, an environment with blazefl==2.0.3 instead
-of flwr is told by `--blazefl`. (pfl, 0.6.0, is not here: it wants Python below 3.13 and a trainer
-in its own form, not PEFT's model as it is.)
+of flwr is told by `--blazefl` (3.0 wants 3.14). pfl 0.6.0 was not tried.
 
 All are processes timed from outside, from start to end, in turn; medians. The others' sides are
 `flower_peft.py` and `blaze_peft.py`. Equal are the clients and their blocks of Penn Treebank, the
