@@ -58,13 +58,45 @@ def speed() -> str:
 def memory() -> str:
     """Peak memory against clients, a row a file."""
     found = _benchmarks("memory")
-    counts = list(next(iter(found.values()))["peak_megabytes"])
+    counts = sorted({n for told in found.values() for n in told["peak_megabytes"]}, key=int)
     out = [f"| peak MB with so many clients | {' | '.join(counts)} | kernels cached |"]
     out += ["|---" * (len(counts) + 2) + "|"]
     for name, told in found.items():
-        peaks = " | ".join(str(told["peak_megabytes"][count]) for count in counts)
+        peaks = " | ".join(str(told["peak_megabytes"].get(count, "-")) for count in counts)
         out.append(f"| {name} | {peaks} | {told['kernels_cached']} |")
     return "\n".join(out)
+
+
+def simulators() -> str:
+    """Whole simulations, ours and others', a row a way and a workload."""
+    rows = ["| workload | | seconds, whole | of which rounds | over ours | perplexity |"]
+    rows += ["|---" * 6 + "|"]
+    about = []
+    for name, told in _benchmarks("simulators").items():
+        whole = told["seconds"]
+        for way, seconds in whole.items():
+            over = f"{seconds / whole['fedgen run']:.2f}"
+            rest = f"{told['rounds'][way]:.1f} | {over} | {told['perplexity'][way]:.2f}"
+            rows.append(f"| {name} | {way} | {seconds:.1f} | {rest} |")
+        loads = [run["load_before"] for runs in told["all_runs"].values() for run in runs]
+        about.append(
+            f"{name}: {told['clients']} clients, cohort {told['cohort']}, {told['rounds_trained']} "
+            f"rounds of {told['steps']} steps of {told['batch']} x {told['length']} tokens, "
+            f"{told['precision']}; {told['hardware']}, load before runs {min(loads)} to "
+            f"{max(loads)}; the backbone's perplexity is {told['perplexity_of_backbone']:.2f}."
+        )
+    return "\n".join([*rows, "", *about])
+
+
+def overhead() -> str:
+    """Seconds of a round by part, a column a file."""
+    found = _benchmarks("overhead")
+    out = [f"| seconds of a round | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for part in next(iter(found.values()))["seconds"]:
+        own = " | ".join(f"{told['seconds'][part]:.3f}" for told in found.values())
+        out.append(f"| {part} | {own} |")
+    shares = " | ".join(f"{100 * told['overhead']:.1f} %" for told in found.values())
+    return "\n".join([*out, f"| not training, without validation | {shares} |"])
 
 
 def network() -> str:
@@ -147,6 +179,8 @@ PARTS: dict[str, Callable[[], str]] = {
     **{mark: partial(table, name) for mark, name in TABLES.items()},
     "speed": speed,
     "memory": memory,
+    "simulators": simulators,
+    "overhead": overhead,
     "network": network,
     "codes": codes,
     "settings": settings,

@@ -1,7 +1,9 @@
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedgen_edge.data import batches
 from fedgen_edge.data.batches import (
     Budget,
     Shard,
@@ -42,7 +44,9 @@ def test_packing_loses_and_doubles_no_label_and_no_word(
     assert rows(packed) == -(-len(labels) // length)
 
 
-def test_clients_in_one_table_are_what_they_were() -> None:
+def test_clients_in_tables_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "TOGETHER", 3)
+
     def batch(count: int) -> dict[str, torch.Tensor]:
         tokens = torch.randint(9, (count, 4), dtype=torch.int32)
         return {"tokens": tokens, "mask": tokens > 4, "words": tokens.sum(1)}

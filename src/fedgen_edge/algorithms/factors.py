@@ -145,8 +145,13 @@ def turned(whole: Product, towards: Product) -> Product:
 
 def norm(whole: Product) -> float:
     """Frobenius norm; by QR, as sums of small Gram matrices lose half of the digits."""
-    core = torch.linalg.qr(whole.b, mode="r").R @ torch.linalg.qr(whole.a.mT, mode="r").R.mT
-    return float(torch.linalg.matrix_norm(core))
+    return float(torch.linalg.matrix_norm(_turned(whole.b) @ _turned(whole.a.mT).mT))
+
+
+def _turned(factor: Float[Tensor, "side rank"]) -> Float[Tensor, "less rank"]:
+    """The same lengths and angles in no more rows than columns: a wide factor as it is."""
+    side, rank = factor.shape
+    return factor if side <= rank else torch.linalg.qr(factor, mode="r").R
 
 
 def effective_rank(whole: Product) -> float:

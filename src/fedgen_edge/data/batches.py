@@ -18,6 +18,8 @@ from fedgen_edge.types import Batch
 FIELDS = ("tokens", "labels", "mask", "segment", "position")
 MARKS = ("epoch", "last")
 """Where a batch stands in its client's work: read by the loop, and not by a model."""
+TOGETHER = 64
+"""Clients whose examples lie in one table."""
 
 
 @dataclass(frozen=True)
@@ -36,25 +38,22 @@ class Shard:
 
 
 class Shards(Sequence[Shard]):
-    """Every client's examples in one table, so that a client costs its rows and little else."""
+    """Every client's examples in a few tables, so that a client costs its rows and little else.
+
+    One table that grew would be moved again and again, and leave holes behind that nothing fits.
+    """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
-        """Copy the shards in, one at a time: they may be made as they are asked for."""
+        """Copy the shards in, some at a time: they may be made as they are asked for."""
         self._names: list[str] = []
-        self._ends = [0]
-        buffers: dict[str, bytearray] = {}
-        kinds: Batch = {}
-        for shard in shards:
-            self._names.append(shard.name)
-            for part in (shard.train, shard.validation, shard.test):
-                self._ends.append(self._ends[-1] + rows(part))
-                for field, values in part.items():
-                    kinds.setdefault(field, values[:0])
-                    buffers.setdefault(field, bytearray()).extend(values.numpy().tobytes())
-        self._table = {
-            k: torch.frombuffer(buffers[k], dtype=kind.dtype).reshape(-1, *kind.shape[1:])
-            for k, kind in kinds.items()
-        }
+        self._ends: list[list[int]] = []
+        self._tables: list[Batch] = []
+        source = iter(shards)
+        while few := list(islice(source, TOGETHER)):
+            self._names += [shard.name for shard in few]
+            parts = [part for own in few for part in (own.train, own.validation, own.test)]
+            self._ends.append([0, *itertools.accumulate(map(rows, parts))])
+            self._tables.append({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
 
     def __len__(self) -> int:
         return len(self._names)
@@ -67,10 +66,12 @@ class Shards(Sequence[Shard]):
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
         own = range(len(self))[at]
-        spans = pairwise(self._ends[3 * own : 3 * own + 4])
+        number, place = divmod(own, TOGETHER)
+        spans = pairwise(self._ends[number][3 * place : 3 * place + 4])
+        table = self._tables[number]
         return Shard(
             self._names[own],
-            *({k: v[low:high] for k, v in self._table.items()} for low, high in spans),
+            *({k: v[low:high] for k, v in table.items()} for low, high in spans),
         )
 
 
