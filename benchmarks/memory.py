@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from fedgen_edge.config import from_table
-from fedgen_edge.experiments.machine import hardware, peak_memory, steady_allocations
 from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.machine import hardware, peak_memory, steady_allocations
 
 COUNTS = (10, 100, 1000, 10000)
 

@@ -242,7 +242,7 @@ def main() -> None:
         return
     import torch
 
-    from fedgen_edge.experiments.machine import hardware
+    from fedgen_edge.machine import hardware
 
     result = {
         "hardware": hardware(torch.device("cpu")),

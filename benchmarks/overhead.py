@@ -34,8 +34,8 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.experiments import federate, records
 from fedgen_edge.experiments.build import Experiment
-from fedgen_edge.experiments.machine import hardware, steady_allocations
 from fedgen_edge.experiments.run import create
+from fedgen_edge.machine import hardware, steady_allocations
 from fedgen_edge.seeds import seeded
 from fedgen_edge.tasks import backbones
 

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from speed import Shape, folder_of, ours, timed
 from torch.profiler import ProfilerActivity, profile
 
-from fedgen_edge.experiments.machine import hardware, steady_allocations
+from fedgen_edge.machine import hardware, steady_allocations
 
 KINDS = {
     "products with frozen weights": ("aten::mm", "aten::addmm"),

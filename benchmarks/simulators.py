@@ -50,7 +50,7 @@ from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Settings, from_table, load, to_toml
 from fedgen_edge.experiments.build import Experiment, added, build
-from fedgen_edge.experiments.machine import hardware
+from fedgen_edge.machine import hardware
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.types import Leaves
 

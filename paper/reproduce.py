@@ -16,11 +16,11 @@ from statistics import fmean
 from typing import Any
 
 from fedgen_edge.config import Settings, from_table, to_toml
-from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.records import lines, read_json, write_lines
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import paired_interval, read, size, uplink
+from fedgen_edge.machine import steady_allocations
 from fedgen_edge.tasks.language import MEASURE
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,9 +22,9 @@ from typing import NamedTuple
 from reproduce import RESULTS, Row, finished, settings_of
 
 from fedgen_edge.config import Settings
-from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.records import lines, read_json, write_lines
 from fedgen_edge.experiments.summary import by_client, paired_interval, read, shared, size, uplink
+from fedgen_edge.machine import steady_allocations
 from fedgen_edge.tasks.language import MEASURE
 
 

@@ -16,8 +16,8 @@ from typing import Any
 from reproduce import RESULTS, settings_of
 
 from fedgen_edge.experiments.build import Experiment, beside, build
-from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.experiments.records import lines, write_lines
+from fedgen_edge.machine import steady_allocations
 from fedgen_edge.rounds import rounds
 from fedgen_edge.types import Order, ServerState
 

@@ -209,9 +209,9 @@ def pretrain(args: list[str]) -> None:
     _, settings = recipe(args)
     told = parse(Pretrain, args, "pretrain", Pretrain(settings))
     out = told.out or Path(told.settings.backbone.path)
-    from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.pretrain import STAGE, begin, train
     from fedgen_edge.experiments.progress import follow, heading
+    from fedgen_edge.machine import steady_allocations
 
     experiment = begin(told.settings, out)
     steady_allocations()
@@ -242,7 +242,6 @@ def resume(told: Resume) -> None:
 
 
 def _finish(experiment, out: Path) -> None:
-    from fedgen_edge.experiments.machine import steady_allocations
     from fedgen_edge.experiments.progress import follow, heading
     from fedgen_edge.experiments.report import (
         gains_for_terminal,
@@ -252,6 +251,7 @@ def _finish(experiment, out: Path) -> None:
     )
     from fedgen_edge.experiments.run import proceed
     from fedgen_edge.experiments.summary import read
+    from fedgen_edge.machine import steady_allocations
 
     steady_allocations()
     try:

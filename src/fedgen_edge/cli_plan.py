@@ -73,7 +73,7 @@ def plan(args: list[str]) -> None:
 def _speed(told: Plan) -> "Speed | None":
     import torch
 
-    from fedgen_edge.experiments import machine
+    from fedgen_edge import machine
     from fedgen_edge.planning import speed
     from fedgen_edge.tasks.backbones import precision
 

@@ -13,11 +13,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from fedgen_edge import leaves
-from fedgen_edge.algorithms.algorithm import Corrects
+from fedgen_edge.algorithms.algorithm import Algorithm, Corrects
 from fedgen_edge.algorithms.correct import unchanged
+from fedgen_edge.config import Settings, Training, learning_rate
 from fedgen_edge.leaves import row
 from fedgen_edge.tasks.task import Task
 from fedgen_edge.types import RESIDUAL, Batch, Leaves, PerClient, Phase
@@ -50,6 +51,23 @@ class Recipe:
     def rate(self) -> float:
         """Learning rate, as the optimiser has it."""
         return self.optimiser([torch.zeros(1)]).defaults["lr"]
+
+
+def rate_of(settings: Settings, algorithm: Algorithm, round_: int) -> float:
+    """The learning rate of a round, counted from 0."""
+    t = settings.training
+    if algorithm.adapts == "full" and t.lr_full is not None:
+        t = replace(t, lr=t.lr_full)
+    return learning_rate(t, round_, settings.federation.rounds)
+
+
+def optimiser(settings: Training, rate: float) -> Factory:
+    """A factory of torch's optimisers; AdamW's fused one reads a stack's leaves but once a step."""
+    if settings.optimiser == "sgd":
+        decay, momentum = settings.weight_decay, settings.momentum
+        return partial(SGD, lr=rate, momentum=momentum, weight_decay=decay)
+    betas, decay = settings.betas, settings.weight_decay
+    return partial(AdamW, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
 class Step(NamedTuple):

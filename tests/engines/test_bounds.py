@@ -11,11 +11,10 @@ from torch import Tensor
 from torch.optim import SGD, AdamW
 
 from contracts.test_contracts import make, shards
-from fedgen_edge.client import Recipe, clipped, local_update
+from fedgen_edge.client import Recipe, clipped, local_update, optimiser
 from fedgen_edge.config import Training
 from fedgen_edge.data.batches import Budget, deal
 from fedgen_edge.engines.bounds import Bounds, reach, spectrum, strayed
-from fedgen_edge.experiments.build import optimiser
 from fedgen_edge.leaves import scale
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import TASKS

@@ -30,14 +30,13 @@ from test_gate_shortened import ATTACKS as SHORTENED
 from contracts.test_contracts import make, shards
 from fedgen_edge import engines
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.client import Recipe
+from fedgen_edge.client import Recipe, optimiser
 from fedgen_edge.config import Method, Training
 from fedgen_edge.data.batches import Budget
 from fedgen_edge.engines.bounds import Bounds
 from fedgen_edge.engines.exchange import LONGEST, Reply, digest
 from fedgen_edge.engines.gate import CODES, Gate, Open, answered, judged, numbers, weighed
 from fedgen_edge.errors import RefusedError
-from fedgen_edge.experiments.build import optimiser
 from fedgen_edge.jobs import Clients, Train
 from fedgen_edge.leaves import scale
 from fedgen_edge.seeds import generator

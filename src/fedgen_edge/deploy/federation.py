@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedgen_edge.adapters.ranks import truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.client import rate_of
 from fedgen_edge.config import Settings
 from fedgen_edge.deploy.among import Among
 from fedgen_edge.deploy.audit import Audit
@@ -24,7 +25,7 @@ from fedgen_edge.engines.exchange import Answer, Carrier, Kind, Terms, Work, dig
 from fedgen_edge.engines.gate import Asked, answered, event_of
 from fedgen_edge.engines.remote import Distant, Remote
 from fedgen_edge.errors import QuorumError, RefusedError
-from fedgen_edge.experiments.build import Sums, added, rate_of, wire
+from fedgen_edge.experiments.build import Sums, added, wire
 from fedgen_edge.experiments.checkpoint import Memory
 from fedgen_edge.jobs import Job
 from fedgen_edge.seeds import generator

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from fedgen_edge import machine
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.algorithms.methods import check, method
@@ -27,7 +28,6 @@ from fedgen_edge.deploy.store import Asked, Said, State, Trained, open_state
 from fedgen_edge.engines.exchange import Answer, Terms, Work, digest, line, read, refusal
 from fedgen_edge.engines.payload import opened
 from fedgen_edge.errors import ConfigError, DataError, RefusedError, TrainingError
-from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.build import (
     Experiment,
     check_held_out,

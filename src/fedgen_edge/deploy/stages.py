@@ -13,9 +13,9 @@ from fedgen_edge.experiments.build import Sums, by_folder
 from fedgen_edge.experiments.checkpoint import last, latest
 from fedgen_edge.experiments.evaluate import tested
 from fedgen_edge.experiments.federate import federate
-from fedgen_edge.experiments.machine import peak_memory
 from fedgen_edge.experiments.models import save
 from fedgen_edge.experiments.run import Event, sampled, spent
+from fedgen_edge.machine import peak_memory
 from fedgen_edge.types import ServerState
 
 LONGEST_WAIT = 600.0

@@ -157,7 +157,7 @@ def main() -> None:
         state.mkdir(mode=0o700, exist_ok=True)
         with records.locked(state):
             from fedgen_edge.deploy.site import open_site
-            from fedgen_edge.experiments.machine import steady_allocations
+            from fedgen_edge.machine import steady_allocations
 
             steady_allocations()
             site = open_site(kit)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -10,17 +9,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, AdamW, Optimizer
 
-from fedgen_edge import leaves, schedule
+from fedgen_edge import leaves, machine, schedule
 from fedgen_edge.adapters.ranks import cut
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import enough, parts
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import check, method
 from fedgen_edge.algorithms.share import each_alone
-from fedgen_edge.client import Patience, Recipe
-from fedgen_edge.config import Downlink, Settings, Training, learning_rate
+from fedgen_edge.client import Patience, Recipe, optimiser, rate_of
+from fedgen_edge.config import Downlink, Settings
 from fedgen_edge.data import sources
 from fedgen_edge.data.batches import Budget, Shard, Shards, rows, side_by_side, spaced
 from fedgen_edge.data.corpus import Corpus, Images
@@ -29,7 +27,6 @@ from fedgen_edge.engines.serial import serial
 from fedgen_edge.engines.stacked import stacked
 from fedgen_edge.engines.staff import Staff
 from fedgen_edge.errors import ConfigError, MissingExtraError
-from fedgen_edge.experiments import machine
 from fedgen_edge.experiments.features import extractor
 from fedgen_edge.jobs import Clients, Train
 from fedgen_edge.personal import Personalise
@@ -188,23 +185,6 @@ def added(each: Mapping[str, Sums]) -> dict[str, Any]:
     names = dict.fromkeys(k for own in each.values() for k in own)
     total = {k: sum(own[k] for own in each.values()) for k in names}
     return {**total, "clients": {name: s["total"] / s["count"] for name, s in each.items()}}
-
-
-def rate_of(settings: Settings, algorithm: Algorithm, round_: int) -> float:
-    """The learning rate of a round, counted from 0."""
-    t = settings.training
-    if algorithm.adapts == "full" and t.lr_full is not None:
-        t = replace(t, lr=t.lr_full)
-    return learning_rate(t, round_, settings.federation.rounds)
-
-
-def optimiser(settings: Training, rate: float) -> Callable[[Sequence[Tensor]], Optimizer]:
-    """A factory of torch's optimisers; AdamW's fused one reads a stack's leaves but once a step."""
-    if settings.optimiser == "sgd":
-        decay, momentum = settings.weight_decay, settings.momentum
-        return partial(SGD, lr=rate, momentum=momentum, weight_decay=decay)
-    betas, decay = settings.betas, settings.weight_decay
-    return partial(AdamW, lr=rate, betas=betas, weight_decay=decay, fused=True)
 
 
 def build(settings: Settings) -> Experiment:

@@ -11,7 +11,7 @@ import torch
 
 from fedgen_edge.config import Settings
 from fedgen_edge.experiments.build import Experiment
-from fedgen_edge.experiments.machine import hardware
+from fedgen_edge.machine import hardware
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import ServerState
 from fedgen_edge.uplink.transform import length

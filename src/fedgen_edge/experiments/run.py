@@ -23,10 +23,10 @@ from fedgen_edge.experiments.evaluate import (
 )
 from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.judge import judge, judged
-from fedgen_edge.experiments.machine import give_back, peak_memory
 from fedgen_edge.experiments.models import folder_of, save
 from fedgen_edge.experiments.provenance import Made, holdings, provenance
 from fedgen_edge.jobs import Tuned
+from fedgen_edge.machine import give_back, peak_memory
 from fedgen_edge.tasks.pictures import png
 from fedgen_edge.types import Order, ServerState
 

@@ -8,8 +8,8 @@ from fedgen_edge.config import Engine, Settings
 from fedgen_edge.engines.ray import Fleet, Room
 from fedgen_edge.engines.staff import Jobs, Kind
 from fedgen_edge.experiments.build import Experiment, beside, build
-from fedgen_edge.experiments.machine import steady_allocations
 from fedgen_edge.jobs import Job, Train
+from fedgen_edge.machine import steady_allocations
 from fedgen_edge.types import Leaves
 
 

@@ -20,9 +20,8 @@ from torch.optim import Optimizer
 from fedgen_edge.algorithms.algorithm import Algorithm, Corrects
 from fedgen_edge.algorithms.clusters import CHOICE
 from fedgen_edge.algorithms.methods import method
-from fedgen_edge.client import Recipe, descend
+from fedgen_edge.client import Recipe, descend, optimiser, rate_of
 from fedgen_edge.config import Settings
-from fedgen_edge.experiments.build import optimiser, rate_of
 from fedgen_edge.leaves import select, stack
 from fedgen_edge.planning.count import Cost, Counter, unreal
 from fedgen_edge.tasks.language import Language

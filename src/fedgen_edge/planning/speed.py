@@ -23,7 +23,7 @@ from fedgen_edge import files
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.client import descend
 from fedgen_edge.config import Settings
-from fedgen_edge.experiments.machine import hardware, steady_allocations
+from fedgen_edge.machine import hardware, steady_allocations
 from fedgen_edge.planning.count import Cost
 from fedgen_edge.planning.memory import Work, begun, blank, recipe_of, training_step
 from fedgen_edge.tasks.backbones import cache

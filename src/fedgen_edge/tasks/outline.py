@@ -26,6 +26,7 @@ from fedgen_edge.config import Adapter, Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import adapt
+from fedgen_edge.tasks.attention import quicken
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.families import FAMILIES, family
 from fedgen_edge.tasks.language import Language, default_targets
@@ -139,6 +140,7 @@ def outlined(config: Any, adapter: Adapter, dtype: torch.dtype, *, full: bool = 
         full: train every weight instead.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    quicken(model)
     # as meta tensors and fakes do it too: none of the ways by data, of which shapes are not known
     if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
         model.set_experts_implementation("grouped_mm")
