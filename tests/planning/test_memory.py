@@ -139,7 +139,7 @@ def test_flops_are_those_of_the_products() -> None:
     found = step(told).cost.flops
     layer = 2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64
     frozen = 2 * 64 * (2 * (2 * layer) - (32 * 32 + 2 * 16 * 32) + 2 * 258 * 32)
-    attention = 2 * 7 * 2 * (2 * 4 * 32 * 32 * 8)
+    attention = (6 + 5) * 2 * (2 * 4 * 32 * 32 * 8)
     lora = 2 * 64 * 2 * (32 + 32 + 32 + 16) * 3
     assert found == pytest.approx(frozen + attention + lora, rel=0.02)
 

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 
-from fedgen_edge import files, machine, records
+from fedgen_edge import files, machine
 from fedgen_edge.algorithms.factors import pairs
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, load, to_toml
@@ -33,6 +33,7 @@ from fedgen_edge.engines import exchange
 from fedgen_edge.engines.exchange import Carrier, Terms
 from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import CarrierError, ConfigError, FedGenError
+from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import drawn, task_of
 from fedgen_edge.experiments.provenance import facts, versions
 from fedgen_edge.experiments.run import Event

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedgen_edge import files, machine, records, summary
+from fedgen_edge import files, machine
 from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import records, summary
 from fedgen_edge.experiments.build import Experiment, build, task_of
 from fedgen_edge.experiments.provenance import Made, data_digest, origin
 from fedgen_edge.tasks.task import Learnt
