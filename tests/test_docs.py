@@ -1,4 +1,5 @@
 import importlib.util
+import math
 import re
 import tomllib
 from pathlib import Path
@@ -66,13 +67,48 @@ def test_a_sweeps_table_is_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     found = script("sweep").table(claim, rows)
     # of 1000 bytes 100 and 10 were sent; b ends 1 above a in both seeds, so its interval is a point
     # and within log(1.01) = 0.00995 of a's last loss, 1.0 and 1.1, in its second judged round
-    assert "| a | 11.00 |  | 100 bytes | 90.00 % | 100 bytes | 14 bytes | 2.0 |" in found
+    down = "14 bytes (100.0 %)"
     assert (
-        "| b | 12.00 | +1.00 (+1.00 to +1.00) | 10 bytes | 99.00 % | 10 bytes | 14 bytes | 2.0 |"
+        f"| a | 11.00 |  | 100 bytes (100.0 %) | {down} | 90.00 % | 100 bytes | 14 bytes | 2.0 |"
         in found
+    )
+    assert (
+        f"| b | 12.00 | +1.00 (+1.00 to +1.00) | 10 bytes (10.0 %) | {down} | 99.00 % "
+        "| 10 bytes | 14 bytes | 2.0 |" in found
     )
     rows[2]["way"] = [[2, 10, 14, 1.02]]
     assert "| 99.00 % | - | - | - |" in script("sweep").table(claim, rows)
+
+
+def test_a_variant_runs_with_its_best_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "paper")
+    sweep = script("sweep")
+    few, many = ({"training": {"lr": rate}} for rate in (1e-3, 1e-2))
+    claim = {
+        "divisions": {"d": {"partition": {"by": "iid"}}},
+        "tuning": {"seed": 7, "division": "d", "trials": [few, many]},
+        "seeds": [0],
+        "variants": {
+            "a": {"method": {"name": "ffa-lora"}},
+            "b": {"trials": [{"method": {"server_lr": 0.1}}], "method": {"name": "fedadam"}},
+        },
+    }
+    tried = [(case, trial) for case, trial in sweep.trials(claim)]
+    assert [(case.variant, case.seed, trial) for case, trial in tried] == [
+        ("a", 7, few), ("a", 7, many), ("b", 7, {"method": {"server_lr": 0.1}})
+    ]  # fmt: skip
+    assert tried[2][0].overrides == {
+        "partition": {"by": "iid"}, "method": {"name": "fedadam", "server_lr": 0.1}
+    }  # fmt: skip
+    losses = [math.nan, 3.0, 4.0]
+    rows = [
+        {"variant": case.variant, "trial": trial, "validation": loss}
+        for (case, trial), loss in zip(tried, losses, strict=True)
+    ]
+    chosen = sweep.best(rows)
+    assert chosen == {"a": many, "b": {"method": {"server_lr": 0.1}}}
+    found = {case.variant: case.overrides for case in sweep.cases(claim, chosen)}
+    assert found["a"]["training"] == {"lr": 1e-2}
 
 
 def test_the_table_of_trials_is_made_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:

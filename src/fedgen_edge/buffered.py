@@ -11,7 +11,7 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Devices, Federation
 from fedgen_edge.jobs import Engine, Training
 from fedgen_edge.orders import stint, wording
-from fedgen_edge.schedule import INSTANT, Trip
+from fedgen_edge.schedule import Trip
 from fedgen_edge.types import Commit, Leaves, Order, ServerState, Timing, Update
 
 VERSION = "version/"
@@ -88,7 +88,7 @@ class Buffered:
         return sorted(found, key=lambda update: update.order.clients)
 
     def _timing(self, found: schedule.Gathered) -> Timing | None:
-        if self.devices == INSTANT:
+        if not schedule.take_time(self.devices):
             return None
         dropped = tuple(trip.client for trip in found.dropped)
         return Timing(found.queue.clock, dropped, sum(trip.sent for trip in found.dropped))

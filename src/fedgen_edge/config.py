@@ -67,8 +67,9 @@ class Adapter:
     rank: Count = 8
     """Rank of each update, r."""
     ranks: tuple[Count, ...] = ()
-    """Ranks of the clients' updates, which clients take in turn, none above `rank`; none is `rank`
-    for all. What is sent shrinks with the rank, and the scale stays alpha / `rank`."""
+    """Ranks of the clients' updates, none above `rank`, which clients take in turn, or as
+    `devices.memory` has room; none is `rank` for all. What is sent shrinks with the rank, and the
+    scale stays alpha / `rank`."""
     alpha: Positive = 16.0
     """Scale: an update is multiplied by alpha / rank."""
     rslora: bool = False
@@ -226,6 +227,9 @@ class Devices:
     """Share of the rounds in which the client can be drawn; none is all."""
     fails: tuple[Share, ...] = ()
     """Chance that the client drops out of what it has begun; none is never."""
+    memory: tuple[Positive, ...] = ()
+    """Bytes that the client has for training; of `adapter.ranks` it takes the largest that they
+    hold (`fedgen plan` says what training takes); none is room for any."""
 
 
 @dataclass(frozen=True, config=STRICT)

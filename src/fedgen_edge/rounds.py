@@ -14,7 +14,7 @@ from fedgen_edge.buffered import Buffered
 from fedgen_edge.config import Devices, Federation
 from fedgen_edge.jobs import Engine, Training
 from fedgen_edge.orders import stint, wording
-from fedgen_edge.schedule import INSTANT, asked_size, cohort_size
+from fedgen_edge.schedule import INSTANT, asked_size, cohort_size, take_time
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Timing, Update
 
@@ -117,7 +117,7 @@ def rounds(
         order = wording(algorithm, job, state, job.members() - federation.newcomers)
         each = {client: order((client,)) for client in asked}
         cohort, timing = asked, None
-        if roster.devices != INSTANT:
+        if take_time(roster.devices):
             racing = [*each.values()]
             cohort, timing = _raced(state, algorithm, job, federation, roster.devices, racing)
         groups = algorithm.groups(cohort) if cohort else []

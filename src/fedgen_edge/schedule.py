@@ -6,6 +6,7 @@ device. Who drops out, or comes too late, is never trained.
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from itertools import islice
 from typing import NamedTuple
 
@@ -276,6 +277,11 @@ def _exact(values: object) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
+def take_time(devices: Devices) -> bool:
+    """Whether there is anything for the clock to tell."""
+    return replace(devices, memory=()) != INSTANT
+
+
 def check(
     federation: Federation, devices: Devices, algorithms: Sequence[Algorithm], clients: int
 ) -> None:
@@ -284,7 +290,7 @@ def check(
     Raises:
         ConfigError: names the setting.
     """
-    timed = devices != INSTANT
+    timed = take_time(devices)
     for name, said in (("over", federation.over or None), ("deadline", federation.deadline)):
         if said is not None and not timed:
             raise ConfigError(

@@ -30,6 +30,7 @@ from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.experiments.features import extractor
 from fedgen_edge.jobs import Clients, Train
 from fedgen_edge.personal import Personalise
+from fedgen_edge.planning.fit import fitted
 from fedgen_edge.rounds import Engine, sample
 from fedgen_edge.schedule import cohort_size
 from fedgen_edge.seeds import generator
@@ -194,6 +195,8 @@ def build(settings: Settings) -> Experiment:
         FedGenError: anything in the settings that cannot be carried out.
     """
     check(settings)
+    device = machine.device(settings.engine.device)
+    settings = fitted(settings, device)
     algorithm = method(settings.method, adapter=settings.adapter)
     beside_it = [
         method(replace(settings.method, name=name), "evaluation.baselines", settings.adapter)
@@ -202,7 +205,6 @@ def build(settings: Settings) -> Experiment:
     if settings.evaluation.tensorboard and not find_spec("tensorboard"):
         raise MissingExtraError("evaluation.tensorboard=true", "tensorboard")
     _check_workers(settings)
-    device = machine.device(settings.engine.device)
     torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
     federation, seed = settings.federation, settings.federation.seed
     corpus = labelled(sources.read(settings.data), settings.partition, seed)

@@ -21,7 +21,7 @@ from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Devices, Settings
 from fedgen_edge.leaves import shapes
 from fedgen_edge.rounds import present, sample
-from fedgen_edge.schedule import INSTANT, Load, Queue, Trip, cohort_size
+from fedgen_edge.schedule import Load, Queue, Trip, cohort_size
 from fedgen_edge.types import Leaves, ServerState
 from fedgen_edge.uplink.wire import Wire, made, most_down, most_up
 
@@ -119,7 +119,7 @@ def rounds(settings: Settings, on: Road, clients: int, steps: int) -> Iterator[R
     for r in range(federation.rounds):
         asked = sample(federation, clients, r, devices=devices)
         loads = {c: on.load(c, r, steps) for c in asked}
-        if devices == INSTANT:
+        if not schedule.take_time(devices):
             groups = [group[0] for group in on.algorithm.groups(asked)] if asked else []
             down, up = (sum(getattr(loads[c], way) for c in groups) for way in ("down", "up"))
             yield Round(down, up, 0.0, len(asked), len(asked))
