@@ -36,6 +36,7 @@ def speed() -> str:
     found = _benchmarks("speed")
     rows = {
         "hardware": lambda r: f"{r['hardware']}, {r['threads']} threads",
+        "a step": lambda r: r["batch"],
         "stacked over bare, same batch per client": lambda r: r[
             "stacked_over_bare_same_batch_per_client"
         ],
@@ -52,6 +53,24 @@ def speed() -> str:
     out += [
         f"| {n} | {' | '.join(str(get(r)) for r in found.values())} |" for n, get in rows.items()
     ]
+    return "\n".join(out)
+
+
+def peak() -> str:
+    """The share of the matrix peak, and where a step's time goes, a column a backbone."""
+    found = _benchmarks("peak")
+    rows = {
+        "hardware": lambda r: f"{r['hardware']}, {r['threads']} threads",
+        "a step": lambda r: r["batch"],
+        "tokens a second": lambda r: f"{r['tokens_per_second']:.0f}",
+        "measured peak, bf16, GFLOP/s": lambda r: f"{r['peak_gigaflops']:.0f}",
+        "share of it, 4 N FLOPs a token": lambda r: f"{100 * r['share_of_peak']:.0f} %",
+    }
+    out = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    out += [f"| {n} | {' | '.join(get(r) for r in found.values())} |" for n, get in rows.items()]
+    for kind in next(iter(found.values()))["time_by_kind"]:
+        shares = (f"{100 * told['time_by_kind'].get(kind, 0):.1f} %" for told in found.values())
+        out.append(f"| time in {kind} | {' | '.join(shares)} |")
     return "\n".join(out)
 
 
@@ -178,6 +197,7 @@ def table(name: str) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     **{mark: partial(table, name) for mark, name in TABLES.items()},
     "speed": speed,
+    "peak": peak,
     "memory": memory,
     "simulators": simulators,
     "overhead": overhead,

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
+SPEEDS = sorted((ROOT / "results").glob("speed-*.json"))
+PEAKS = sorted((ROOT / "results").glob("peak-*.json"))
 SIMULATORS = sorted((ROOT / "results").glob("simulators-*.json"))
 OVERHEADS = sorted((ROOT / "results").glob("overhead-*.json"))
 
@@ -21,6 +23,25 @@ def program(name: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(ROOT))
     monkeypatch.delitem(sys.modules, name, raising=False)
     return __import__(name)
+
+
+@pytest.mark.parametrize("path", SPEEDS, ids=lambda p: p.stem)
+def test_speeds_are_medians_of_runs_in_turn(path: Path) -> None:
+    told = read(path)
+    runs = told["all_runs"]
+    for name, each in runs.items():
+        assert told["tokens_per_second"][name] == pytest.approx(statistics.median(each), abs=0.1)
+    pairs = zip(runs["stacked"], runs["bare, the total batch"], strict=True)
+    ratio = statistics.median(one / other for one, other in pairs)
+    assert told["stacked_over_bare_same_total_batch"] == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize("path", PEAKS, ids=lambda p: p.stem)
+def test_the_share_of_the_peak_is_of_four_flops_a_weight_and_token(path: Path) -> None:
+    told = read(path)
+    shares = [4 * told["weights"] * rate / (most * 1e9) for rate, most in told["all_runs"]]
+    assert told["share_of_peak"] == pytest.approx(statistics.median(shares), abs=2e-3)
+    assert sum(told["time_by_kind"].values()) == pytest.approx(1, abs=5e-3)
 
 
 @pytest.mark.parametrize("path", SIMULATORS, ids=lambda p: p.stem)
