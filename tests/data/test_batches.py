@@ -44,6 +44,17 @@ def test_packing_loses_and_doubles_no_label_and_no_word(
     assert rows(packed) == -(-len(labels) // length)
 
 
+@pytest.mark.parametrize(
+    ("vocabulary", "kind"), [(2**15 - 1, torch.int16), (2**15, torch.int32), (50000, torch.int32)]
+)
+def test_numbers_of_few_words_take_two_bytes(vocabulary: int, kind: torch.dtype) -> None:
+    highest = vocabulary - 1
+    packed = pack([[0, highest, 1]], [1], 4, vocabulary)
+    assert packed["tokens"].dtype == packed["labels"].dtype == kind
+    assert packed["labels"].tolist() == [[highest, 1, 0, 0]]
+    assert packed["position"].dtype == packed["segment"].dtype == torch.int16
+
+
 def test_clients_in_tables_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "TOGETHER", 3)
 

@@ -111,19 +111,23 @@ def parts(examples: Batch, axis: int, most: int) -> Iterator[Batch]:
         yield {k: v.narrow(axis, at, min(most, count - at)) for k, v in examples.items()}
 
 
-def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) -> Batch:
+def pack(
+    documents: Sequence[Sequence[int]], words: Sequence[int], length: int, vocabulary: int = 2**31
+) -> Batch:
     """Cut token streams into blocks in which every token but each document's first is predicted.
 
     Args:
         documents: token numbers of each, start and end marks included.
         words: of each document; shared out over its tokens, so that a part of it counts a part.
         length: tokens in a block.
+        vocabulary: above every token's number.
 
     Returns:
         `tokens`, `labels` (the next token), `mask` (where there is one), `segment` (the document
-        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each; `words`,
-        `[rows]`. Documents are laid end to end; one that reaches over a block's end goes on in the
-        next block without what came before.
+        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, of 16 bits
+        where all fit, since every client's are in memory; `words`, `[rows]`. Documents are laid
+        end to end; one that reaches over a block's end goes on in the next block without what came
+        before.
     """
     steps = [
         (
@@ -144,8 +148,10 @@ def pack(documents: Sequence[Sequence[int]], words: Sequence[int], length: int) 
     place = torch.arange(length, dtype=torch.int32).expand_as(document)
     position = place - torch.where(begins, place, 0).cummax(1).values
     segment = begins.int().cumsum(1, dtype=torch.int32) * mask
-    values = (token, label, mask.bool(), segment, position.int())
-    packed = {k: v.contiguous() for k, v in zip(FIELDS, values, strict=True)}
+    said_by, place_in = (torch.int16 if n < 2**15 else torch.int32 for n in (vocabulary, length))
+    kinds = (said_by, said_by, torch.bool, place_in, place_in)
+    values = (token, label, mask, segment, position)
+    packed = {k: v.to(t).contiguous() for k, v, t in zip(FIELDS, values, kinds, strict=True)}
     return {**packed, "words": said.sum(1, dtype=torch.int32)}
 
 

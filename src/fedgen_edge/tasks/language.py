@@ -102,7 +102,8 @@ class Language:
                 "task='language' learns text, and the data are pictures: set data.source, or task"
             )
         documents = self.encode([held.texts[i] for i in indices])
-        return pack(documents, [held.words[i] for i in indices], self.length)
+        words = [held.words[i] for i in indices]
+        return pack(documents, words, self.length, self.loaded.model.config.vocab_size)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token numbers of each document, from its start mark to its end mark."""

@@ -69,8 +69,8 @@ class TokenLoss(nn.Module):
         positions begin anew.
         """
         inputs = {
-            "input_ids": batch["tokens"],
-            "position_ids": batch["position"],
+            "input_ids": batch["tokens"].int(),
+            "position_ids": batch["position"].int(),
             "attention_mask": attention(batch["segment"], self.dtype),
             "use_cache": False,
         }
