@@ -8,7 +8,16 @@ from torch.optim import SGD, AdamW
 
 from conftest import Line, numbers
 from fedgen_edge.algorithms.correct import proximal
-from fedgen_edge.client import Patience, Recipe, Step, clipped, descend, local_update, personalise
+from fedgen_edge.client import (
+    Patience,
+    Recipe,
+    Step,
+    clipped,
+    descend,
+    local_update,
+    optimiser,
+    personalise,
+)
 from fedgen_edge.config import Training
 from fedgen_edge.data.batches import Budget, deal, stack
 from fedgen_edge.engines.bounds import Bounds, strayed
@@ -41,6 +50,27 @@ def test_a_step_of_sgd_goes_half_of_the_way() -> None:
     assert float(delta["w"]) == 3.0
     assert float(loss.total) == 10.0
     assert float(loss.count) == 2.0
+
+
+class Turned(Line):
+    """The sum of a leaf's values times others, by the leaf's transpose."""
+
+    def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
+        signs = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [-1.0, 1.0]])
+        del phase
+        return PerClient((adapter["w"].mT * signs).sum(), batch["mask"].sum().float())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_adamw_moves_each_value_by_its_own_gradient_however_they_lie_in_memory(
+    turned: bool,
+) -> None:
+    # gradients are signs; the first step of Adam goes by the rate against the sign of each
+    start = torch.zeros(3, 2).mT if turned else torch.zeros(2, 3)
+    recipe = Recipe(optimiser(Training(weight_decay=0.0), 0.5))
+    delta, _ = local_update(Turned(), {"w": start}, {}, batches(1), recipe)
+    expected = torch.tensor([[-0.5, 0.5, 0.5], [0.5, -0.5, -0.5]])
+    torch.testing.assert_close(delta["w"], expected)
 
 
 def test_the_mean_is_over_examples_not_over_rows() -> None:

@@ -97,7 +97,9 @@ def descend(
         recipe: optimiser, clipping and corrections.
     """
     now = {
-        k: v if k.startswith(RESIDUAL) else v.detach().clone().requires_grad_()
+        k: v
+        if k.startswith(RESIDUAL)
+        else v.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         for k, v in start.items()
     }
     optimisers = {phase.prefix: _optimiser(now, phase, recipe) for phase in task.phases}
@@ -156,7 +158,9 @@ def _apply(optimiser: Optimizer, now: Leaves, grads: Leaves, seen: int | None) -
     moving = {k: v for k, v in now.items() if v.requires_grad}
     finished = {k: v[seen:].clone() for k, v in moving.items()} if seen is not None else {}
     for name, leaf in moving.items():
-        leaf.grad = grads.get(name)
+        grad = grads.get(name)
+        # fused steps go by places in memory, and a gradient may lie transposed
+        leaf.grad = None if grad is None else grad.contiguous()
     optimiser.step()
     for name, rows in finished.items():
         if len(rows):

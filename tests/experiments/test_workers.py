@@ -118,3 +118,23 @@ def test_with_sums_a_run_tells_all_but_what_merging_missed(tmp_path: Path) -> No
     for layer, found in plain["layers"].items():
         assert found.pop("error") > 0
         assert sums["layers"][layer] == pytest.approx(found, rel=1e-4)
+
+
+class Idle:
+    """Workers who are never asked."""
+
+    def engine(self, method: str, stack: int | None, *, sums: bool) -> Engine:
+        del method, stack, sums
+        return lambda *_: iter(())
+
+    def close(self) -> None: ...
+
+
+def test_full_models_beside_adapters_in_stacks_are_judged_one_by_one() -> None:
+    # as a baseline of a run with workers: full models cannot be stacked
+    adapters = building.build(told({"name": "stacked", "stack": 2}))
+    full = building.beside(replace(adapters, staff=Idle()), "fedavg-full")
+    start, shards = full.start().adapter, full.clients.shards
+    assert len(shards) == 2
+    found = list(full.sums_of((start, shard.test) for shard in shards))
+    assert found == [full.sums(start, shard.test) for shard in shards]

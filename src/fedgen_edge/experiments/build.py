@@ -143,7 +143,8 @@ class Experiment:
         As many are together as in training, on the same engine.
         """
         held = iter(held)
-        together = 1 if self.engine is serial else self.settings.engine.stack or 1
+        alone = self.engine is serial or not self.task.model.stackable  # workers' engine is neither
+        together = 1 if alone else self.settings.engine.stack or 1
         while group := list(islice(held, together)):
             adapters, examples = zip(*group, strict=True)
             if len(group) == 1:
