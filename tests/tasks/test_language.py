@@ -14,6 +14,8 @@ from transformers import (
     BloomForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     RwkvConfig,
@@ -157,6 +159,29 @@ def test_a_head_that_is_not_a_plain_product_is_asked_itself(gpt2: Path) -> None:
     assert task.module.plain_head
     task.module.model.lm_head = nn.Linear(32, task.module.model.config.vocab_size)  # has a bias
     assert not language.TokenLoss(task.module.model).plain_head
+
+
+@pytest.mark.parametrize(("window", "refused"), [(16, True), (64, False), (None, False)])
+def test_blocks_beyond_a_window_of_attention_are_refused(
+    tmp_path: Path, window: int | None, refused: bool
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbones._tiny())
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=window,
+    )
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if refused:
+        with pytest.raises(ConfigError, match=r"data\.length=64 is above 16, the window"):
+            make(str(tmp_path))
+    else:
+        make(str(tmp_path))
 
 
 def test_generating_repeats_with_its_seed_and_follows_the_adapter(task: Language) -> None:

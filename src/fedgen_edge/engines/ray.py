@@ -186,7 +186,8 @@ def _fitting(wanted: int | None, room: Room) -> int:
     each = "an accelerator" if room.gpus else f"engine.threads={room.cpus} cores"
     raise ConfigError(
         f"engine.workers={wanted or 1}, with {each} each, do not fit the cluster, which has room "
-        f"for {fit}: lower one of them, or name a larger cluster by engine.address"
+        f"for {fit}: lower one of them (of a run that has begun, in its settings.toml), or name a "
+        "larger cluster by engine.address"
     )
 
 

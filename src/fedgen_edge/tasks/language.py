@@ -217,12 +217,26 @@ def _context(loaded: Loaded) -> int:
     return getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
 
 
+def _window(loaded: Loaded) -> int | None:
+    """How far back some layers of the backbone see; none is as far as all do."""
+    config = loaded.model.config
+    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
+    return getattr(config, "sliding_window", None) if slides else None
+
+
 def _check_length(settings: Settings, loaded: Loaded) -> None:
     most, e = _context(loaded), settings.evaluation
     if settings.data.length > most:
         raise ConfigError(
             f"data.length={settings.data.length} is above {most}, the context of this backbone: "
             "take a shorter one"
+        )
+    window = _window(loaded)
+    if window and settings.data.length > window:
+        raise ConfigError(
+            f"data.length={settings.data.length} is above {window}, the window of this backbone's "
+            "attention, beyond which training would see more than the model is used with: take at "
+            f"most {window}"
         )
     longest = max((len(loaded.tokenizer(prompt)["input_ids"]) for prompt in _prompts(e)), default=0)
     if e.sample_tokens and longest + 2 + e.sample_tokens > most:
