@@ -203,7 +203,7 @@ def test_the_clusters_and_the_clients_models_are_peft_folders(done: Path, tmp_pa
         sums = experiment.sums(experiment.task.model.load(found), held[c].test)
         assert sums["total"] == pytest.approx(rows["global", name]["total"], rel=1e-6)
     plain = AutoModelForCausalLM.from_pretrained(experiment.task.model.folder)
-    ids = held[0].test["tokens"]
+    ids = held[0].test["tokens"].long()
     logits = [plain(ids).logits]
     for name in ("cluster-0", "cluster-1", "client 0"):
         adapted = PeftModel.from_pretrained(plain, str(folder_of(done, name)))
