@@ -32,7 +32,7 @@ from fedgen_edge.planning.traffic import (
     timed,
 )
 from fedgen_edge.schedule import cohort_size
-from fedgen_edge.tasks.language import Language
+from fedgen_edge.tasks.language import Language, check_length
 from fedgen_edge.tasks.outline import config_of, layers, linear_weights, outlined
 from fedgen_edge.uplink.transform import length
 
@@ -126,7 +126,7 @@ def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
     if settings.task != "language":
         raise ConfigError(f"task={settings.task!r}: `fedgen plan` knows language models so far")
     config = config_of(settings.backbone)
-    _check_length(settings, config)
+    check_length(settings, config)
     algorithm = method(settings.method, adapter=settings.adapter)
     task = _outline(settings, config, full=algorithm.adapts == "full")
     shapes, leaves = task.model.shapes(), task.model.leaf_shapes()
@@ -180,15 +180,6 @@ def members(settings: Settings) -> int:
         "size": len(by.sizes) or CLIENTS,
     }
     return known.get(by.by, CLIENTS)
-
-
-def _check_length(settings: Settings, config: Any) -> None:
-    most = getattr(config, "max_position_embeddings", None) or math.inf
-    if settings.data.length > most:
-        raise ConfigError(
-            f"data.length={settings.data.length} is above {most}, the context of this backbone: "
-            "take a shorter one"
-        )
 
 
 def _steps(settings: Settings, told: Limits) -> int | None:

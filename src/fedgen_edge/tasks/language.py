@@ -129,10 +129,10 @@ class Language:
     def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
         """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
         told = self.encode([prompt])[0][:-1]
-        if len(told) + tokens > _context(self.loaded):
+        if len(told) + tokens > _context(self.loaded.model.config):
             raise ConfigError(
                 f"{tokens} tokens after a prompt of {len(told)} are above "
-                f"{_context(self.loaded)}, the context of this backbone: ask for fewer"
+                f"{_context(self.loaded.model.config)}, the context of this backbone: ask for fewer"
             )
         adapter = {k: v.to(self.module.model.device) for k, v in adapter.items()}
         reader, said, new = _Reader(self.module.model), [], told
@@ -182,7 +182,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     """
     loaded = backbones.load(settings.backbone, device)
     model = loaded.model
-    _check_length(settings, loaded)
+    check_length(settings, model.config)
+    _check_samples(settings, loaded)
     _check_packing(settings, model)
     adapted = adapt(
         model,
@@ -212,32 +213,40 @@ def _prompts(settings: Evaluation) -> Sequence[str]:
     return (settings.prompts or ("The ",)) if settings.sample_tokens else ()
 
 
-def _context(loaded: Loaded) -> int:
+def _context(config: Any) -> int:
     """Most tokens that the backbone reads at once."""
-    return getattr(loaded.model.config, "max_position_embeddings", None) or sys.maxsize
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
-def _window(loaded: Loaded) -> int | None:
+def check_length(settings: Settings, config: Any) -> None:
+    """Refuse blocks longer than a model of this configuration reads, or than its layers see.
+
+    Raises:
+        ConfigError: they are.
+    """
+    most, length = _context(config), settings.data.length
+    if length > most:
+        raise ConfigError(
+            f"data.length={length} is above {most}, the context of this backbone: take a shorter "
+            "one"
+        )
+    window = _window(config)
+    if window and length > window:
+        raise ConfigError(
+            f"data.length={length} is above {window}, the window of this backbone's attention, "
+            "beyond which training would see more than the model is used with: take at most "
+            f"{window}"
+        )
+
+
+def _window(config: Any) -> int | None:
     """How far back some layers of the backbone see; none is as far as all do."""
-    config = loaded.model.config
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return getattr(config, "sliding_window", None) if slides else None
 
 
-def _check_length(settings: Settings, loaded: Loaded) -> None:
-    most, e = _context(loaded), settings.evaluation
-    if settings.data.length > most:
-        raise ConfigError(
-            f"data.length={settings.data.length} is above {most}, the context of this backbone: "
-            "take a shorter one"
-        )
-    window = _window(loaded)
-    if window and settings.data.length > window:
-        raise ConfigError(
-            f"data.length={settings.data.length} is above {window}, the window of this backbone's "
-            "attention, beyond which training would see more than the model is used with: take at "
-            f"most {window}"
-        )
+def _check_samples(settings: Settings, loaded: Loaded) -> None:
+    most, e = _context(loaded.model.config), settings.evaluation
     longest = max((len(loaded.tokenizer(prompt)["input_ids"]) for prompt in _prompts(e)), default=0)
     if e.sample_tokens and longest + 2 + e.sample_tokens > most:
         raise ConfigError(
