@@ -68,6 +68,11 @@ class Algorithm:
     ages: Ages = stale.never
 
     @property
+    def pools(self) -> bool:
+        """Whether clients' data train together, so that nothing is sent."""
+        return self.groups is not share.each_alone
+
+    @property
     def averages(self) -> bool:
         """Whether the server needs no more of a cohort's changes than their mean by examples."""
         return self.merges is merge.mean and not self.buffer

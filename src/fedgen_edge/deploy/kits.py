@@ -16,7 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedgen_edge import files
 from fedgen_edge.algorithms.clusters import enough
 from fedgen_edge.algorithms.methods import check, method
-from fedgen_edge.algorithms.share import each_alone, nothing
+from fedgen_edge.algorithms.share import nothing
 from fedgen_edge.config import Settings, flat, load
 from fedgen_edge.deploy import contents
 from fedgen_edge.deploy.address import reached
@@ -150,7 +150,7 @@ def deployable(settings: Settings, sites: int) -> None:
     pictures = settings.task != "language"
     timed = [f"{k}={v!r}" for k, v in flat(settings) if k.startswith(TIMED) and v]
     strange = [name for name in evaluation.prompts if name not in settings.data.names]
-    alone = algorithm.sends is nothing or algorithm.groups is not each_alone
+    alone = algorithm.sends is nothing or algorithm.pools
     objections = {
         f"method.name={settings.method.name!r} is no federation, but what one is compared with: "
         "use `fedgen run`, or another method": alone,

@@ -19,7 +19,6 @@ from fedgen_edge import machine
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.clusters import of
 from fedgen_edge.algorithms.methods import check, method
-from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Settings
 from fedgen_edge.data import sources
 from fedgen_edge.data.partition import hold
@@ -330,7 +329,7 @@ def open_site(folder: Path) -> Site:
             f"method.name={settings.method.name!r} commits by a virtual clock, and a site has "
             "none: take another"
         )
-    if not shared or algorithm.groups is not each_alone:
+    if not shared or algorithm.pools:
         raise ConfigError(
             f"method.name={settings.method.name!r} has nothing that sites could share: take another"
         )

@@ -16,7 +16,6 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import enough, parts
 from fedgen_edge.algorithms.correct import proximal, unchanged
 from fedgen_edge.algorithms.methods import check, method
-from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.client import Patience, Recipe, optimiser, rate_of
 from fedgen_edge.config import Downlink, Settings
 from fedgen_edge.data import sources
@@ -232,8 +231,7 @@ def build(settings: Settings) -> Experiment:
 
 def wired(experiment: Experiment) -> Experiment:
     """The same, with its settings' ways for leaves to travel."""
-    pooled = experiment.algorithm.groups is not each_alone  # nothing is sent where data are pooled
-    told = Wire() if pooled else wire(experiment.settings, experiment.start)
+    told = Wire() if experiment.algorithm.pools else wire(experiment.settings, experiment.start)
     return replace(experiment, clients=replace(experiment.clients, wire=told))
 
 

@@ -17,7 +17,6 @@ from fedgen_edge import schedule
 from fedgen_edge.adapters.ranks import of_rank, truncated
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.clusters import of
-from fedgen_edge.algorithms.share import each_alone
 from fedgen_edge.config import Devices, Settings
 from fedgen_edge.leaves import shapes
 from fedgen_edge.rounds import present, sample
@@ -97,8 +96,7 @@ def road(settings: Settings, algorithm: Algorithm, leaves: Shapes, clients: int)
     Raises:
         MissingExtraError: zstd is not installed.
     """
-    pooled = algorithm.groups is not each_alone
-    told = Wire() if pooled else made(settings.uplink, settings.downlink, 0, {})
+    told = Wire() if algorithm.pools else made(settings.uplink, settings.downlink, 0, {})
     return Road(algorithm, told, leaves, clients - settings.federation.newcomers)
 
 
