@@ -81,7 +81,9 @@ def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Pa
     names = records.folder_names([row["client"] for row in told.clients])
     own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
     known = {None: root / "global", **{p.name: p for p in sorted(root.glob("cluster-*"))}, **own}
-    asked = wanted or [who for who in known if who or known[who].exists()]
+    alike = told.facts.get("finished") and not (root / "clients").exists()
+    there = [who for who, folder in known.items() if folder.exists() or (who and not alike)]
+    asked = wanted or there
     found = {who: known.get(who) for who in asked}
     for who, folder in found.items():
         if folder is None:
@@ -89,6 +91,11 @@ def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Pa
         if not folder.exists() and who is None and told.facts.get("finished"):
             name = told.settings["method.name"]
             raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
+        if not folder.exists() and alike:
+            raise CheckpointError(
+                f"{run}: with personal.epochs=0 clients have the global model, and none of their "
+                "own: name no client"
+            )
         if not folder.exists():
             raise CheckpointError(
                 f"{run} has no {folder.name} model yet: go on with `fedgen resume {run}`"

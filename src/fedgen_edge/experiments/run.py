@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,8 @@ def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
     for name in experiment.settings.evaluation.baselines:
         stage = f"baselines/{name}"
         yield _federation(beside(experiment, name), run / stage, stage)
-    yield _personal(experiment, run)
+    if experiment.has_own:
+        yield _personal(experiment, run)
     yield _test(experiment, run)
     yield _judge(experiment, run)
     yield _samples(experiment, run)
@@ -132,11 +134,14 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     records.truncate(log, done)
     for at in range(done, total, CHUNK):
         ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + CHUNK, total))}
-        held = {rank: cut(state.adapter, rank) for rank in {*ranks.values()}}
-        orders = [Order((c,), state.round, held[r], rank=r) for c, r in ranks.items()]
+        cuts = {rank: cut(state.adapter, rank) for rank in {*ranks.values()}}
+        orders = [Order((c,), state.round, cuts[r], rank=r) for c, r in ranks.items()]
         began = time.perf_counter()
-        for number, tuned in enumerate(experiment.engine(orders, experiment.tune)):
-            line = _own(experiment, run, names, state, tuned)
+        chunk, copy = tee(experiment.engine(orders, experiment.tune))
+        held = ((t.adapter, experiment.clients.shards[t.order.clients[0]].test) for t in copy)
+        tested_ones = zip(chunk, experiment.sums_of(held), strict=True)
+        for number, (tuned, found) in enumerate(tested_ones):
+            line = {**_own(experiment, run, names, state, tuned), "test": found}
             line["seconds"] = round(time.perf_counter() - began, 3)
             records.append(log, line)
             yield Event("personal", at + number + 1, total, line)
@@ -147,7 +152,7 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
 def _own(
     experiment: Experiment, run: Path, names: dict[str, str], state: ServerState, tuned: Tuned
 ) -> records.Line:
-    """Save a client's own adapter, and judge it.
+    """Save a client's own adapter, and say how it was tuned.
 
     Raises:
         TrainingError: it is not finite.
@@ -169,7 +174,6 @@ def _own(
         "chosen": tuned.chosen,
         **({} if tuned.share is None else {"share": tuned.share}),
         **({} if tuned.cluster is None else {"cluster": tuned.cluster}),
-        "test": experiment.sums(tuned.adapter, shard.test),
     }
 
 
@@ -199,7 +203,8 @@ def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
 
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     """What each model makes of the prompts, before and after."""
-    shown = [("personal", name) for name in experiment.names[:SHOWN]]
+    own = experiment.names[:SHOWN] if experiment.has_own else ()
+    shown = [("personal", name) for name in own]
     state, _ = last(run)
     shared = [(name, None) for name in experiment.shared(state)]
     yield from sampled(experiment, run, [("backbone", None), *shared, *shown])
