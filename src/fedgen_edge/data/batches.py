@@ -124,8 +124,8 @@ def pack(
 
     Returns:
         `tokens`, `labels` (the next token), `mask` (where there is one), `segment` (the document
-        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, of 16 bits
-        where all fit, since every client's are in memory; `words`, `[rows]`. Documents are laid
+        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, of as few
+        bits as hold them, since every client's are in memory; `words`, `[rows]`. Documents are laid
         end to end; one that reaches over a block's end goes on in the next block without what came
         before.
     """
@@ -148,11 +148,16 @@ def pack(
     place = torch.arange(length, dtype=torch.int32).expand_as(document)
     position = place - torch.where(begins, place, 0).cummax(1).values
     segment = begins.int().cumsum(1, dtype=torch.int32) * mask
-    said_by, place_in = (torch.int16 if n < 2**15 else torch.int32 for n in (vocabulary, length))
+    said_by, place_in = _narrowest(vocabulary - 1), _narrowest(length)
     kinds = (said_by, said_by, torch.bool, place_in, place_in)
     values = (token, label, mask, segment, position)
     packed = {k: v.to(t).contiguous() for k, v, t in zip(FIELDS, values, kinds, strict=True)}
     return {**packed, "words": said.sum(1, dtype=torch.int32)}
+
+
+def _narrowest(highest: int) -> torch.dtype:
+    kinds = (torch.uint8, torch.int16)
+    return next((kind for kind in kinds if highest <= torch.iinfo(kind).max), torch.int32)
 
 
 def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:

@@ -71,7 +71,7 @@ class TokenLoss(nn.Module):
         inputs = {
             "input_ids": batch["tokens"].int(),
             "position_ids": batch["position"].int(),
-            "attention_mask": attention(batch["segment"], self.dtype),
+            "attention_mask": attention(batch["segment"].int(), self.dtype),
             "use_cache": False,
         }
         # padding is judged too, and then left out: with its rows taken out first, every batch would
