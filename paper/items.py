@@ -21,7 +21,7 @@ SCALES = ("small", "full")
 LEAST = {"seeds": 3, "clients": 20, "rounds": 30}
 """At those scales."""
 NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
-KEYS = {*NEEDED, "of", "paths", "overrides", "divisions", "tuning", "models", "table", "figure",
+KEYS = {*NEEDED, "of", "paths", "unset", "overrides", "divisions", "tuning", "models", "table", "figure",
         "axis", "rows", "claims"}  # fmt: skip
 TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
 """Trials are judged by validation alone."""
@@ -188,8 +188,10 @@ def worded(trial: Row) -> str:
 
 
 def of_recipe(claim: Row, root: Path = ROOT) -> Settings:
-    """The claim's recipe, with what the claim overrides."""
+    """The claim's recipe, without what the claim unsets, and with what it overrides."""
     table = tomllib.loads((root / claim["recipe"]).read_text())
+    for part, _, key in (name.partition(".") for name in claim.get("unset", ())):
+        del table[part][key]
     return from_table(merged(table, claim.get("overrides", {})))
 
 
