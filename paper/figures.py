@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-from items import ROOT, Row
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from views import called, of, of_item, values
 
 from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, finished, to_svg
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.measure import Measure
+from items import ROOT, Row
+from views import called, of, of_item, values
 
 FIGURES = ROOT / "docs" / "figures"
 CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}

@@ -16,9 +16,8 @@ from typing import Any
 import figures
 import kept
 import views
-from items import ROOT, read, shown
-
 from fedgen_edge import files
+from items import ROOT, read, shown
 
 BENCHMARKS = ROOT / "benchmarks" / "results"
 PAPER = ROOT / "paper" / "results"

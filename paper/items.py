@@ -21,8 +21,11 @@ SCALES = ("small", "full")
 LEAST = {"seeds": 3, "clients": 20, "rounds": 30}
 """At those scales."""
 NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
-KEYS = {*NEEDED, "of", "paths", "unset", "overrides", "divisions", "tuning", "models", "table", "figure",
-        "axis", "rows", "claims"}  # fmt: skip
+KEYS = {
+    *NEEDED,
+    *("of", "paths", "unset", "overrides", "divisions", "tuning"),
+    *("table", "figure", "models", "axis", "rows", "claims"),
+}
 TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
 """Trials are judged by validation alone."""
 Row = dict[str, Any]

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from items import ROOT, Case, Row, best, cases, digest, key_of, trials
-
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments.records import lines, write_lines
+from items import ROOT, Case, Row, best, cases, digest, key_of, trials
 
 RESULTS = ROOT / "paper" / "results"
 

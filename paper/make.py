@@ -19,12 +19,11 @@ from pathlib import Path
 
 import fill
 import kept
-from items import ITEMS, Case, Row, cases, check_paths, named, read, settings_of, trials
-from pool import workers
-
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import CheckpointError, FedGenError, TrainingError
 from fedgen_edge.experiments.records import folder_name, locked
+from items import ITEMS, Case, Row, cases, check_paths, named, read, settings_of, trials
+from pool import workers
 
 
 def arguments() -> argparse.Namespace:
@@ -94,8 +93,8 @@ def carry_out(
             continue
         kept.add(item, {**kept.facts_of(item, case), **_shown(case, row)}, told.results)
         if told.discard:
-            shutil.rmtree(folder)
-    return failed
+            shutil.rmtree(folder, ignore_errors=True)  # one that failed may have none
+    return sorted(failed)
 
 
 def work(settings: Settings, folder: Path) -> tuple[Row, Path]:

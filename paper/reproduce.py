@@ -13,15 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from items import Row, of_recipe
-from kept import RESULTS
-from running import finished
-
 from fedgen_edge.config import Settings
 from fedgen_edge.experiments.records import lines, read_json, write_lines
 from fedgen_edge.experiments.summary import paired_interval, read, size, uplink
 from fedgen_edge.machine import steady_allocations
 from fedgen_edge.tasks.language import MEASURE
+from items import Row, of_recipe
+from kept import RESULTS
+from running import finished
 
 
 def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:

@@ -7,8 +7,6 @@ from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 
-from items import Row
-
 from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.experiments.apart import distances
 from fedgen_edge.experiments.diagnose import diagnose
@@ -24,6 +22,7 @@ from fedgen_edge.experiments.summary import (
     tenth,
     uplink,
 )
+from items import Row
 
 LIBRARIES = ("fedgen-edge", "torch", "transformers", "peft")
 

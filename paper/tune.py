@@ -13,14 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from items import of_recipe
-from kept import RESULTS
-
 from fedgen_edge.experiments.build import Experiment, beside, build
 from fedgen_edge.experiments.records import lines, write_lines
 from fedgen_edge.machine import steady_allocations
 from fedgen_edge.rounds import rounds
 from fedgen_edge.types import Order, ServerState
+from items import of_recipe
+from kept import RESULTS
 
 
 def trained(experiment: Experiment) -> tuple[ServerState, float]:

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from items import Row, tried, worded
-
 from fedgen_edge.experiments.summary import number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
+from items import Row, tried, worded
 
 Form = Callable[[Number], str]
 Lines = list[str]
@@ -156,7 +155,7 @@ def each_division(view: View) -> View:
 def methods(item: Row, rows: Sequence[Row]) -> Lines:
     """Methods beside each other, what each costs to the same quality, and the paper's claims."""
     shown, first = of_item(item), rows[0]
-    base = next(one for one in shown if one.variant == item["reference"])
+    base = next(one for one in shown if one.variant == item["reference"] and one.costs)
     theirs = values(of(rows, base.variant), base.model, item["measures"][0])
     goal = common(shown, rows)
     heads = [
