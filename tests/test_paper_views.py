@@ -14,9 +14,11 @@ VERSIONS = {"fedgen-edge": "0", "torch": "2"}
 
 def item(**other: Any) -> dict[str, Any]:
     """What an item's file says."""
-    usual = {"name": "toy", "records": "toy", "scale": "small", "recipe": "r.toml",
-             "title": "a toy", "seeds": [0, 1, 2], "reference": "a", "measures": ["word"], "models": ["global"],
-             "axis": "rank", "table": "curve", "variants": {"a": {}, "b": {}}}  # fmt: skip
+    usual = {
+        **{"name": "toy", "records": "toy", "scale": "small", "recipe": "r.toml", "title": "a toy"},
+        **{"seeds": [0, 1, 2], "reference": "a", "measures": ["word"], "models": ["global"]},
+        **{"axis": "rank", "table": "curve", "variants": {"a": {}, "b": {}}},
+    }
     return {**usual, **other}
 
 
