@@ -3,9 +3,11 @@
 They lie on a light card of their own, so that they can be read in print and on a dark page.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import cycle
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib as mpl
@@ -17,7 +19,7 @@ from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, fin
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.measure import Measure
 from items import ROOT, Row
-from views import called, of, of_item, values
+from views import BEFORE, called, of, of_item, values
 
 FIGURES = ROOT / "docs" / "figures"
 CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}
@@ -84,7 +86,8 @@ def convergence(item: Row, rows: Sequence[Row]) -> Figure:
         for one, look in zip(of_item(item), _looks(), strict=False):
             if one.costs or column != 1:
                 _way(panel, of(rows, one.variant), column, look, one.name if not column else "")
-        if column == 1:
+        if column == 1:  # full models beside adapters
+            panel.set_xscale("log")
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
         _whole(figure, panel, x if column else f"round ({_seeds(item)})", name)
     return figure
@@ -96,13 +99,39 @@ AXES = {"round": 0, "sent by all clients, up": 1, "seconds of the rounds": 3}
 
 def _way(axes: Axes, own: Sequence[Row], column: int, look: tuple, label: str) -> None:
     """A line with its interval through the rounds that were judged."""
-    measure, (colour, marker, dashes) = Measure(*own[0]["measure"]), look
+    measure = Measure(*own[0]["measure"])
     steps = list(zip(*(row["way"] for row in own), strict=True))
-    means, halves = _means([[measure.shown(way[-1], 1) for way in step] for step in steps])
-    x = [sum(way[column] for way in step) / len(step) for step in steps]
+    found = [[measure.shown(way[-1], 1) for way in step] for step in steps]
+    _through(axes, [fmean(way[column] for way in step) for step in steps], found, look, label)
+
+
+def _through(
+    axes: Axes, x: Sequence[float], found: Sequence[Sequence[float]], look: tuple, label: str
+) -> None:
+    """A line through means over seeds, with their intervals."""
+    (means, halves), (colour, marker, dashes) = _means(found), look
     axes.plot(x, means, color=colour, marker=marker, linestyle=dashes, label=label or None)
     low, high = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def drift(item: Row, rows: Sequence[Row]) -> Figure:
+    """The cosine between clients over the rounds, a few together."""
+    figure, axes = figure_of()
+    for one, look in zip(of_item(item), _looks(), strict=False):
+        points = [_cosines(row) for row in of(rows, one.variant)]
+        x = sorted(set.intersection(*map(set, points)))
+        _through(axes, x, [[each[at] for each in points] for at in x], look, one.name)
+    return _whole(figure, axes, f"round ({_seeds(item)})", "cosine between clients' changes")
+
+
+def _cosines(row: Row) -> dict[int, float]:
+    """Means over as many rounds as a table has, by the last of them."""
+    found: dict[int, list[float]] = {}
+    for number, *_, cosine in row["drift"]:
+        if cosine is not None:
+            found.setdefault(math.ceil(number / BEFORE) * BEFORE, []).append(cosine)
+    return {last: fmean(each) for last, each in found.items()}
 
 
 def _whole(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
@@ -114,5 +143,6 @@ def _whole(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
 VIEWS: dict[str, Callable[[Row, Sequence[Row]], Figure]] = {
     "convergence": convergence,
     "curve": curve,
+    "drift": drift,
 }
 """Ways to draw an item's records."""

@@ -317,6 +317,38 @@ def convergence(item: Row, rows: Sequence[Row]) -> Lines:
     return tabled(heads, body)
 
 
+def drift(item: Row, rows: Sequence[Row]) -> Lines:
+    """How clients pull apart on the way to the same loss, in the rounds just before it."""
+    shown = of_item(item)
+    goal = common(shown, rows)
+    heads = ["method", "rounds to the loss", "drift over mean change", "cosine between clients"]
+    body = []
+    for one in shown:
+        own = of(rows, one.variant)
+        found = [pulled(row, goal[row["seed"]]) for row in own]
+        cells = [spread(each) for each in zip(*found, strict=True)]
+        body.append([one.name, *(linked(cell, item, own) for cell in cells)])
+    about = (
+        "The loss is, seed by seed, the lowest that all of these reach. Drift is how far a client "
+        "moves in a round, over how far their mean change goes: 1 where all agree. Both are means "
+        f"over the {BEFORE} rounds up to there."
+    )
+    return [*tabled(heads, body), "", about]
+
+
+BEFORE = 5
+"""Rounds whose drift is told: one round's clients are few."""
+
+
+def pulled(row: Row, loss: float) -> list[float]:
+    """The round that reaches a loss, drift over the mean change, and cosine between clients."""
+    at = reached(row, loss)
+    assert at, "the goal is what all of them reach"
+    told = [d for d in row["drift"] if at["round"] - BEFORE < d[0] <= at["round"]]
+    cosines = [cosine for *_, cosine in told if cosine is not None]
+    return [at["round"], fmean(own / mean for _, own, mean, _ in told), fmean(cosines)]
+
+
 THIRDS = ("a third of the rounds", "two thirds", "all")
 
 
@@ -332,5 +364,6 @@ VIEWS: dict[str, View] = {
     "convergence": each_division(convergence),
     "curve": each_division(curve),
     "grid": grid,
+    "drift": each_division(drift),
 }
 """Ways to show an item's records as a table."""
