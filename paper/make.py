@@ -1,0 +1,145 @@
+"""Rebuild the paper's tables and figures: run what is missing, keep its records, fill the pages.
+
+    python paper/make.py
+    python paper/make.py rank-ptb skew-ptb --scale full --data FOLDER
+
+An item is a file in `paper/items`. What has a record in `paper/results/ITEM-SCALE.jsonl` is not run
+again, and what was stopped goes on where it was.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import Executor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import fill
+import kept
+from fedgen_edge.config import Settings
+from fedgen_edge.errors import CheckpointError, FedGenError, TrainingError
+from fedgen_edge.experiments.records import folder_name, locked
+from items import ITEMS, Case, Row, cases, check_paths, named, read, settings_of, trials
+from pool import workers
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("items", nargs="*", help="none is all")
+    parser.add_argument("--scale", default="small", help="small or full")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--jobs", type=int, help="runs at once; none is a core each, or 1 of full")
+    parser.add_argument("--runs", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--discard", action="store_true", help="runs whose record is kept")
+    parser.add_argument("--from", dest="folder", type=Path, default=ITEMS, help="of the items")
+    parser.add_argument("--results", type=Path, default=kept.RESULTS, help="folder of the records")
+    return parser.parse_args()
+
+
+def make(told: argparse.Namespace) -> None:
+    """Every item, one after the other; then the pages.
+
+    Raises:
+        FedGenError: an item cannot be carried out, or some of its runs failed.
+    """
+    found = [read(name, told.scale, told.folder) for name in told.items or named(told.folder)]
+    for item in found:
+        check_paths(item, told.data)
+    jobs = told.jobs or (1 if told.scale == "full" else len(os.sched_getaffinity(0)))
+    told.runs.mkdir(parents=True, exist_ok=True)
+    with locked(told.runs), workers(jobs) as pool:
+        failed = [line for item in found if "of" not in item for line in carried(item, told, pool)]
+    if failed:
+        raise TrainingError("; ".join(failed))
+    if told.results == kept.RESULTS and told.folder == ITEMS:
+        fill.main()
+
+
+def carried(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
+    """Run what is missing of an item: its trials first, and then what they chose.
+
+    Returns:
+        A line for each run that failed.
+    """
+    tried = carry_out(item, list(trials(item)), told, pool)
+    if tried:
+        return tried
+    return carry_out(item, list(cases(item, kept.chosen(item, told.results))), told, pool)
+
+
+def carry_out(
+    item: Row, planned: Sequence[Case], told: argparse.Namespace, pool: Executor
+) -> list[str]:
+    """Run the cases that have no record; returns a line for each that failed."""
+    left, failed = kept.missing(item, planned, told.results), []
+    begun = {
+        pool.submit(work, settings_of(item, case, told.data), _folder(item, case, told.runs)): case
+        for case in left
+    }
+    for number, future in enumerate(as_completed(begun), len(planned) - len(left) + 1):
+        case, (row, folder) = begun[future], future.result()
+        spent = row.pop("spent")
+        print(
+            f"{item['name']} {item['scale']}: {number} of {len(planned)}, {case}, {spent:.0f} s",
+            flush=True,
+        )
+        if "failed" in row and case.trial is None:
+            failed.append(f"{item['name']}, {case}: {row['failed']}")
+            continue
+        kept.add(item, {**kept.facts_of(item, case), **_shown(case, row)}, told.results)
+        if told.discard:
+            shutil.rmtree(folder, ignore_errors=True)  # one that failed may have none
+    return sorted(failed)
+
+
+def work(settings: Settings, folder: Path) -> tuple[Row, Path]:
+    """A run's record, or why there is none, and its folder."""
+    from running import done, folder_of, record
+
+    folder, began = folder_of(settings, folder), time.perf_counter()
+    try:
+        for _ in done(settings, folder):
+            pass
+        row = record(folder)
+    except FedGenError as error:
+        row = {"failed": str(error)}
+    return {**row, "spent": time.perf_counter() - began}, folder
+
+
+def _folder(item: Row, case: Case, runs: Path) -> Path:
+    return runs / folder_name(f"{item['records']}-{item['scale']}-{case}")
+
+
+def _shown(case: Case, row: Row) -> Row:
+    """Of a trial, what it is judged by: no test is looked at before the choice is made."""
+    if case.trial is None:
+        return row
+    if "failed" in row:
+        return {"failed": row["failed"], "validation": None}
+    facts = {key: row[key] for key in ("hardware", "precision", "versions", "seconds")}
+    return {**facts, "validation": row["way"][-1][-1]}
+
+
+def main() -> None:
+    """Make what is asked for; a user's mistake is one line, and Ctrl-C loses nothing."""
+    try:
+        make(arguments())
+    except (FedGenError, OSError) as error:
+        print(f"paper: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenProcessPool:
+        lost = CheckpointError("a process was lost, perhaps for memory: give fewer --jobs")
+        print(f"paper: {lost}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("paper: stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""A run of settings, gone on with where it stopped, and what is kept of it."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+
+from fedgen_edge.config import Settings, to_toml
+from fedgen_edge.experiments.apart import distances
+from fedgen_edge.experiments.diagnose import diagnose
+from fedgen_edge.experiments.merging import agreement
+from fedgen_edge.experiments.models import reopen
+from fedgen_edge.experiments.records import read_json
+from fedgen_edge.experiments.run import Event, create, proceed
+from fedgen_edge.experiments.summary import (
+    RunFiles,
+    by_client,
+    by_model,
+    read,
+    tenth,
+    uplink,
+)
+from items import Row
+
+LIBRARIES = ("fedgen-edge", "torch", "transformers", "peft")
+
+
+def folder_of(settings: Settings, folder: Path) -> Path:
+    """Where a run of these settings lies: other settings are another run."""
+    digest = hashlib.sha256(to_toml(settings).encode()).hexdigest()[:8]
+    return folder.with_name(f"{folder.name}-{digest}")
+
+
+def done(settings: Settings, folder: Path) -> Iterator[Event]:
+    """Do what is left of the run in this folder: all of it, some, or nothing."""
+    told = folder / "run.json"
+    if told.exists() and read_json(told).get("finished"):
+        return
+    if not told.exists():  # stopped before it began
+        shutil.rmtree(folder, ignore_errors=True)
+    experiment = reopen(folder) if told.exists() else create(settings, folder)
+    yield from proceed(experiment, folder)
+
+
+def finished(settings: Settings, folder: Path) -> Path:
+    """A folder of a finished run of these settings; says how far it is."""
+    folder = folder_of(settings, folder)
+    for event in done(settings, folder):
+        print(f"{folder.name}: {event.stage} {event.done}/{event.total}", flush=True)
+    return folder
+
+
+def record(folder: Path) -> Row:
+    """What a finished run's files say: on what, at what cost, by what way, to what end.
+
+    `way` has a list for each judged round: its number, bytes up and down and seconds so far, and
+    the validation loss. `drift` has one for each round: its number, the clients' mean drift, the
+    norm of their mean change, and the mean cosine between two clients' changes.
+    """
+    run = read(folder)
+    told = run.facts
+    return {
+        **{key: told[key] for key in ("hardware", "precision", "device", "threads", "data_sha256")},
+        "backbone_sha256": told["backbone"]["sha256"],
+        "versions": {library: version(library) for library in LIBRARIES},
+        "measure": told["measure"],
+        "seconds": told["seconds"],
+        "bytes_up": sum(row["bytes_up"] for row in run.rounds),
+        "bytes_down": sum(row["bytes_down"] for row in run.rounds),
+        "bytes_full": uplink(run).full,
+        **{key: run.settings.get(f"federation.{key}") for key in ("clients", "rounds")},
+        "cohort": max(len(row["clients"]) for row in run.rounds),
+        "examples": [row["train"] for row in run.clients],
+        "test": judged(run),
+        "way": way(run),
+        "drift": [_apart(row) for row in run.rounds if row["clients"]],
+        "findings": [finding.title for finding in diagnose(run) if finding.severity != "good"],
+    }
+
+
+def _apart(row: Row) -> list[float | None]:
+    """How the clients of a round moved, and how far together."""
+    own, together = fmean(c["drift"] for c in row["clients"]), row.get("mean_norm")
+    return [row["round"], own, row["update_norm"] if together is None else together, agreement(row)]
+
+
+def way(run: RunFiles) -> list[list[float]]:
+    """Where a run stood after each judged round."""
+    found, up, down, seconds = [], 0, 0, 0.0
+    for row in run.rounds:
+        up, down = up + row["bytes_up"], down + row["bytes_down"]
+        seconds += row["seconds"]
+        if own := row["validation"]:
+            loss = own["total"] / own["count"]
+            found.append([row["round"], up, down, round(seconds, 2), loss])
+    return found
+
+
+def judged(run: RunFiles) -> dict[str, Row]:
+    """The test of every model over all clients that may train, whether or not they were drawn."""
+    new = {row["client"] for row in run.clients if row["newcomer"]}
+    found = {
+        model: _test(run, {client: row for client, row in rows.items() if client not in new})
+        for model, rows in by_model(run).items()
+    }
+    whole = {row["model"]: row for row in run.distances if row["client"] is None}
+    for row in distances(run):
+        told = whole[row.model]
+        found[row.model] |= {
+            "distance": row.pooled,
+            "distance_of_clients": row.own,
+            "seen_by": told["distance"],
+            **{key: told.get(key) for key in ("made", "real", "floor")},
+        }
+    return found
+
+
+def _test(run: RunFiles, rows: dict[str, Row]) -> Row:
+    measure, each = run.measure, by_client(run.measure, rows)
+    total, words = (sum(row.get(key, 0) for row in rows.values()) for key in ("total", "words"))
+    worst = sorted(each.values(), reverse=True)[: tenth(len(each))]
+    return {
+        "pooled": measure.shown(total, sum(row["count"] for row in rows.values())),
+        "mean": fmean(each.values()),
+        "worst_decile": fmean(worst),
+        "each": [float(f"{value:.5g}") for value in each.values()],
+        **({"word": measure.shown(total, words)} if words else {}),
+    }

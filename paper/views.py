@@ -1,0 +1,369 @@
+"""Tables from an item's records alone; each number links to the lines that it is of."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+from typing import NamedTuple
+
+from fedgen_edge.experiments.summary import number, paired_interval, size
+from fedgen_edge.measure import Measure, Number
+from items import Row, tried, worded
+
+Form = Callable[[Number], str]
+Lines = list[str]
+View = Callable[[Row, Sequence[Row]], Lines]
+NONE = "-"
+
+
+class Shown(NamedTuple):
+    """One line of a comparison: a model of a variant, under a name of its own."""
+
+    name: str
+    variant: str
+    model: str
+    paper: float | None = None
+    """What the paper reports, by its own measure."""
+    costs: bool = True
+    """Whether it is federated, so that its bytes and rounds say something."""
+
+
+def of_item(item: Row) -> list[Shown]:
+    """The lines that the item's file names."""
+    return [Shown(**row) for row in item["rows"]]
+
+
+def table(item: Row, rows: Sequence[Row]) -> str:
+    """An item's table in Markdown, with what it was measured on."""
+    return "\n".join([caption(item, rows), *VIEWS[item["table"]](item, rows)])
+
+
+def caption(item: Row, rows: Sequence[Row]) -> str:
+    """On what, at which scale, by whose records."""
+    first, where = rows[0], f"paper/items/{item['name']}.toml"
+    out = (
+        f"{item['scale'].capitalize()} scale: `{item['recipe']}` as in [`{where}`](../{where}); "
+        f"{_range(rows, 'clients')} clients, {_range(rows, 'cohort')} a round, "
+        f"{_range(rows, 'rounds')} rounds; seeds {', '.join(map(str, item['seeds']))}. "
+        f"{first['hardware']}, {first['precision']}; "
+        f"{', '.join(f'{name} {version}' for name, version in first['versions'].items())}."
+    )
+    if tuning := item.get("tuning"):
+        out += (
+            f" Each variant has the best of {len(tuning['trials'])} trials by validation, on seed "
+            f"{tuning['seed']}."
+        )
+    if at_end := [variant for variant in item["variants"] if _chose_end(item, rows, variant)]:
+        out += f" The choice is the end of what was tried: {', '.join(at_end)}."
+    return out
+
+
+def _chose_end(item: Row, rows: Sequence[Row], variant: str) -> bool:
+    """Whether more trials might do better: rates are tried in their order."""
+    told = tried(item, variant) if "tuning" in item else []
+    return len(told) > 1 and of(rows, variant)[0]["chosen"] in (told[0], told[-1])
+
+
+def _range(rows: Sequence[Row], key: str) -> str:
+    found = {row[key] for row in rows}
+    return str(*found) if len(found) == 1 else f"{min(found)} to {max(found)}"
+
+
+def called(measure: str, row: Row) -> str:
+    """What a measure's number is."""
+    told = Measure(*row["measure"])
+    if measure == "distance":
+        return next(test["seen_by"] for test in row["test"].values())
+    per = f"{told.name} per {told.items.removesuffix('s')}" if told.exponential else told.name
+    return {
+        "word": f"{told.name} per word",
+        "pooled": per,
+        "mean": f"{per}, mean of clients",
+        "worst_decile": f"{per}, worst tenth of clients",
+    }[measure]
+
+
+def of(rows: Iterable[Row], variant: str) -> list[Row]:
+    """A variant's records, a seed each."""
+    return sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["seed"])
+
+
+def values(rows: Iterable[Row], model: str, measure: str) -> list[float]:
+    """A model's number in each of these records."""
+    return [row["test"][model][measure] for row in rows]
+
+
+def gains(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Per cent by which each of ours lies below theirs."""
+    return [100 * (1 - a / b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def linked(text: str, item: Row, rows: Sequence[Row]) -> str:
+    """The text as a link to the records' lines."""
+    ends = sorted({row["line"] for row in rows})
+    lines = f"#L{ends[0]}"
+    if len(ends) > 1 and ends[-1] - ends[0] == len(ends) - 1:
+        lines += f"-L{ends[-1]}"
+    return f"[{text}](../paper/results/{item['records']}-{item['scale']}.jsonl{lines})"
+
+
+def spread(found: Sequence[Number], form: Form = number) -> str:
+    """The mean, and half its 95 % interval."""
+    mean, low, _ = paired_interval(found)
+    return f"{form(mean)} ± {form(mean - low)}" if mean > low else form(mean)
+
+
+def between(found: Sequence[Number]) -> str:
+    """The mean, and its 95 % interval, with signs."""
+    mean, low, high = (f"{end:+.2f}" for end in paired_interval(found))
+    return f"{mean} ({low} to {high})"
+
+
+def tabled(heads: Sequence[str], body: Iterable[Sequence[str]]) -> Lines:
+    """A table in Markdown."""
+    out = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return out + [f"| {' | '.join(cells)} |" for cells in body]
+
+
+def reached(row: Row, loss: float) -> Row | None:
+    """The first judged round at which a run's loss is that low: its number, and what it cost."""
+    for at, up, down, *seconds, found in row["way"]:
+        if found <= loss:
+            return {"round": at, "up": up, "down": down, "seconds": sum(seconds)}
+    return None
+
+
+def divided(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Records by their divisions."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row["division"], []).append(row)
+    return found
+
+
+def each_division(view: View) -> View:
+    """The view of one division, for each under its name."""
+
+    def views(item: Row, rows: Sequence[Row]) -> Lines:
+        out = []
+        for division, own in divided(rows).items():
+            out += ["", *([f"**{division}**", ""] if division else []), *view(item, own)]
+        return out
+
+    return views
+
+
+def methods(item: Row, rows: Sequence[Row]) -> Lines:
+    """Methods beside each other, what each costs to the same quality, and the paper's claims."""
+    shown, first = of_item(item), rows[0]
+    base = next(one for one in shown if one.variant == item["reference"] and one.costs)
+    theirs = values(of(rows, base.variant), base.model, item["measures"][0])
+    goal = common(shown, rows)
+    heads = [
+        "method",
+        "the paper",
+        "chosen",
+        *(called(measure, first) for measure in item["measures"]),
+        f"below {base.name}, %",
+        "uplink saved, %",
+        *(f"{what} to the quality" for what in ("uplink", "downlink", "rounds", "seconds")),
+    ]
+    body = []
+    for one in shown:
+        own = of(rows, one.variant)
+        found = [values(own, one.model, measure) for measure in item["measures"]]
+        cells = [
+            *(spread(each) for each in found),
+            "" if one == base else between(gains(found[0], theirs)),
+            *(_costs(own, goal) if one.costs else [NONE] * 5),
+        ]
+        body.append([
+            one.name,
+            "" if one.paper is None else f"{one.paper:g}",
+            f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else "",
+            *(linked(cell, item, own) if cell not in {"", NONE} else cell for cell in cells),
+        ])  # fmt: skip
+    quality = (
+        "The quality that costs are counted to is, seed by seed, the lowest validation loss that "
+        "every federated method reaches."
+    )
+    return [*tabled(heads, body), "", quality, *_claims(item, rows)]
+
+
+def common(shown: Sequence[Shown], rows: Sequence[Row]) -> dict[int, float]:
+    """By seed, the lowest validation loss that all of those reach that are federated."""
+    federated = {one.variant for one in shown if one.costs}
+    found: dict[int, float] = {}
+    for row in (row for row in rows if row["variant"] in federated):
+        lowest = min(loss for *_, loss in row["way"])
+        found[row["seed"]] = max(lowest, found.get(row["seed"], -math.inf))
+    return found
+
+
+def _costs(own: Sequence[Row], goal: dict[int, float]) -> Lines:
+    when = [reached(row, goal[row["seed"]]) for row in own]
+    there = [found for found in when if found]
+    assert len(there) == len(own), "the goal is what all of them reach"
+    forms: dict[str, Form] = {"up": size, "down": size, "round": number, "seconds": number}
+    return [_saved(own), *(spread([f[key] for f in there], form) for key, form in forms.items())]
+
+
+def _saved(own: Sequence[Row]) -> str:
+    found = [100 * (1 - row["bytes_up"] / row["bytes_full"]) for row in own]
+    return f"{fmean(found):.2f}"
+
+
+def _claims(item: Row, rows: Sequence[Row]) -> Lines:
+    """Whether what the paper says of two methods holds of these records."""
+    shown, out = {one.name: one for one in of_item(item)}, [""]
+    for claim in item.get("claims", ()):
+        ours, theirs = pair = shown[claim["better"]], shown[claim["worse"]]
+        low, high = claim.get("paper", (ours.paper, theirs.paper))
+        own, other = [values(of(rows, one.variant), one.model, item["measures"][0]) for one in pair]
+        measured = between(gains(own, other))
+        (told,) = gains([low], [high])
+        out.append(
+            f"- **{ours.name} against {theirs.name}.** The paper: {told:.1f} % lower ({low:g} "
+            f"against {high:g}). Here: {linked(measured, item, of(rows, ours.variant))} % lower. "
+            f"{verdict(told, gains(own, other))}"
+        )
+    return out
+
+
+def verdict(told: float, measured: Sequence[float]) -> str:
+    """Whether an order holds, and whether its gain is as large as told, by the 95 % interval."""
+    _, low, high = paired_interval(measured)
+    if high < 0:
+        return "The order is the reverse."
+    if low <= 0:
+        return "The order is not settled."
+    return "The order holds, and the gain is " + (
+        "smaller." if high < told else "larger." if low > told else "as large, to the interval."
+    )
+
+
+def curve(item: Row, rows: Sequence[Row]) -> Lines:
+    """A row a value of what is varied, its models beside each other."""
+    measure, models = item["measures"][0], item["models"]
+    name = called(measure, rows[0])
+    heads = [
+        item["axis"],
+        "chosen",
+        *(f"{model}: {name}" for model in models),
+        f"{models[0]} less that of {item['reference']}",
+        "sent by clients",
+        "uplink saved, %",
+        "seconds of the rounds",
+    ]
+    theirs = values(of(rows, item["reference"]), models[0], measure)
+    body = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        own = of(rows, variant)
+        apart = [a - b for a, b in zip(values(own, models[0], measure), theirs, strict=True)]
+        cells = [
+            *(spread(values(own, model, measure)) for model in models),
+            "" if variant == item["reference"] else between(apart),
+            spread([row["bytes_up"] for row in own], size),
+            _saved(own),
+            spread([row["seconds"]["federation"] for row in own]),
+        ]
+        chosen = f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
+        body.append([variant, chosen, *(linked(c, item, own) if c else "" for c in cells)])
+    return [*tabled(heads, body), "", *(knee(item, rows, model) for model in models)]
+
+
+def knee(item: Row, rows: Sequence[Row], model: str) -> str:
+    """Where the lowest mean is, and what cannot be told from it."""
+    measure = item["measures"][0]
+    found = {v: values(of(rows, v), model, measure) for v in {r["variant"]: 0 for r in rows}}
+    least = min(found, key=lambda variant: fmean(found[variant]))
+    apart = {
+        variant: paired_interval([a - b for a, b in zip(each, found[least], strict=True)])
+        for variant, each in found.items()
+        if variant != least
+    }
+    near = [variant for variant, (_, low, _) in apart.items() if low <= 0]
+    also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
+    return f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
+
+
+def grid(item: Row, rows: Sequence[Row]) -> Lines:
+    """A row a division, a column a variant; each row's lowest mean is bold."""
+    measure, model = item["measures"][0], item["models"][0]
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    body = []
+    for division, held in divided(rows).items():
+        own = {variant: of(held, variant) for variant in variants}
+        means = {variant: fmean(values(each, model, measure)) for variant, each in own.items()}
+        cells = [division]
+        for variant, each in own.items():
+            cell = linked(spread(values(each, model, measure)), item, each)
+            cells.append(f"**{cell}**" if means[variant] == min(means.values()) else cell)
+        body.append(cells)
+    about = f"{model}: {called(measure, rows[0])}, by {item['axis']}."
+    return ["", about, "", *tabled(["", *variants], body)]
+
+
+def convergence(item: Row, rows: Sequence[Row]) -> Lines:
+    """Validation after each third of the rounds, and how much the last third still changed."""
+    name = f"validation {called('pooled', rows[0])}"
+    heads = ["method", *(f"{name}, {part}" for part in THIRDS), "lower by the last third, %"]
+    body = []
+    for one in of_item(item):
+        own = of(rows, one.variant)
+        found = [thirds(row) for row in own]
+        cells = [spread(each) for each in zip(*found, strict=True)]
+        cells.append(between(gains([f[2] for f in found], [f[1] for f in found])))
+        body.append([one.name, *(linked(cell, item, own) for cell in cells)])
+    return tabled(heads, body)
+
+
+def drift(item: Row, rows: Sequence[Row]) -> Lines:
+    """How clients pull apart on the way to the same loss, in the rounds just before it."""
+    shown = of_item(item)
+    goal = common(shown, rows)
+    heads = ["method", "rounds to the loss", "drift over mean change", "cosine between clients"]
+    body = []
+    for one in shown:
+        own = of(rows, one.variant)
+        found = [pulled(row, goal[row["seed"]]) for row in own]
+        cells = [spread(each) for each in zip(*found, strict=True)]
+        body.append([one.name, *(linked(cell, item, own) for cell in cells)])
+    about = (
+        "The loss is, seed by seed, the lowest that all of these reach. Drift is how far a client "
+        "moves in a round, over how far their mean change goes: 1 where all agree. Both are means "
+        f"over the {BEFORE} rounds up to there."
+    )
+    return [*tabled(heads, body), "", about]
+
+
+BEFORE = 5
+"""Rounds whose drift is told: one round's clients are few."""
+
+
+def pulled(row: Row, loss: float) -> list[float]:
+    """The round that reaches a loss, drift over the mean change, and cosine between clients."""
+    at = reached(row, loss)
+    assert at, "the goal is what all of them reach"
+    told = [d for d in row["drift"] if at["round"] - BEFORE < d[0] <= at["round"]]
+    cosines = [cosine for *_, cosine in told if cosine is not None]
+    return [at["round"], fmean(own / mean for _, own, mean, _ in told), fmean(cosines)]
+
+
+THIRDS = ("a third of the rounds", "two thirds", "all")
+
+
+def thirds(row: Row) -> list[float]:
+    """The validation number at the last judged round of each third."""
+    measure = Measure(*row["measure"])
+    ends = [[way for way in row["way"] if 3 * way[0] <= part * row["rounds"]] for part in (1, 2, 3)]
+    return [measure.shown(before[-1][-1], 1) for before in ends]
+
+
+VIEWS: dict[str, View] = {
+    "methods": each_division(methods),
+    "convergence": each_division(convergence),
+    "curve": each_division(curve),
+    "grid": grid,
+    "drift": each_division(drift),
+}
+"""Ways to show an item's records as a table."""

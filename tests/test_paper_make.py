@@ -1,0 +1,346 @@
+"""The paper's harness: what is run, what is kept, what is refused, and how it ends."""
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+import figures
+import items
+import kept
+import make
+import running
+import views
+from fedgen_edge.errors import ConfigError, TrainingError
+from fedgen_edge.experiments.records import lines, write_lines
+
+ROOT = Path(__file__).parents[1]
+ITEM = {
+    "title": "a toy",
+    "recipe": str(ROOT / "recipes" / "tiny.toml"),
+    "seeds": [0, 1],
+    "reference": "one",
+    "axis": "steps",
+    "models": ["global", "personal"],
+    "measures": ["pooled"],
+    "table": "curve",
+    "figure": "curve",
+    "overrides": {
+        "evaluation": {"baselines": [], "sample_tokens": 0, "test_blocks": 2, "blocks": 2},
+        "personal": {"epochs": 1, "steps": 1},
+        "federation": {"rounds": 2},
+    },
+    "tuning": {"seed": 7, "trials": [{"training": {"lr": 1e-3}}, {"training": {"lr": 1e-2}}]},
+    "variants": {"one": {"training": {"steps": 1}}, "two": {"training": {"steps": 2}}},
+    "scale": {"try": {}},
+}
+
+
+class Here(Executor):
+    """Runs what it is given at once, and remembers it."""
+
+    def __init__(self) -> None:
+        self.given: list[tuple[Any, ...]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future:
+        self.given.append(args)
+        future: Future = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def write(folder: Path, name: str = "toy", **changes: Any) -> Path:
+    """An item's file; returns its folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / f"{name}.toml").write_text(tomli_w.dumps({**ITEM, **changes}))
+    return folder
+
+
+def told(here: Path, **other: Any) -> argparse.Namespace:
+    """The command's arguments."""
+    known = {"data": here, "runs": here / "runs", "results": here / "results", "discard": True}
+    return argparse.Namespace(**{**known, **other})
+
+
+def carried(here: Path, **changes: Any) -> tuple[Here, list[str]]:
+    """Carry the toy out; returns what ran, and what failed."""
+    item, pool = items.read("toy", "try", write(here / "items", **changes)), Here()
+    return pool, make.carried(item, told(here), pool)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the toy was carried out."""
+    here = tmp_path_factory.mktemp("paper")
+    pool, failed = carried(here)
+    assert not failed
+    assert len(pool.given) == 2 * 2 + 2 * 2
+    return here
+
+
+def copied(done: Path, to: Path, change: Any = lambda rows: rows) -> Path:
+    """Its records elsewhere, altered."""
+    name = "toy-try.jsonl"
+    write_lines(to / "results" / name, change(lines(done / "results" / name)))
+    return to
+
+
+def toy(done: Path, **changes: Any) -> dict[str, Any]:
+    return items.read("toy", "try", write(done / "items", **changes))
+
+
+def test_a_record_is_in_the_place_that_the_file_gives_it(done: Path) -> None:
+    rows = lines(done / "results" / "toy-try.jsonl")
+    assert [(row["variant"], row["seed"], row.get("trial")) for row in rows] == [
+        ("one", 0, None), ("one", 1, None), ("two", 0, None), ("two", 1, None),
+        *((v, 7, {"training": {"lr": rate}}) for v in ("one", "two") for rate in (1e-3, 1e-2)),
+    ]  # fmt: skip
+    assert not [*(done / "runs").glob("toy*")]  # as their records are kept
+    for row in rows[:4]:
+        assert row["test"].keys() == {"backbone", "global", "personal"}
+        assert [way[0] for way in row["way"]] == [1, 2]
+        assert row["way"][-1][1] == row["bytes_up"]
+        tried = [r for r in rows[4:] if r["variant"] == row["variant"]]
+        assert row["chosen"] == min(tried, key=lambda r: r["validation"])["trial"]
+    assert not any("test" in row for row in rows[4:])
+
+
+def test_what_has_a_record_is_not_run_again(done: Path, tmp_path: Path) -> None:
+    pool, failed = carried(copied(done, tmp_path))
+    assert (pool.given, failed) == ([], [])
+
+
+def test_only_what_is_missing_is_run(done: Path, tmp_path: Path) -> None:
+    whole = lines(done / "results" / "toy-try.jsonl")
+    pool, _ = carried(copied(done, tmp_path, lambda rows: rows[:2] + rows[3:]))
+    assert len(pool.given) == 1
+    again = lines(tmp_path / "results" / "toy-try.jsonl")
+    told_ = [{k: row[k] for k in ("digest", "test", "drift")} for row in (whole[2], again[2])]
+    assert told_[0] == told_[1]
+    assert [row["digest"] for row in again] == [row["digest"] for row in whole]
+
+
+def test_a_missing_record_is_named(done: Path, tmp_path: Path) -> None:
+    here = copied(done, tmp_path, lambda rows: rows[:2] + rows[3:])
+    with pytest.raises(ConfigError, match=r"toy-try.jsonl: the record of two, seed 0 is missing"):
+        kept.whole(toy(here), here / "results")
+    with pytest.raises(FileNotFoundError):
+        kept.whole(toy(here), here / "nothing")
+
+
+def test_a_record_of_other_settings_is_refused(done: Path) -> None:
+    changed = {"one": {"training": {"steps": 1}}, "two": {"training": {"steps": 3}}}
+    item = toy(done, variants=changed)
+    with pytest.raises(ConfigError, match=r"of two, trial training.lr=0.001, seed 7 is of other"):
+        kept.whole(item, done / "results")
+    left = kept.missing(item, [*items.trials(item)], done / "results")
+    assert {case.variant for case in left} == {"two"}
+
+
+def test_a_record_of_another_choice_is_refused(done: Path, tmp_path: Path) -> None:
+    def swapped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        first, second = rows[4]["validation"], rows[5]["validation"]
+        return [
+            *rows[:4],
+            {**rows[4], "validation": second},
+            {**rows[5], "validation": first},
+            *rows[6:],
+        ]
+
+    here = copied(done, tmp_path, swapped)
+    with pytest.raises(ConfigError, match=r"the record of one, seed 0 is of other settings"):
+        kept.whole(toy(here), here / "results")
+
+
+def test_a_record_of_another_scale_or_of_nothing_is_refused(done: Path, tmp_path: Path) -> None:
+    here = copied(done, tmp_path, lambda rows: [{**rows[0], "scale": "full"}, *rows[1:]])
+    with pytest.raises(ConfigError, match=r"the record of one, seed 0 is of scale 'full'"):
+        kept.whole(toy(here), here / "results")
+    copied(done, tmp_path, lambda rows: [*rows[:4], {**rows[3], "variant": "six"}, *rows[4:]])
+    with pytest.raises(ConfigError, match=r"line 5: the item's file has no .*six"):
+        kept.whole(toy(here), here / "results")
+
+
+def test_paths_and_the_engine_are_no_part_of_a_digest(tmp_path: Path) -> None:
+    def digests(**changes: Any) -> list[str]:
+        item = toy(tmp_path, **changes)
+        return [items.digest(item, case) for case in items.cases(item, {})]
+
+    usual = ITEM["overrides"]
+    assert digests() == digests(overrides={**usual, "engine": {"device": "cpu", "threads": 2}})
+    assert digests() != digests(overrides={**usual, "training": {"clip": 0.5}})
+    assert len({*digests()}) == 4
+    item = toy(tmp_path, paths={"data.path": "ptb"})
+    case = next(items.cases(item, {}))
+    assert items.settings_of(item, case, Path("/elsewhere")).data.path == "/elsewhere/ptb"
+    assert items.settings_of(item, case).data.path == "ptb"
+
+
+def test_what_an_item_may_not_say_is_one_line(tmp_path: Path) -> None:
+    wrong = {
+        r"tuning.seed=0 is one of seeds=\[0, 1\]": {"tuning": {**ITEM["tuning"], "seed": 0}},
+        "unknown key 'colour'": {"colour": "red"},
+        "reference='three' is no variant": {"reference": "three"},
+        "unequal numbers of trials": {"variants": {**ITEM["variants"], "one": {"trials": [{}]}}},
+        r"has no \[scale.try\]": {"scale": {"small": {}}},
+    }
+    for said, change in wrong.items():
+        with pytest.raises(ConfigError, match=said):
+            toy(tmp_path, **change)
+
+
+def test_nothing_too_small_is_shown(tmp_path: Path) -> None:
+    for said, more in {"seeds=": {}, "clients=None is below 20": {"seeds": [0, 1, 2]}}.items():
+        with pytest.raises(ConfigError, match=said):
+            items.read("toy", "small", write(tmp_path, scale={"small": more}))
+
+
+def test_a_run_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(folder: Path) -> dict[str, Any]:
+        if "lr=0.01" in folder.name.replace("_", "=") or "seed_1" in folder.name:
+            raise TrainingError("its loss was nan")
+        return {
+            **dict.fromkeys(("hardware", "precision", "versions", "seconds"), "x"),
+            "way": [[2.5]],
+        }
+
+    monkeypatch.setattr(running, "done", lambda *_: [])
+    monkeypatch.setattr(running, "record", refuses)
+    _, failed = carried(tmp_path, tuning={**ITEM["tuning"], "seed": 2})
+    assert failed == [f"toy, {v}, seed 1: its loss was nan" for v in ("one", "two")]
+    rows = lines(tmp_path / "results" / "toy-try.jsonl")
+    assert [row["seed"] for row in rows] == [0, 0, 2, 2, 2, 2]
+    assert [row["chosen"] for row in rows[:2]] == [{"training": {"lr": 1e-3}}] * 2
+
+
+def test_a_run_that_was_stopped_before_it_began_begins_again(tmp_path: Path) -> None:
+    item = toy(tmp_path, tuning={**ITEM["tuning"], "seed": 2})
+    settings = items.settings_of(item, next(items.cases(item, {})))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.toml").write_text("[data]")
+    events = running.done(settings, tmp_path / "run")
+    assert next(iter(events)).stage == "federation"
+
+
+def test_a_numbers_link_leads_to_its_records(done: Path) -> None:
+    item = toy(done)
+    rows = kept.whole(item, done / "results")
+    table = views.table(item, rows)
+    found = re.findall(r"\]\(\.\./paper/results/toy-try\.jsonl#L(\d+)-L(\d+)\)", table)
+    assert len(found) >= 2 * 5
+    kept_rows = lines(done / "results" / "toy-try.jsonl")
+    for line in table.splitlines():
+        for first, last in re.findall(r"#L(\d+)-L(\d+)\)", line):
+            variant = line.split(" | ")[0].removeprefix("| ")
+            linked = kept_rows[int(first) - 1 : int(last)]
+            assert [(row["variant"], row["seed"]) for row in linked] == [(variant, 0), (variant, 1)]
+
+
+def test_a_figure_is_the_same_to_the_byte(done: Path) -> None:
+    item = toy(done)
+    rows = kept.whole(item, done / "results")
+    first = figures.drawn(item, rows)
+    assert first == figures.drawn(item, rows)
+    assert "currentColor" not in first
+    assert "#ffffff" in first
+    assert "mean and 95 % interval of 2 seeds" in first
+
+
+def test_a_missing_data_folder_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path / "items", paths={"data.path": "ptb"})
+    asked = ["toy", "--scale", "try", "--from", str(folder), "--data", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["make.py", *asked])
+    with pytest.raises(SystemExit) as stopped:
+        make.main()
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"DATA={tmp_path} has no ptb, the data.path of paper item 'toy'" in said
+
+
+def begun(here: Path) -> subprocess.Popen[str]:
+    """The command on the toy, in a process group of its own."""
+    told_ = ["toy", "--scale", "try", "--jobs", "1", "--data", str(here)]
+    folders = {"from": here / "items", "runs": here / "runs", "results": here / "results"}
+    told_ += [word for name, path in folders.items() for word in (f"--{name}", str(path))]
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "paper" / "make.py"), *told_],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def peopled(group: int) -> bool:
+    """Whether a process group still has someone in it."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_ctrl_c_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
+    held = ITEM["overrides"]
+    long = {**held, "federation": {"rounds": 60}}
+    tuning = {"seed": 7, "trials": [{}]}
+    changes = {"seeds": [0], "variants": {"one": {}}, "overrides": long, "tuning": tuning}
+    write(tmp_path / "items", **changes)
+    process = begun(tmp_path)
+    record = tmp_path / "results" / "toy-try.jsonl"
+    ends = time.monotonic() + 240
+
+    def rounds() -> list[int]:
+        logs = sorted((tmp_path / "runs").glob("toy-try-one__seed_0-*/rounds.jsonl"))
+        return [len(lines(log)) for log in logs]
+
+    while not (record.exists() and any(count > 2 for count in rounds())):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    stopped = time.monotonic()
+    _, said = process.communicate(timeout=60)
+    assert time.monotonic() - stopped < 20
+    assert process.returncode == 130
+    assert said == "paper: stopped; the same command goes on\n"
+    (before,) = lines(record)
+    (count,) = rounds()
+    assert 2 < count < 60
+    while peopled(process.pid) and time.monotonic() < stopped + 20:
+        time.sleep(0.1)
+    assert not peopled(process.pid)  # whoever it began is gone too
+    again = begun(tmp_path)
+    assert again.communicate(timeout=240)[1] == ""
+    assert again.returncode == 0
+    case, trial = lines(record)
+    assert trial == before
+    assert case["way"][-1][0] == 60
+
+
+@pytest.mark.parametrize(("name", "scale"), [*items.shown()])
+def test_an_items_file_says_what_can_be_run(name: str, scale: str) -> None:
+    item = items.read(name, scale)
+    assert item["table"] in views.VIEWS
+    assert item.get("figure", "curve") in figures.VIEWS
+    # equal chances for all: as many trials, of a seed that no claim uses
+    assert {case.seed for case in items.trials(item)} <= {11}
+    assert json.dumps([items.digest(item, case) for case in items.cases(item, {})])
+    figure = figures.path_of(item)
+    if not kept.path_of(item).exists():
+        pytest.skip("not measured yet")
+    rows = kept.whole(item)
+    drawn = figures.drawn(item, rows) if "figure" in item else ""
+    if drawn.splitlines()[:1] == figure.read_text().splitlines()[:1]:  # the same matplotlib
+        assert drawn == figure.read_text()
