@@ -94,11 +94,11 @@ def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
 def spent(run: Path) -> dict[str, Any]:
     """Seconds of each stage, summed over its records: a stop in between does not count."""
     spent = {
-        log: sum(line.get("seconds", 0.0) for line in records.lines(run / log))
+        log: sum(line.get("seconds", 0.0) for line in records.each(run / log))
         for log in ("rounds.jsonl", "personal.jsonl", "evaluation.jsonl", "distances.jsonl")
     }
     baselines = {
-        log.parent.name: sum(line["seconds"] for line in records.lines(log))
+        log.parent.name: sum(line["seconds"] for line in records.each(log))
         for log in sorted(run.glob("baselines/*/rounds.jsonl"))
     }
     return {
@@ -126,9 +126,10 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     experiment = experiment.remembering(memory)
     log, total = run / "personal.jsonl", len(experiment.holdings)
     names = records.folder_names(experiment.names)
-    done = len(records.lines(log)) // CHUNK * CHUNK
-    if len(records.lines(log)) == total:
+    there = sum(1 for _ in records.each(log))
+    if there == total:
         return
+    done = there // CHUNK * CHUNK
     records.truncate(log, done)
     for at in range(done, total, CHUNK):
         ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + CHUNK, total))}
@@ -178,14 +179,16 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     target = run / "evaluation.jsonl"
     if target.exists():
         return
-    found = [row for model in models(experiment) for row in test(left(experiment, run, model))]
-    took_part = records.drawn(run)
-    found += [
-        tested(line["client"], "personal", line["test"], took_part)
-        for line in records.lines(run / "personal.jsonl")
-    ]
-    records.write_lines(target, found)
+    records.write_lines(target, _rows(experiment, run))
     yield Event("test", 1, 1, {})
+
+
+def _rows(experiment: Experiment, run: Path) -> Iterator[records.Line]:
+    for model in models(experiment):
+        yield from test(left(experiment, run, model))
+    took_part = records.drawn(run)
+    for line in records.each(run / "personal.jsonl"):
+        yield tested(line["client"], "personal", line["test"], took_part)
 
 
 def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
