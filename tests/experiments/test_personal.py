@@ -15,7 +15,7 @@ from fedgen_edge.algorithms.methods import MIXING as MIXING_OF_FEDDPA
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.experiments.evaluate import left
 from fedgen_edge.experiments.models import reopen
-from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.experiments.run import create, proceed, whole_stacks
 from fedgen_edge.leaves import scale
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.types import Batch, Leaves, Statistics
@@ -51,6 +51,11 @@ def ran(folder: Path, **more: Any) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("stack", "together"), [(1, 64), (10, 60), (64, 64), (100, 100)])
+def test_a_chunk_is_whole_stacks(stack: int, together: int) -> None:
+    assert whole_stacks(stack) == together
 
 
 @pytest.mark.parametrize("name", ["fedgen-edge", "ditto", "feddpa", "fedex-lora"])

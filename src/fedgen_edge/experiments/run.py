@@ -31,7 +31,7 @@ from fedgen_edge.tasks.pictures import png
 from fedgen_edge.types import Order, ServerState
 
 CHUNK = 64
-"""Clients whose personal adapters are in memory at once."""
+"""Most clients whose personal adapters are in memory at once; a larger stack is a chunk."""
 SHOWN = 3
 """Clients whose samples the report shows."""
 
@@ -129,10 +129,11 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     there = sum(1 for _ in records.each(log))
     if there == total:
         return
-    done = there // CHUNK * CHUNK
+    chunk = whole_stacks(experiment.settings.engine.stack or 1)
+    done = there // chunk * chunk
     records.truncate(log, done)
-    for at in range(done, total, CHUNK):
-        ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + CHUNK, total))}
+    for at in range(done, total, chunk):
+        ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + chunk, total))}
         held = {rank: cut(state.adapter, rank) for rank in {*ranks.values()}}
         orders = [Order((c,), state.round, held[r], rank=r) for c, r in ranks.items()]
         began = time.perf_counter()
@@ -143,6 +144,14 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
             yield Event("personal", at + number + 1, total, line)
             began = time.perf_counter()
         give_back()
+
+
+def whole_stacks(stack: int) -> int:
+    """Clients in a chunk, so that none but the last stack is short of some.
+
+    For a stack of another size a processor keeps other kernels, and its memory other holes.
+    """
+    return max(CHUNK // stack, 1) * stack
 
 
 def _own(
