@@ -7,8 +7,9 @@ FedPer, whose clients keep leaves, then personalisation of all. Every client has
 
 Ten thousand take long, most of it personalisation: `--counts 10 100 1000` leaves them out.
 
-oneDNN keeps a compiled kernel for each of up to 1,024 shapes, and more clients have more shapes;
-ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 in the environment shows what is left without them.
+oneDNN keeps a compiled kernel for each of up to 1,024 shapes, and stacks that are not full have
+shapes of their own; ONEDNN_PRIMITIVE_CACHE_CAPACITY=0 in the environment shows what is left
+without them.
 """
 
 import argparse

@@ -82,11 +82,12 @@ def memory() -> str:
     """Peak memory against clients, a row a file."""
     found = _benchmarks("memory")
     counts = sorted({n for told in found.values() for n in told["peak_megabytes"]}, key=int)
-    out = [f"| peak MB with so many clients | {' | '.join(counts)} | kernels cached |"]
-    out += ["|---" * (len(counts) + 2) + "|"]
+    heads = " | ".join(counts)
+    out = [f"| peak MB with so many clients | {heads} | most over fewest | kernels cached |"]
+    out += ["|---" * (len(counts) + 3) + "|"]
     for name, told in found.items():
         peaks = " | ".join(str(told["peak_megabytes"].get(count, "-")) for count in counts)
-        out.append(f"| {name} | {peaks} | {told['kernels_cached']} |")
+        out.append(f"| {name} | {peaks} | {told['most_over_fewest']} | {told['kernels_cached']} |")
     return "\n".join(out)
 
 

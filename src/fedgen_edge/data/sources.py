@@ -89,6 +89,8 @@ def read(settings: config.Data) -> Corpus:
 
 def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
     """The public ones, or those that clients hold."""
+    if settings.part == "private" and not settings.public:
+        return rows
     labels, splits = [row.label for row in rows], [row.split for row in rows]
     if unknown := [name for name in settings.unseen if name not in labels]:
         there = ", ".join(sorted({*filter(None, labels)})) or "none"
@@ -268,7 +270,7 @@ def _field(
         raise _fault(settings, f"{said} holds {type(value).__name__}, not text: make it a string")
     if re.search("[\0\ud800-\udfff]", value):
         raise _fault(settings, f"{said} holds a NUL or half a character: remove it")
-    return value if setting == "text_field" else sys.intern(value)
+    return value if setting == "text_field" else sys.intern(str(value))
 
 
 def _fault(settings: config.Data, what: str) -> DataError:
