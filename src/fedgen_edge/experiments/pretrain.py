@@ -12,7 +12,7 @@ from pathlib import Path
 from fedgen_edge import files
 from fedgen_edge.config import Federation, Judging, Method, Partition, Settings, to_toml
 from fedgen_edge.data import sources
-from fedgen_edge.data.corpus import Images
+from fedgen_edge.data.corpus import Images, Texts
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.checkpoint import last
@@ -54,13 +54,13 @@ def planned(settings: Settings) -> Settings:
     """The settings of the run that makes the backbone of these."""
     public = replace(settings.data, part="public", validation=HELD_OUT, test=HELD_OUT)
     held, p, backbone = sources.read(public).examples, settings.pretrain, settings.backbone
-    pictures, source = isinstance(held, Images), settings.data.source
-    if pictures == (settings.task == "language"):
+    source = settings.data.source
+    if isinstance(held, Images) == (settings.task == "language"):
         raise ConfigError(
-            f"data.source={source!r} has {'pictures' if pictures else 'text'}, which "
+            f"data.source={source!r} has {'text' if isinstance(held, Texts) else 'pictures'}, which "
             f"task={settings.task!r} does not learn: set the one, or the other"
         )
-    if pictures:
+    if isinstance(held, Images):
         shape = shape_learnt(settings, tuple(held.pixels.shape[1:]))
         folder = untrained(settings.task, p.size, shape, len(held.classes))
         backbone, public = replace(backbone, path=str(folder)), replace(public, names=held.classes)
