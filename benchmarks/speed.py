@@ -5,6 +5,10 @@
 The bare loop is what users write: `get_peft_model`, autocast, `torch.optim.AdamW`. Speeds come
 from one process that takes the cases in turn, so that a machine whose speed drifts is fair to all;
 each case's peak memory comes from a process of its own. Batches hold random tokens, unpadded.
+
+With `--compiled`: the stacked engine alone, as it is and with each block of layers compiled by
+`torch.compile` for shapes of any size. Speeds are by seconds of the processor there, which other
+work on the machine does not count in; torch's cache of what it has compiled is empty at first.
 """
 
 import argparse
@@ -14,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +29,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
@@ -77,7 +83,9 @@ def bare(path: str, rows: int, device: torch.device) -> Case:
     return steps
 
 
-def ours(path: str, shape: Shape, device: torch.device, *, stacked: bool = True) -> Case:
+def ours(
+    path: str, shape: Shape, device: torch.device, *, stacked: bool = True, compiled: bool = False
+) -> Case:
     settings = from_table(
         {
             "backbone": {"path": path, "precision": "bf16"},
@@ -85,6 +93,9 @@ def ours(path: str, shape: Shape, device: torch.device, *, stacked: bool = True)
         }
     )
     task = language.build(settings, full=False, device=device)
+    for block in task.loaded.model.modules():
+        if compiled and isinstance(block, GradientCheckpointingLayer):
+            block.compile(dynamic=True)
     words = task.loaded.model.config.vocab_size
     adapter = {k: v.to(device) for k, v in task.init(generator("init")).items()}
     start = stack([adapter] * shape.clients) if stacked else adapter
@@ -120,6 +131,10 @@ CASES: dict[str, Callable[[str, Shape, torch.device], Case]] = {
     "serial": lambda p, s, d: ours(p, s, d, stacked=False),
     "stacked": ours,
 }
+COMPILED: dict[str, Callable[[str, Shape, torch.device], Case]] = {
+    "stacked": ours,
+    "compiled": partial(ours, compiled=True),
+}
 
 
 def timed(case: Case, steps: int, device: torch.device) -> float:
@@ -148,6 +163,36 @@ def speeds(
     return found
 
 
+def worked() -> float:
+    """Seconds of processors, of this process and of those that it started and that have ended."""
+    return sum(os.times()[:4])
+
+
+def compilation(path: str, shape: Shape, repeats: int, steps: int) -> dict[str, Any]:
+    """What compiling brings on a processor, and what it takes."""
+    with tempfile.TemporaryDirectory() as empty:
+        # and no workers that compile: they live on, so that nobody could tell what they took
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": empty, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+        cases = {name: make(path, shape, torch.device("cpu")) for name, make in COMPILED.items()}
+        first, began = {}, worked()
+        for name, case in cases.items():
+            case(1)
+            first[name], began = worked() - began, worked()
+        found: dict[str, list[float]] = {name: [] for name in cases}
+        for name, case in list(cases.items()) * repeats:
+            began = time.process_time()
+            found[name].append(case(steps) / (time.process_time() - began))
+    pairs = list(zip(found["compiled"], found["stacked"], strict=True))
+    return {
+        "tokens_per_processor_second": {
+            k: round(statistics.median(v), 1) for k, v in found.items()
+        },
+        "all_runs": {name: [round(v, 1) for v in values] for name, values in found.items()},
+        "compiled_over_stacked": round(statistics.median(a / b for a, b in pairs), 3),
+        "processor_seconds_of_compiling": round(first["compiled"] - first["stacked"], 1),
+    }
+
+
 def memory(path: str, name: str, shape: Shape, device: torch.device) -> int:
     """Peak bytes of a process that does this case alone: the device's, on an accelerator."""
     CASES[name](path, shape, device)(3)
@@ -174,11 +219,23 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=Shape().clients)
     parser.add_argument("--rows", type=int, default=Shape().rows, help="of a client's batch")
     parser.add_argument("--memory-of", choices=CASES)
+    parser.add_argument("--compiled", action="store_true", help="with and without torch.compile")
+    parser.add_argument("--steps", type=int, default=4, help="of a run, if compiled")
     told = parser.parse_args()
     device, shape = torch.device(told.device), Shape(told.clients, told.rows)
     steady_allocations()
     if told.memory_of:
         print(memory(told.backbone, told.memory_of, shape, device))
+        return
+    same = {
+        "backbone": folder_of(told.backbone).name,
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch": str(shape),
+    }
+    if told.compiled:
+        show(same | compilation(told.backbone, shape, told.repeats, told.steps), told.out)
         return
     found = speeds(told.backbone, shape, told.repeats, told.seconds, device)
     rates = {name: statistics.median(values) for name, values in found.items()}
@@ -187,12 +244,7 @@ def main() -> None:
         pairs = zip(found["stacked"], found[over], strict=True)
         return round(statistics.median(a / b for a, b in pairs), 3)
 
-    result = {
-        "backbone": folder_of(told.backbone).name,
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batch": str(shape),
+    result = same | {
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "all_runs": {name: [round(v, 1) for v in values] for name, values in found.items()},
         "stacked_over_bare_same_batch_per_client": ratio("bare, one client's batch"),
@@ -202,9 +254,13 @@ def main() -> None:
             name: round(alone(told.backbone, name, shape, device) / 1e6) for name in CASES
         },
     }
+    show(result, told.out)
+
+
+def show(result: dict[str, Any], out: Path | None) -> None:
     print(json.dumps(result, indent=1))
-    if told.out:
-        told.out.write_text(json.dumps(result, indent=1) + os.linesep)
+    if out:
+        out.write_text(json.dumps(result, indent=1) + os.linesep)
 
 
 if __name__ == "__main__":
