@@ -25,12 +25,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
 from fedgen_edge.data.batches import MARKS
 from fedgen_edge.leaves import stack
-from fedgen_edge.machine import hardware, peak_memory, steady_allocations
+from fedgen_edge.machine import peak_memory, steady_allocations
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones, language
 from fedgen_edge.types import Batch
@@ -78,7 +79,9 @@ def bare(path: str, rows: int, device: torch.device) -> Case:
     return steps
 
 
-def ours(path: str, shape: Shape, device: torch.device, *, stacked: bool = True) -> Case:
+def ours(
+    path: str, shape: Shape, device: torch.device, *, stacked: bool = True, compiled: bool = False
+) -> Case:
     steady_allocations()
     settings = from_table(
         {
@@ -87,6 +90,9 @@ def ours(path: str, shape: Shape, device: torch.device, *, stacked: bool = True)
         }
     )
     task = language.build(settings, full=False, device=device)
+    for block in task.loaded.model.modules():
+        if compiled and isinstance(block, GradientCheckpointingLayer):
+            block.compile(dynamic=True)
     words = task.loaded.model.config.vocab_size
     adapter = {k: v.to(device) for k, v in task.init(generator("init")).items()}
     start = stack([adapter] * shape.clients) if stacked else adapter
@@ -201,12 +207,7 @@ def main() -> None:
         pairs = zip(found["stacked"], found[over], strict=True)
         return round(statistics.median(a / b for a, b in pairs), 3)
 
-    result = {
-        "backbone": folder_of(told.backbone).name,
-        "hardware": hardware(device),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "batch": str(shape),
+    result = conditions(told.backbone, shape, device) | {
         "tokens_per_second": {name: round(rate, 1) for name, rate in rates.items()},
         "all_runs": {name: [round(v, 1) for v in values] for name, values in found.items()},
         "stacked_over_bare_same_batch_per_client": ratio("bare, one client's batch"),
@@ -214,9 +215,25 @@ def main() -> None:
         "stacked_over_serial": ratio("serial"),
         "peak_megabytes": {name: round(peak / 1e6) for name, peak in peaks.items()},
     }
+    show(result, told.out)
+
+
+def conditions(path: str, shape: Shape, device: torch.device) -> dict[str, Any]:
+    """What a result holds for."""
+    return {
+        "backbone": folder_of(path).name,
+        "hardware": hardware(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "batch": str(shape),
+    }
+
+
+def show(result: dict[str, Any], out: Path | None) -> None:
+    """Print a result, and keep it."""
     print(json.dumps(result, indent=1))
-    if told.out:
-        told.out.write_text(json.dumps(result, indent=1) + os.linesep)
+    if out:
+        out.write_text(json.dumps(result, indent=1) + os.linesep)
 
 
 if __name__ == "__main__":

@@ -60,6 +60,22 @@ def speed() -> str:
     return "\n".join(out)
 
 
+def compiled() -> str:
+    """What torch.compile brings, and takes, a column a backbone."""
+    found = _benchmarks("compiled")
+    rows = {
+        "hardware": lambda r: f"{r['hardware']}, {r['threads']} threads",
+        "a step": lambda r: r["batch"],
+        "compiled over stacked": lambda r: r["compiled_over_stacked"],
+        "seconds of compiling": lambda r: r["processor_seconds_of_compiling"],
+    }
+    out = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    out += [
+        f"| {n} | {' | '.join(str(get(r)) for r in found.values())} |" for n, get in rows.items()
+    ]
+    return "\n".join(out)
+
+
 def peak() -> str:
     """The share of the matrix peak, and where a step's time goes, a column a backbone."""
     found = _benchmarks("peak")
@@ -213,6 +229,7 @@ PARTS: dict[str, Callable[[], str]] = {
     **{f"{name}-{scale}": partial(measured, name, scale) for name, scale in shown()},
     **{mark: partial(table, name) for mark, name in TABLES.items()},
     "speed": speed,
+    "compiled": compiled,
     "peak": peak,
     "memory": memory,
     "simulators": simulators,

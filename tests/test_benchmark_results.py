@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent / "benchmarks"
 SPEEDS = sorted((ROOT / "results").glob("speed-*.json"))
+COMPILED = sorted((ROOT / "results").glob("compiled-*.json"))
 PEAKS = sorted((ROOT / "results").glob("peak-*.json"))
 SIMULATORS = sorted((ROOT / "results").glob("simulators-*.json"))
 OVERHEADS = sorted((ROOT / "results").glob("overhead-*.json"))
@@ -34,6 +35,18 @@ def test_speeds_are_medians_of_runs_in_turn(path: Path) -> None:
     pairs = zip(runs["stacked"], runs["bare, the total batch"], strict=True)
     ratio = statistics.median(one / other for one, other in pairs)
     assert told["stacked_over_bare_same_total_batch"] == pytest.approx(ratio, rel=1e-3)
+
+
+@pytest.mark.parametrize("path", COMPILED, ids=lambda p: p.stem)
+def test_what_compiling_brings_is_the_median_of_pairs(path: Path) -> None:
+    told = read(path)
+    runs = told["all_runs"]
+    for name, each in runs.items():
+        found = told["tokens_per_processor_second"][name]
+        assert found == pytest.approx(statistics.median(each), abs=0.1)
+    pairs = zip(runs["compiled"], runs["stacked"], strict=True)
+    ratio = statistics.median(one / other for one, other in pairs)
+    assert told["compiled_over_stacked"] == pytest.approx(ratio, rel=1e-3)
 
 
 @pytest.mark.parametrize("path", PEAKS, ids=lambda p: p.stem)

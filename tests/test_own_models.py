@@ -206,7 +206,9 @@ def test_fedrep_trains_what_stays_and_then_what_is_shared(task: Language) -> Non
     algorithm = METHODS["fedrep"].make(Method(head_epochs=2))
     job = trainer(task, algorithm, {})
     start = task.init(generator(0, "init"))
-    batches = [*job.clients.batches(Order((3,), 0, start), job.budget, "train")]
+    order = Order((3,), 0, start)
+    train = job.clients.train([order], job.budget)
+    batches = [*job.clients.batches(order, job.budget, "train", train)]
     assert [int(batch["epoch"]) for batch in batches] == [0, 0, 1, 1, 2, 2]
     before = start
     for batch, step in zip(batches, descend(task, start, {}, batches, job.recipe(0)), strict=True):

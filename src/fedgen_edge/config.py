@@ -78,7 +78,8 @@ class Adapter:
     """Share of an adapter's inputs that is zeroed in training."""
     target_modules: Words = ()
     """Layers to adapt, as PEFT means it: names (`q_proj`), one regular expression, or `all-linear`;
-    none is PEFT's choice for the architecture (q and v for Llama)."""
+    none is PEFT's choice for the architecture (q and v for Llama). Of texts that a client meets
+    again, layers below the lowest of these compute nothing."""
     initial: Path | None = None
     """PEFT folder to begin from; none is a fresh adapter."""
 

@@ -3,7 +3,7 @@
 Here is all that a client has and a server does not: its data, and what it remembers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -29,7 +29,7 @@ from fedgen_edge.data.batches import (
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.leaves import select
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.task import Task
+from fedgen_edge.tasks.task import Ahead, Task
 from fedgen_edge.types import VARIATE, Batch, Leaves, Order, Update
 from fedgen_edge.uplink.wire import Wire, came_up, sent_up
 
@@ -169,15 +169,30 @@ class Clients:
         """What the order's client has kept."""
         return self.memory.get(order.clients[0], {})
 
-    def batches(self, order: Order, budget: Budget, purpose: str) -> Iterator[Batch]:
-        """The order's batches, drawn."""
+    def batches(
+        self, order: Order, budget: Budget, purpose: str, train: Mapping[int, Batch]
+    ) -> Iterator[Batch]:
+        """The order's batches, drawn, of its clients' examples."""
         streams = [
-            deal(self.shards[c].train, budget, self.seed, purpose, order.round, c)
-            for c in order.clients
+            deal(train[c], budget, self.seed, purpose, order.round, c) for c in order.clients
         ]
         for at, batch in enumerate(interleave(streams)):
             rng = generator(self.seed, purpose, "draw", order.round, order.clients[0], at)
             yield self.task.draw(batch, rng)
+
+    def train(self, orders: Sequence[Order], budget: Budget) -> dict[int, Batch]:
+        """Examples of these orders' clients; done ahead what can be, if they are met again."""
+        held = {c: self.shards[c].train for order in orders for c in order.clients}
+        met, once = (
+            sum(steps(own, told) for own in held.values())
+            for told in (budget, Budget(budget.batch))
+        )
+        done = self.ahead(held.values()) if met >= 2 * once else None
+        return dict(zip(held, done, strict=True)) if done else held
+
+    def ahead(self, each: Iterable[Batch]) -> list[Batch] | None:
+        """These examples with the work done that is the same whenever they are met, if any is."""
+        return self.task.ahead(each) if isinstance(self.task, Ahead) else None
 
     def steps(self, order: Order, budget: Budget) -> int:
         """Optimiser steps that the order asks for."""
@@ -199,7 +214,8 @@ class Clients:
         """
         begins = self.own if own else self.start
         noted = self.start if own and self.algorithm.beside else self.told
-        streams = [self.batches(order, budget, purpose) for order in orders]
+        train = self.train(orders, budget)
+        streams = [self.batches(order, budget, purpose, train) for order in orders]
         starts, memories = ([self.place(of(o)) for o in orders] for of in (begins, noted))
         if not stacked:
             return starts[0], memories[0], map(self.fed, streams[0])

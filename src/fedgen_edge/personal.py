@@ -61,10 +61,11 @@ class Personalise:
         return tuned._replace(adapter=mixed(own, shared, share), share=share)
 
     def _judge(self, orders: Sequence[Order]) -> Judge:
-        task, shards = self.clients.task, self.clients.shards
+        clients, task = self.clients, self.clients.task
+        each = [clients.shards[order.clients[0]].validation for order in orders]
+        each = clients.ahead(each) or each
 
         def judge(place: int, own: Leaves) -> float:
-            held = self.clients.place(shards[orders[place].clients[0]].validation)
-            return float(task.summary(task.evaluate(own, held))["loss"])
+            return float(task.summary(task.evaluate(own, clients.place(each[place])))["loss"])
 
         return judge

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from itertools import groupby, islice
 from pathlib import Path
@@ -167,14 +168,19 @@ class Experiment:
 
     def validation(self, state: ServerState) -> dict[str, Any]:
         """Every training client's validation data under its own model, after a round."""
+        memory, each = self.clients.memory, self._ahead or self._validation()
+        held = ((self.own(state, memory.get(c, {}), c), own) for c, own in enumerate(each))
+        return added(dict(zip(self.names, self.sums_of(held), strict=False)))
+
+    def _validation(self) -> Iterator[Batch]:
+        """Of each training client: newcomers are the last."""
         able = len(self.holdings) - self.settings.federation.newcomers
-        memory, training = self.clients.memory, range(able)
-        held = (
-            (self.own(state, memory.get(c, {}), c), self.clients.shards[c].validation)
-            for c in training
-        )
-        names = (self.clients.shards[c].name for c in training)
-        return added(dict(zip(names, self.sums_of(held), strict=True)))
+        return (self.clients.shards[c].validation for c in range(able))
+
+    @cached_property
+    def _ahead(self) -> list[Batch] | None:
+        """The same, as every round meets it again."""
+        return self.clients.ahead(self._validation())
 
     def _recipe(self, round_: int) -> Recipe:
         t, algorithm = self.settings.training, self.algorithm

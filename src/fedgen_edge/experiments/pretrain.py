@@ -54,11 +54,11 @@ def planned(settings: Settings) -> Settings:
     """The settings of the run that makes the backbone of these."""
     public = replace(settings.data, part="public", validation=HELD_OUT, test=HELD_OUT)
     held, p, backbone = sources.read(public).examples, settings.pretrain, settings.backbone
-    source = settings.data.source
     if isinstance(held, Images) == (settings.task == "language"):
+        kind = "text" if isinstance(held, Texts) else "pictures"
         raise ConfigError(
-            f"data.source={source!r} has {'text' if isinstance(held, Texts) else 'pictures'}, which "
-            f"task={settings.task!r} does not learn: set the one, or the other"
+            f"data.source={settings.data.source!r} has {kind}, which task={settings.task!r} does "
+            "not learn: set the one, or the other"
         )
     if isinstance(held, Images):
         shape = shape_learnt(settings, tuple(held.pixels.shape[1:]))

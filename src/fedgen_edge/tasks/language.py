@@ -1,7 +1,7 @@
 """Causal language modelling with any Hugging Face causal language model."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Generator, Tensor
 
+from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.batches import pack, parts
 from fedgen_edge.data.corpus import Corpus, Texts
@@ -21,6 +22,7 @@ from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.loss import TokenLoss
+from fedgen_edge.tasks.lower import NONE, ROOM, STATES, Lower, lower
 from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
@@ -55,6 +57,7 @@ class Language:
     phases: tuple[Phase, ...] = (Phase(),)
     settle: Callable[[Leaves], Leaves] = none_follow
     measure: Measure = MEASURE
+    lower: Lower = NONE
 
     def init(self, rng: Generator) -> Leaves:
         """The initial adapter if there is one, else a fresh one."""
@@ -69,11 +72,29 @@ class Language:
         del phase
         clients = batch["mask"].shape[:-2]
         rows = {k: v.flatten(0, -2) for k, v in _blocks(batch).items()}
-        nats = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
+        states = batch[STATES].flatten(0, -3) if STATES in batch else None
+        with self.lower.passed(states):
+            nats = self.model.adapter.call(self.module, adapter, rows, batch.get("seed"))
         return PerClient(
             total=nats.reshape(*clients, -1).sum(-1),
             count=batch["mask"].flatten(-2).sum(-1).float(),
         )
+
+    @torch.no_grad()
+    def ahead(self, each: Iterable[Batch]) -> list[Batch] | None:
+        """The same examples, with what the layers below the lowest adapted one make of them.
+
+        None, where the lowest layer is adapted, or where that takes more than `ROOM` bytes.
+        """
+        each = [*each] if self.lower.size else []
+        if not 0 < self.lower.size * sum(own["mask"].numel() for own in each) <= ROOM:
+            return None
+        return [{**own, STATES: self._states(own)} for own in each]
+
+    def _states(self, examples: Batch) -> Tensor:
+        device, most = self.module.model.device, max(1, EVALUATE // self.length)
+        rows = parts({k: v.to(device) for k, v in _blocks(examples).items()}, 0, most)
+        return torch.cat([self.lower.states(part).cpu() for part in rows])
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
@@ -196,7 +217,9 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
         weights="model.safetensors",
         peft={"task_type": "CAUSAL_LM"},
     )
-    return Language(adapted, TokenLoss(model), loaded, settings.data.length)
+    module = TokenLoss(model)
+    sites = adapted.adapter.sites if isinstance(adapted.adapter, Lora) else ()
+    return Language(adapted, module, loaded, settings.data.length, lower=lower(module, sites))
 
 
 def default_targets(kind: str) -> list[str]:

@@ -68,31 +68,38 @@ class TokenLoss(nn.Module):
         Documents packed in one row do not see each other: attention stays inside a segment, and
         positions begin anew.
         """
-        inputs = {
-            "input_ids": batch["tokens"].int(),
-            "position_ids": batch["position"].int(),
-            "attention_mask": attention(batch["segment"].int(), self.dtype),
-            "use_cache": False,
-        }
         # padding is judged too, and then left out: with its rows taken out first, every batch would
         # bring a new shape, for which a processor compiles a kernel and a GPU waits to learn it
-        nats = self._nats(inputs, batch["labels"].flatten().long())
+        nats = self._nats(batch, batch["labels"].flatten().long())
         return torch.where(batch["mask"].bool(), nats.view_as(batch["mask"]), 0.0)
+
+    def read(self, batch: Batch) -> Float[Tensor, "rows length width"]:
+        """What the model makes of the same batch, before its output layer."""
+        return _trunk(self.model)(**_inputs(batch, self.dtype)).last_hidden_state
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the arithmetic."""
         return next(self.model.parameters()).dtype
 
-    def _nats(self, inputs: dict[str, Any], labels: Tensor) -> Tensor:
+    def _nats(self, batch: Batch, labels: Tensor) -> Tensor:
         if not self.plain_head:
-            logits = self.model(**inputs).logits.flatten(0, 1)
+            logits = self.model(**_inputs(batch, self.dtype)).logits.flatten(0, 1)
             return F.cross_entropy(logits.float(), labels, reduction="none")
-        hidden = _trunk(self.model)(**inputs).last_hidden_state.flatten(0, 1)
+        hidden = self.read(batch).flatten(0, 1)
         weight = self.model.get_output_embeddings().weight
         if weight.requires_grad:
             return F.cross_entropy((hidden @ weight.T).float(), labels, reduction="none")
         return NextToken.apply(hidden, weight, labels)  # pyright: ignore[reportReturnType]
+
+
+def _inputs(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        "input_ids": batch["tokens"].int(),
+        "position_ids": batch["position"].int(),
+        "attention_mask": attention(batch["segment"].int(), dtype),
+        "use_cache": False,
+    }
 
 
 def attention(segment: Int[Tensor, "rows length"], dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """The contract of a task: a frozen backbone, and how to train and judge an adapter; TASKS."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -53,6 +53,18 @@ class Task(Protocol):
 
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
         """Metrics of those sums, `[*clients]` each; `loss` is the one that training lowers."""
+        ...
+
+
+@runtime_checkable
+class Ahead(Task, Protocol):
+    """A task of which some work on examples is the same whenever they are met."""
+
+    def ahead(self, each: Iterable[Batch]) -> list[Batch] | None:
+        """Clients' examples with that work done, `[rows, ...]` each; none, if there is none.
+
+        Loss and evaluation are the same with it, and do it where examples come without.
+        """
         ...
 
 

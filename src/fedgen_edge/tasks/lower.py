@@ -1,0 +1,108 @@
+"""The blocks of layers below the lowest adapted one: what they make of a text never changes.
+
+So a text that is met again passes them once. Each block of layers stays as it is, in its place in
+the model, but for its `forward`: this works for every model whose trunk hands one tensor from block
+to block, and is tried out on a model before it is used.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedgen_edge.tasks.loss import TokenLoss
+from fedgen_edge.types import Batch
+
+STATES = "states"
+"""Their field of a batch: what the blocks below put out, `[*clients, batch, length, width]`."""
+ROOM = 2**29
+"""Bytes of states that may be kept at once; beyond it, none are."""
+
+
+@dataclass(frozen=True)
+class Lower:
+    """A model's blocks in two parts; where states have no size, none are to be kept."""
+
+    module: TokenLoss | None = None
+    below: Sequence[nn.Module] = ()
+    above: Sequence[nn.Module] = ()
+    size: int = 0
+    """Bytes of a token's states."""
+
+    def states(self, rows: Batch) -> Tensor:
+        """What the blocks below put out, `[rows, length, width]`."""
+        assert self.module is not None
+        seen: list[Tensor] = []
+
+        def note(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+            seen.append(hidden)
+            return hidden
+
+        with _instead(self.above, note):
+            self.module.read(rows)
+        return seen[0]
+
+    @contextmanager
+    def passed(self, states: Tensor | None) -> Iterator[None]:
+        """Within it, the blocks below put these states out; none: what they compute."""
+
+        def told(*_: Any, **__: Any) -> Tensor:
+            assert states is not None
+            return states
+
+        with _instead(() if states is None else self.below, told):
+            yield
+
+
+NONE = Lower()
+"""Of a model whose every block is adapted, or one that does more between blocks."""
+
+
+@contextmanager
+def _instead(blocks: Iterable[Any], forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within it, the blocks compute this."""
+    try:
+        for block in blocks:
+            block.forward = forward
+        yield
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+
+
+def lower(module: TokenLoss, adapted: Iterable[str]) -> Lower:
+    """The model's blocks, divided at the lowest that has one of these layers.
+
+    `NONE`, too, if one of the layers is in no block.
+    """
+    places = [re.match(r"(.+?)\.(\d+)\.", name) for name in adapted]
+    lists = {place and place[1] for place in places}
+    if len(lists) != 1 or None in lists:
+        return NONE
+    blocks = module.model.get_submodule(lists.pop())
+    lowest = min(int(place[2]) for place in places if place)
+    if not lowest or not isinstance(blocks, nn.ModuleList):
+        return NONE
+    found = Lower(module, [*blocks[:lowest]], [*blocks[lowest:]])
+    size = _size(found, module)
+    return replace(found, size=size) if size else NONE
+
+
+@torch.no_grad()
+def _size(found: Lower, module: TokenLoss) -> int:
+    """Bytes of a token's states; 0, if a text's loss is not the same to the last bit with them."""
+    tokens = torch.tensor([[0, 1, 0, 2, 1, 3]], device=next(module.model.parameters()).device)
+    one, place = torch.ones_like(tokens), torch.arange(6, device=tokens.device).unsqueeze(0)
+    rows = {"tokens": tokens, "labels": tokens, "mask": one, "segment": one, "position": place}
+    try:
+        states = found.states(rows)
+        with found.passed(states):
+            again = module(rows)
+    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):
+        return 0
+    fits = states.shape[:-1] == tokens.shape and torch.equal(module(rows), again)
+    return states.shape[-1] * states.itemsize if fits else 0
