@@ -24,7 +24,7 @@ NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
 KEYS = {
     *NEEDED,
     *("of", "paths", "unset", "overrides", "divisions", "tuning"),
-    *("table", "figure", "models", "axis", "rows", "claims"),
+    *("table", "figure", "models", "axis", "rows", "claims", "paper"),
 }
 TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
 """Trials are judged by validation alone."""

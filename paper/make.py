@@ -53,7 +53,7 @@ def make(told: argparse.Namespace) -> None:
     jobs = told.jobs or (1 if told.scale == "full" else len(os.sched_getaffinity(0)))
     told.runs.mkdir(parents=True, exist_ok=True)
     with locked(told.runs), workers(jobs) as pool:
-        failed = [line for item in found if "of" not in item for line in carried(item, told, pool)]
+        failed = [line for item in found for line in carried(item, told, pool)]
     if failed:
         raise TrainingError("; ".join(failed))
     if told.results == kept.RESULTS and told.folder == ITEMS:

@@ -39,13 +39,14 @@ def table(item: Row, rows: Sequence[Row]) -> str:
 
 def caption(item: Row, rows: Sequence[Row]) -> str:
     """On what, at which scale, by whose records."""
-    first, where = rows[0], f"paper/items/{item['name']}.toml"
+    where = f"paper/items/{item['name']}.toml"
+    machines = {f"{row['hardware']}, {row['precision']}": 0 for row in rows}
+    versions = {", ".join(f"{k} {v}" for k, v in row["versions"].items()): 0 for row in rows}
     out = (
         f"{item['scale'].capitalize()} scale: `{item['recipe']}` as in [`{where}`](../{where}); "
         f"{_range(rows, 'clients')} clients, {_range(rows, 'cohort')} a round, "
         f"{_range(rows, 'rounds')} rounds; seeds {', '.join(map(str, item['seeds']))}. "
-        f"{first['hardware']}, {first['precision']}; "
-        f"{', '.join(f'{name} {version}' for name, version in first['versions'].items())}."
+        f"{'; '.join(machines)}; {'; '.join(versions)}."
     )
     if tuning := item.get("tuning"):
         out += (
@@ -283,7 +284,11 @@ def knee(item: Row, rows: Sequence[Row], model: str) -> str:
     }
     near = [variant for variant, (_, low, _) in apart.items() if low <= 0]
     also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
-    return f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
+    out = f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
+    if paper := item.get("paper"):
+        holds = "is" if paper == least else "may be" if paper in near else "is not"
+        out += f" The paper's {paper} {holds} the best here."
+    return out
 
 
 def grid(item: Row, rows: Sequence[Row]) -> Lines:

@@ -58,6 +58,11 @@ def test_what_is_not_settled_is_told() -> None:
     table = views.table(item(), rows([40, 50, 60], [60, 30, 50]))
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8
     assert "lowest with rank b; not settled from it: a." in table
+    for variant, holds in {"a": "may be", "b": "is"}.items():
+        knee = views.knee(item(paper=variant), rows([40, 50, 60], [60, 30, 50]), "global")
+        assert knee.endswith(f" The paper's {variant} {holds} the best here.")
+    knee = views.knee(item(paper="b"), rows([1, 2, 3], [4, 5, 6]), "global")
+    assert knee.endswith(" The paper's b is not the best here.")
 
 
 def test_a_choice_at_the_end_of_the_trials_is_told() -> None:
