@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from fedgen_edge.experiments.summary import number, paired_interval, size
+from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
 from items import Row, tried, worded
 
@@ -98,6 +98,17 @@ def gains(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     return [100 * (1 - a / b) for a, b in zip(ours, theirs, strict=True)]
 
 
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Logarithms of each of ours over theirs: as far from 0 for half as for twice as much."""
+    return [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def over(found: Sequence[float]) -> str:
+    """The geometric mean of ratios, and its 95 % interval, from their logarithms."""
+    mean, low, high = (number(math.exp(end)) for end in paired_interval(found))
+    return f"{mean} ({low} to {high})"
+
+
 def linked(text: str, item: Row, rows: Sequence[Row]) -> str:
     """The text as a link to the records' lines."""
     ends = sorted({row["line"] for row in rows})
@@ -164,7 +175,7 @@ def methods(item: Row, rows: Sequence[Row]) -> Lines:
         "the paper",
         "chosen",
         *(called(measure, first) for measure in item["measures"]),
-        f"below {base.name}, %",
+        f"over {base.name}",
         "uplink saved, %",
         *(f"{what} to the quality" for what in ("uplink", "downlink", "rounds", "seconds")),
     ]
@@ -174,13 +185,13 @@ def methods(item: Row, rows: Sequence[Row]) -> Lines:
         found = [values(own, one.model, measure) for measure in item["measures"]]
         cells = [
             *(spread(each) for each in found),
-            "" if one == base else between(gains(found[0], theirs)),
+            "" if one == base else over(ratios(found[0], theirs)),
             *(_costs(own, goal) if one.costs else [NONE] * 5),
         ]
         body.append([
             one.name,
             "" if one.paper is None else f"{one.paper:g}",
-            f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else "",
+            f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] and one.model != BACKBONE else "",
             *(linked(cell, item, own) if cell not in {"", NONE} else cell for cell in cells),
         ])  # fmt: skip
     quality = (
@@ -218,27 +229,31 @@ def _claims(item: Row, rows: Sequence[Row]) -> Lines:
     shown, out = {one.name: one for one in of_item(item)}, [""]
     for claim in item.get("claims", ()):
         ours, theirs = pair = shown[claim["better"]], shown[claim["worse"]]
-        low, high = claim.get("paper", (ours.paper, theirs.paper))
+        reported = claim.get("paper", (ours.paper, theirs.paper))
         own, other = [values(of(rows, one.variant), one.model, item["measures"][0]) for one in pair]
-        measured = between(gains(own, other))
-        (told,) = gains([low], [high])
+        (told,), measured = ratios(*([value] for value in reported)), ratios(own, other)
         out.append(
-            f"- **{ours.name} against {theirs.name}.** The paper: {told:.1f} % lower ({low:g} "
-            f"against {high:g}). Here: {linked(measured, item, of(rows, ours.variant))} % lower. "
-            f"{verdict(told, gains(own, other))}"
+            f"- **{ours.name} over {theirs.name}.** The paper: {number(math.exp(told))} "
+            f"({reported[0]:g} against {reported[1]:g}). Here: "
+            f"{linked(over(measured), item, of(rows, ours.variant))}. {verdict(told, measured)}"
         )
     return out
 
 
 def verdict(told: float, measured: Sequence[float]) -> str:
-    """Whether an order holds, and whether its gain is as large as told, by the 95 % interval."""
+    """Whether an order holds, and a gain is as large as told, by the 95 % interval.
+
+    Args:
+        told: logarithm of a ratio below 1.
+        measured: the same, a seed each.
+    """
     _, low, high = paired_interval(measured)
-    if high < 0:
+    if low > 0:
         return "The order is the reverse."
-    if low <= 0:
+    if high >= 0:
         return "The order is not settled."
     return "The order holds, and the gain is " + (
-        "smaller." if high < told else "larger." if low > told else "as large, to the interval."
+        "smaller." if low > told else "larger." if high < told else "as large, to the interval."
     )
 
 

@@ -94,26 +94,26 @@ def test_methods_are_held_against_what_the_paper_reports() -> None:
     link = "](../paper/results/toy-small.jsonl#L"
     cells = [a.replace(f"{link}1-L3)", ""), b.replace(f"{link}4-L6)", "")]
     assert "| A | 100 |  | [50.0 ± 24.8 |  | [97.00 | [20 bytes | [40 bytes | [2.00 |" in cells[0]
-    assert "[+50.00 (+50.00 to +50.00) | [97.00 | [3 bytes | [3 bytes | [3.00 | [7.00 |" in cells[1]
+    assert "[0.500 (0.500 to 0.500) | [97.00 | [3 bytes | [3 bytes | [3.00 | [7.00 |" in cells[1]
     assert "| frozen |  |  | [80.0" in table
     assert table.count("| - | - | - | - | - |") == 1
-    # the paper's 25 % is less than our 50 %, and its 90 % more
-    assert "The paper: 25.0 % lower (75 against 100)." in table
+    # half of a's is less than the paper's 0.75 of it, and more than 0.1
+    assert "The paper: 0.750 (75 against 100). Here: [0.500 (0.500 to 0.500)](" in table
     assert "The order holds, and the gain is larger." in table
-    assert "The paper: 90.0 % lower (10 against 100)." in table
+    assert "The paper: 0.100 (10 against 100)." in table
     assert "The order holds, and the gain is smaller." in table
 
 
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
-        ([9.0, 10.0, 11.0], "as large"),
+        ([-0.9, -1.0, -1.1], "as large"),
         ([1.0, -1.0, 2.0], "not settled"),
-        ([-3.0, -3.1, -2.9], "the reverse"),
+        ([0.3, 0.31, 0.29], "the reverse"),
     ],
 )
 def test_a_verdict_is_by_the_interval(measured: list[float], said: str) -> None:
-    assert said in views.verdict(10.0, measured)
+    assert said in views.verdict(-1.0, measured)
 
 
 def test_the_goal_is_what_all_federated_methods_reach() -> None:
