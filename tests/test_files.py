@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,19 @@ def test_write_replaces_the_whole_file(tmp_path: Path) -> None:
     path.write_bytes(b"a longer content")
     files.write(path, b"new")
     assert path.read_bytes() == b"new"
+
+
+def test_what_fails_while_it_is_made_leaves_the_old_file(tmp_path: Path) -> None:
+    def parts() -> Iterator[bytes]:
+        yield b"half of"
+        raise ValueError("stopped")
+
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="stopped"):
+        files.write_parts(path, parts())
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.txt"]
 
 
 def test_a_reader_of_the_old_file_keeps_it_to_its_end(tmp_path: Path) -> None:

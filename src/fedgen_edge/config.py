@@ -340,7 +340,8 @@ class Personal:
     """What each client does with the last global adapter."""
 
     epochs: Whole = 3
-    """Most epochs of tuning; 0 leaves every client the global adapter, or its own model."""
+    """Most epochs of tuning; 0 leaves every client the global adapter, of which no copies are
+    written, or its own model where a method makes one."""
     steps: Count | None = None
     """Steps in an epoch; none is one pass over the client's examples."""
     lr: Positive = 5e-4

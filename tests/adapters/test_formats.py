@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from fedgen_edge import files
 from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.lora import Lora, inject
 from fedgen_edge.config import Adapter
@@ -80,7 +81,8 @@ BACKBONE = {"base_model_name_or_path": "where it lies", "task_type": "CAUSAL_LM"
 
 def write(folder: Path, own: Leaves, lora: Lora, settings: Adapter) -> None:
     told = {"seed": 7, "client": "anna"}
-    formats.write(folder, own, lora, settings, backbone=BACKBONE, provenance=told)
+    with files.folder(folder) as draft:
+        formats.write(draft, own, lora, settings, backbone=BACKBONE, provenance=told)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:

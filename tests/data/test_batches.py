@@ -45,14 +45,33 @@ def test_packing_loses_and_doubles_no_label_and_no_word(
 
 
 @pytest.mark.parametrize(
-    ("vocabulary", "kind"), [(2**15 - 1, torch.int16), (2**15, torch.int32), (50000, torch.int32)]
+    ("vocabulary", "kind"), [(2**15, torch.int16), (2**15 + 1, torch.int32), (50000, torch.int32)]
 )
 def test_numbers_of_few_words_take_two_bytes(vocabulary: int, kind: torch.dtype) -> None:
     highest = vocabulary - 1
     packed = pack([[0, highest, 1]], [1], 4, vocabulary)
     assert packed["tokens"].dtype == packed["labels"].dtype == kind
     assert packed["labels"].tolist() == [[highest, 1, 0, 0]]
-    assert packed["position"].dtype == packed["segment"].dtype == torch.int16
+
+
+@pytest.mark.parametrize(("length", "kind"), [(255, torch.uint8), (256, torch.int16)])
+def test_places_in_a_short_block_take_one_byte(length: int, kind: torch.dtype) -> None:
+    # as many documents as places: the last one's number is the length
+    packed = pack([[0, 1]] * length, [1] * length, length)
+    assert packed["position"].dtype == packed["segment"].dtype == kind
+    assert packed["segment"].tolist() == [list(range(1, length + 1))]
+
+
+def test_a_client_costs_its_blocks_and_no_tensor_of_its_own() -> None:
+    # A place has 7 bytes: token and label 2 each, mask, segment and position 1 each; a block 4 more
+    # for its words. Three parts of one block of 4 places: 3 * (4 * 7 + 4) bytes a client.
+    block = pack([[0, 1, 2, 3, 500]], [4], 4, 512)
+    clients = 2 * batches.TOGETHER
+    table = Shards(Shard(str(n), block, block, block) for n in range(clients))
+    leaves = [v for own in table for part in (own.train, own.test) for v in part.values()]
+    held = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in leaves}
+    assert sum(held.values()) == clients * 3 * (4 * 7 + 4)
+    assert len(held) == 2 * len(block)
 
 
 def test_clients_in_tables_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:

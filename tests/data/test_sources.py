@@ -197,6 +197,13 @@ def test_a_limit_that_leaves_clients_without_text_is_refused(tmp_path: Path) -> 
         read(settings("jsonl", path, limit=1, client_field="who"))
 
 
+def test_a_clients_name_is_in_memory_once(tmp_path: Path) -> None:
+    rows = ({"text": t, "who": "client a" if t < "e" else 7} for t in "abcdefgh")
+    groups = read(settings("jsonl", write(tmp_path / "d.jsonl", *rows), client_field="who")).groups
+    assert groups == ["client a"] * 4 + ["7"] * 4
+    assert len({id(group) for group in groups}) == 2
+
+
 def test_hub_reads_splits_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets", reason="needs the extra fedgen-edge[hub]")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))

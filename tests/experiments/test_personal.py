@@ -13,9 +13,11 @@ from conftest import sentences
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.algorithms.methods import MIXING as MIXING_OF_FEDDPA
 from fedgen_edge.config import Settings, from_table
+from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments.evaluate import left
-from fedgen_edge.experiments.models import reopen
-from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.experiments.models import folders, reopen
+from fedgen_edge.experiments.report import write
+from fedgen_edge.experiments.run import create, proceed, whole_stacks
 from fedgen_edge.leaves import scale
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.types import Batch, Leaves, Statistics
@@ -51,6 +53,11 @@ def ran(folder: Path, **more: Any) -> Path:
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("stack", "together"), [(1, 64), (10, 60), (64, 64), (100, 100)])
+def test_a_chunk_is_whole_stacks(stack: int, together: int) -> None:
+    assert whole_stacks(stack) == together
 
 
 @pytest.mark.parametrize("name", ["fedgen-edge", "ditto", "feddpa", "fedex-lora"])
@@ -104,6 +111,26 @@ def test_clients_are_judged_together_as_each_would_be_alone(
     assert seen == [(2,), ()]  # a stack holds two
     for (own, test), found in zip(held, together, strict=True):
         assert found == pytest.approx(experiment.sums(own, test), rel=1e-6)
+
+
+@pytest.mark.parametrize(("name", "own"), [("fedgen-edge", False), ("fedper", True)])
+def test_without_tuning_there_are_models_of_clients_only_where_they_differ(
+    tmp_path: Path, name: str, own: bool
+) -> None:
+    run = ran(
+        tmp_path,
+        method={"name": name},
+        personal={"epochs": 0},
+        evaluation={"sample_tokens": 2, "prompts": ["a"]},
+    )
+    for file in ("evaluation.jsonl", "samples.jsonl"):
+        assert ("personal" in {line["model"] for line in lines(run / file)}) == own
+    assert (run / "adapters" / "clients").exists() == own
+    assert write([run], run / "report.html").exists()
+    if not own:
+        assert list(folders(run)) == [None]
+        with pytest.raises(CheckpointError, match=r"personal\.epochs=0 .* name no client"):
+            folders(run, ["client 0"])
 
 
 def test_without_a_choice_no_share_is_told(tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.pytorch_utils import Conv1D
 
-from fedgen_edge import files
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.adapters.ranks import padded
 from fedgen_edge.config import Adapter
@@ -39,10 +38,10 @@ def write(
     backbone: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Write one adapter as a PEFT folder, with `provenance.json` beside it, in one step.
+    """Fill a PEFT folder with one adapter, and `provenance.json` beside it.
 
     Args:
-        folder: made, or replaced.
+        folder: there already.
         leaves: one adapter, without an axis of clients.
         lora: the layers that it belongs to.
         settings: rank, alpha and dropout, as PEFT's configuration keeps them.
@@ -61,10 +60,9 @@ def write(
         inference_mode=True,
     )
     tensors = {to_peft(k): v.detach().float().contiguous().cpu() for k, v in leaves.items()}
-    with files.folder(folder) as draft:
-        config.save_pretrained(str(draft))
-        save_file(tensors, draft / WEIGHTS, metadata={"format": "pt"})
-        (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+    config.save_pretrained(str(folder))
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
 
 
 def for_pipelines(folder: Path, part: str, leaves: Leaves, lora: Lora, settings: Adapter) -> None:

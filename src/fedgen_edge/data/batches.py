@@ -7,7 +7,7 @@ batches in the same order, and so do two engines.
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice, pairwise, zip_longest
+from itertools import chain, islice, pairwise, zip_longest
 from typing import overload
 
 import torch
@@ -124,35 +124,40 @@ def pack(
 
     Returns:
         `tokens`, `labels` (the next token), `mask` (where there is one), `segment` (the document
-        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, of 16 bits
-        where all fit, since every client's are in memory; `words`, `[rows]`. Documents are laid
+        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, of as few
+        bits as hold them, since every client's are in memory; `words`, `[rows]`. Documents are laid
         end to end; one that reaches over a block's end goes on in the next block without what came
         before.
     """
-    steps = [
-        (
-            token,
-            label,
-            1,
-            number + 1,
-            (at + 1) * count // (len(ids) - 1) - at * count // (len(ids) - 1),
-        )
-        for number, (ids, count) in enumerate(zip(documents, words, strict=True))
-        for at, (token, label) in enumerate(pairwise(ids))
-    ]
-    steps += [(0, 0, 0, 0, 0)] * (-len(steps) % length)
-    table = torch.tensor(steps, dtype=torch.int32).reshape(-1, length, 5)
-    token, label, mask, document, said = table.unbind(-1)
+    counts = torch.tensor([len(ids) - 1 for ids in documents], dtype=torch.int64)
+    whole = torch.tensor([*chain.from_iterable(documents)], dtype=torch.int32)
+    ends = (counts + 1).cumsum(0)
+    last, first = torch.zeros(2, len(whole), dtype=torch.bool)
+    last[ends - 1], first[ends - counts - 1] = True, True
+    document = torch.arange(1, len(documents) + 1, dtype=torch.int32).repeat_interleave(counts)
+    size = counts.repeat_interleave(counts)
+    said = torch.tensor(words, dtype=torch.int64).repeat_interleave(counts)
+    at = torch.arange(len(size)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+    said = (at + 1) * said // size - at * said // size
+    token, label, mask, document, said = (
+        torch.nn.functional.pad(v, (0, -len(size) % length)).reshape(-1, length)
+        for v in (whole[~last], whole[~first], torch.ones_like(document), document, said)
+    )
     begins = torch.ones_like(document, dtype=torch.bool)
     begins[:, 1:] = document[:, 1:] != document[:, :-1]
     place = torch.arange(length, dtype=torch.int32).expand_as(document)
     position = place - torch.where(begins, place, 0).cummax(1).values
     segment = begins.int().cumsum(1, dtype=torch.int32) * mask
-    said_by, place_in = (torch.int16 if n < 2**15 else torch.int32 for n in (vocabulary, length))
+    said_by, place_in = _narrowest(vocabulary - 1), _narrowest(length)
     kinds = (said_by, said_by, torch.bool, place_in, place_in)
     values = (token, label, mask, segment, position)
     packed = {k: v.to(t).contiguous() for k, v, t in zip(FIELDS, values, kinds, strict=True)}
     return {**packed, "words": said.sum(1, dtype=torch.int32)}
+
+
+def _narrowest(highest: int) -> torch.dtype:
+    kinds = (torch.uint8, torch.int16)
+    return next((kind for kind in kinds if highest <= torch.iinfo(kind).max), torch.int32)
 
 
 def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -54,3 +55,8 @@ class Corpus:
     """`train`, `validation` or `test`, where the source fixes them."""
     duplicates: int
     """Identical examples left out."""
+
+    @cached_property
+    def fixed(self) -> frozenset[str]:
+        """The splits that the source fixes."""
+        return frozenset(self.splits or ())

@@ -61,7 +61,7 @@ def partition(
                 f"partition.minimum={settings.minimum}: lower that, or "
                 f"{largest if settings.by == 'group' and enough else 'have fewer clients'}"
             )
-    return [hold(name, owned[name], corpus.splits, data) for name in sorted(owned)]
+    return [hold(name, owned[name], corpus, data) for name in sorted(owned)]
 
 
 def divide(
@@ -231,9 +231,7 @@ def spread(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
     return sorted(order, key=place.__getitem__)
 
 
-def hold(
-    name: str, examples: list[int], splits: Sequence[str] | None, data: config.Data
-) -> Holding:
+def hold(name: str, examples: list[int], corpus: Corpus, data: config.Data) -> Holding:
     """Split a client's examples as the source does; what it does not fix is cut from training.
 
     A share above 0 is at least one example. The cut does not go by the run's seed: else one seed
@@ -242,11 +240,11 @@ def hold(
     rng = np.random.default_rng(seeds.seed(data.split_seed, "held out", name))
     held: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for index in examples:
-        held["train" if splits is None else splits[index]].append(index)
+        held[corpus.splits[index] if corpus.splits else "train"].append(index)
     shares = {"validation": data.validation, "test": data.test}
     rest, count = rng.permutation(held["train"]).tolist(), len(held["train"])
     for split, share in shares.items():
-        if share and split not in set(splits or ()):
+        if share and split not in corpus.fixed:
             cut = max(1, round(share * count))
             held[split], rest = rest[:cut], rest[cut:]
     held["train"] = rest

@@ -8,6 +8,7 @@ import difflib
 import json
 import os
 import re
+import sys
 import sysconfig
 import zipfile
 import zlib
@@ -61,15 +62,18 @@ def read(settings: config.Data) -> Corpus:
         )
     if settings.source in images.SOURCES:
         return images.read(settings)
-    rows = list(SOURCES[settings.source](settings))
-    filled = [row for row in rows if row.text.strip()]
     first: dict[str, Row] = {}
-    for row in filled:
-        first.setdefault(row.text, row)
+    met: set[str | None] = set()
+    filled = 0
+    for row in SOURCES[settings.source](settings):
+        met.add(row.group)
+        if row.text.strip():
+            first.setdefault(row.text, row)
+            filled += 1
     kept = list(first.values())
     if not kept:
         raise _fault(settings, f" holds no text for data.source={settings.source!r}: add some")
-    if emptied := {row.group for row in rows} - {row.group for row in kept}:
+    if emptied := met - {row.group for row in kept}:
         said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
         raise _fault(settings, f": {said} that others lack: give them some, or leave them out")
     limit = min(settings.limit or len(kept), len(kept))
@@ -79,14 +83,24 @@ def read(settings: config.Data) -> Corpus:
             f"data.limit={limit} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
             "without text: raise it"
         )
-    return _corpus(few, len(filled) - len(kept))
+    return _corpus(few, filled - len(kept))
 
 
 def _corpus(rows: list[Row], duplicates: int) -> Corpus:
-    texts, *columns, marks = (list(column) for column in zip(*rows, strict=True))
-    groups, labels, splits = (None if None in column else column for column in columns)
-    words = [len(text.split()) + mark for text, mark in zip(texts, marks, strict=True)]
-    return Corpus(Texts(texts, words), groups, labels, splits, duplicates)
+    words = [len(row.text.split()) + row.marks for row in rows]
+    return Corpus(
+        Texts([row.text for row in rows], words),
+        groups=_known([row.group for row in rows]),
+        labels=_known([row.label for row in rows]),
+        splits=_known([row.split for row in rows]),
+        duplicates=duplicates,
+    )
+
+
+def _known(column: list[str | None]) -> list[str] | None:
+    """A column that no row lacks."""
+    found = [value for value in column if value is not None]
+    return found if len(found) == len(column) else None
 
 
 def docstrings(settings: config.Data) -> Iterator[Row]:
@@ -233,13 +247,13 @@ def _field(
         raise _fault(settings, f"{place} has no data.{setting}={name!r}: its fields are {there}")
     value = record[name]
     if isinstance(value, int) and setting != "text_field":
-        return str(value)
+        return sys.intern(str(value))
     said = f"{place}: data.{setting}={name!r}"
     if not isinstance(value, str):
         raise _fault(settings, f"{said} holds {type(value).__name__}, not text: make it a string")
     if re.search("[\0\ud800-\udfff]", value):
         raise _fault(settings, f"{said} holds a NUL or half a character: remove it")
-    return value
+    return value if setting == "text_field" else sys.intern(value)
 
 
 def _fault(settings: config.Data, what: str) -> DataError:

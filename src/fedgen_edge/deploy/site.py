@@ -355,7 +355,7 @@ def _alone(name: str, settings: Settings) -> Experiment:
             f"data.path={settings.data.path!r} has {count} examples, fewer than "
             f"partition.minimum={settings.partition.minimum}: bring more"
         )
-    holding = hold(name, list(range(count)), corpus.splits, settings.data)
+    holding = hold(name, list(range(count)), corpus, settings.data)
     check_held_out([holding])
     device = machine.device(settings.engine.device)
     task = task_of(settings, device)

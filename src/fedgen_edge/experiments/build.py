@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,13 @@ class Experiment:
     def has_global(self) -> bool:
         """Whether clients share anything, so that there is a global model to speak of."""
         return bool(self.algorithm.sends(list(self.task.model.leaf_shapes()), None))
+
+    @property
+    def has_own(self) -> bool:
+        """Whether clients end with models of their own, beside the global one."""
+        told, names = self.algorithm, list(self.task.model.leaf_shapes())
+        more = told.beside, told.clusters, told.ranks, self.settings.personal.epochs
+        return any(more) or told.sends(names, None) != set(names)
 
     @property
     def names(self) -> list[str]:
@@ -139,22 +146,24 @@ class Experiment:
     def sums_of(self, held: Iterable[tuple[Leaves, Batch]]) -> Iterator[Sums]:
         """Statistics of several clients' examples, each under its adapter, in their order.
 
-        As many are together as in training, on the same engine.
+        As many are together as in training, on the same engine, where their adapters are of a kind.
         """
-        held = iter(held)
         alone = self.engine is serial or not self.task.model.stackable  # workers' engine is neither
         together = 1 if alone else self.settings.engine.stack or 1
-        while group := list(islice(held, together)):
-            adapters, examples = zip(*group, strict=True)
-            if len(group) == 1:
-                yield self.sums(adapters[0], examples[0])
-                continue
-            clients = self.clients
-            found = self.task.evaluate(
-                clients.place(leaves.stack(adapters)), clients.place(side_by_side(examples))
-            )
-            each = zip(*(v.tolist() for v in found.values()), strict=True)
-            yield from (dict(zip(found, own, strict=True)) for own in each)
+        for _, alike in groupby(held, lambda own: leaves.shapes(own[0])):
+            while group := list(islice(alike, together)):
+                yield from self._together(*zip(*group, strict=True))
+
+    def _together(self, adapters: Sequence[Leaves], examples: Sequence[Batch]) -> Iterator[Sums]:
+        if len(adapters) == 1:
+            yield self.sums(adapters[0], examples[0])
+            return
+        clients = self.clients
+        found = self.task.evaluate(
+            clients.place(leaves.stack(adapters)), clients.place(side_by_side(examples))
+        )
+        each = zip(*(v.tolist() for v in found.values()), strict=True)
+        yield from (dict(zip(found, own, strict=True)) for own in each)
 
     def validation(self, state: ServerState) -> dict[str, Any]:
         """Every training client's validation data under its own model, after a round."""

@@ -225,7 +225,7 @@ def judge(experiment: Experiment, run: Path) -> Iterator[str]:
 
 def judged(experiment: Experiment) -> list[str]:
     """What a run has to judge, in the order of its tables."""
-    return [*models(experiment), "personal"]
+    return [*models(experiment), *(["personal"] if experiment.has_own else [])]
 
 
 def _each(experiment: Experiment, run: Path, model: str) -> Iterator[tuple[Pictured, Leaves, int]]:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from fedgen_edge import files, machine
 from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
-from fedgen_edge.experiments import records, summary
+from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, build, task_of
 from fedgen_edge.experiments.provenance import Made, data_digest, origin
 from fedgen_edge.tasks.task import Learnt
@@ -77,18 +77,25 @@ def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Pa
     Raises:
         CheckpointError: there is no such client, or its model is not there (yet).
     """
-    told, root = summary.read(run), run / "adapters"
-    names = records.folder_names([row["client"] for row in told.clients])
+    (settings, facts), root = _began(run), run / "adapters"
+    names = records.folder_names([row["client"] for row in records.read_json(run / "clients.json")])
     own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
     known = {None: root / "global", **{p.name: p for p in sorted(root.glob("cluster-*"))}, **own}
-    asked = wanted or [who for who in known if who or known[who].exists()]
+    alike = facts.get("finished") and not (root / "clients").exists()
+    there = [who for who, folder in known.items() if folder.exists() or (who and not alike)]
+    asked = wanted or there
     found = {who: known.get(who) for who in asked}
     for who, folder in found.items():
         if folder is None:
             raise CheckpointError(f"client {who!r} is not in {run}: {', '.join(names)} are")
-        if not folder.exists() and who is None and told.facts.get("finished"):
-            name = told.settings["method.name"]
+        if not folder.exists() and who is None and facts.get("finished"):
+            name = settings.method.name
             raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
+        if not folder.exists() and alike:
+            raise CheckpointError(
+                f"{run}: with personal.epochs=0 clients have the global model, and none of their "
+                "own: name no client"
+            )
         if not folder.exists():
             raise CheckpointError(
                 f"{run} has no {folder.name} model yet: go on with `fedgen resume {run}`"

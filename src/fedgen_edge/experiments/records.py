@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,22 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
 
 def lines(path: Path) -> list[Line]:
     """Every whole line of a JSON-lines file; none where there is no file."""
+    return list(each(path))
+
+
+def each(path: Path) -> Iterator[Line]:
+    """The same, one at a time: with many clients, all of them take much room."""
     if not path.exists():
-        return []
-    whole = path.read_text().split("\n")[:-1]
+        return
+    with path.open() as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield _parsed(line, path)
+
+
+def _parsed(line: str, path: Path) -> Line:
     try:
-        return [json.loads(line) for line in whole]
+        return json.loads(line)
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from None
 
@@ -97,9 +108,9 @@ def write_json(path: Path, value: object) -> None:
     files.write(path, json.dumps(value, indent=1, sort_keys=True).encode())
 
 
-def write_lines(path: Path, values: Sequence[Mapping[str, Any]]) -> None:
-    """Replace a JSON-lines file."""
-    files.write(path, "".join(json.dumps(v, sort_keys=True) + "\n" for v in values).encode())
+def write_lines(path: Path, values: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a JSON-lines file; its lines may be made as they are written."""
+    files.write_parts(path, ((json.dumps(v, sort_keys=True) + "\n").encode() for v in values))
 
 
 def folder_name(client: str) -> str:
@@ -144,4 +155,4 @@ class Board:
 
 def drawn(folder: Path) -> set[str]:
     """Clients that some round of these drew."""
-    return {name for line in lines(folder / "rounds.jsonl") for name in line["cohort"]}
+    return {name for line in each(folder / "rounds.jsonl") for name in line["cohort"]}

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from fedgen_edge.tasks.pictures import png
 from fedgen_edge.types import Order, ServerState
 
 CHUNK = 64
-"""Clients whose personal adapters are in memory at once."""
+"""Most clients whose personal adapters are in memory at once; a larger stack is a chunk."""
 SHOWN = 3
 """Clients whose samples the report shows."""
 
@@ -85,7 +86,8 @@ def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
     for name in experiment.settings.evaluation.baselines:
         stage = f"baselines/{name}"
         yield _federation(beside(experiment, name), run / stage, stage)
-    yield _personal(experiment, run)
+    if experiment.has_own:
+        yield _personal(experiment, run)
     yield _test(experiment, run)
     yield _judge(experiment, run)
     yield _samples(experiment, run)
@@ -94,11 +96,11 @@ def _stages(experiment: Experiment, run: Path) -> Iterator[Iterator[Event]]:
 def spent(run: Path) -> dict[str, Any]:
     """Seconds of each stage, summed over its records: a stop in between does not count."""
     spent = {
-        log: sum(line.get("seconds", 0.0) for line in records.lines(run / log))
+        log: sum(line.get("seconds", 0.0) for line in records.each(run / log))
         for log in ("rounds.jsonl", "personal.jsonl", "evaluation.jsonl", "distances.jsonl")
     }
     baselines = {
-        log.parent.name: sum(line["seconds"] for line in records.lines(log))
+        log.parent.name: sum(line["seconds"] for line in records.each(log))
         for log in sorted(run.glob("baselines/*/rounds.jsonl"))
     }
     return {
@@ -126,17 +128,22 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     experiment = experiment.remembering(memory)
     log, total = run / "personal.jsonl", len(experiment.holdings)
     names = records.folder_names(experiment.names)
-    done = len(records.lines(log)) // CHUNK * CHUNK
-    if len(records.lines(log)) == total:
+    there = sum(1 for _ in records.each(log))
+    if there == total:
         return
+    chunk = whole_stacks(experiment.settings.engine.stack or 1)
+    done = there // chunk * chunk
     records.truncate(log, done)
-    for at in range(done, total, CHUNK):
-        ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + CHUNK, total))}
-        held = {rank: cut(state.adapter, rank) for rank in {*ranks.values()}}
-        orders = [Order((c,), state.round, held[r], rank=r) for c, r in ranks.items()]
+    for at in range(done, total, chunk):
+        ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + chunk, total))}
+        cuts = {rank: cut(state.adapter, rank) for rank in {*ranks.values()}}
+        orders = [Order((c,), state.round, cuts[r], rank=r) for c, r in ranks.items()]
         began = time.perf_counter()
-        for number, tuned in enumerate(experiment.engine(orders, experiment.tune)):
-            line = _own(experiment, run, names, state, tuned)
+        own, copy = tee(experiment.engine(orders, experiment.tune))
+        held = ((t.adapter, experiment.clients.shards[t.order.clients[0]].test) for t in copy)
+        judged_too = zip(own, experiment.sums_of(held), strict=True)
+        for number, (tuned, found) in enumerate(judged_too):
+            line = {**_own(experiment, run, names, state, tuned), "test": found}
             line["seconds"] = round(time.perf_counter() - began, 3)
             records.append(log, line)
             yield Event("personal", at + number + 1, total, line)
@@ -144,10 +151,18 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
         give_back()
 
 
+def whole_stacks(stack: int) -> int:
+    """Clients in a chunk, so that none but the last stack is short of some.
+
+    For a stack of another size a processor keeps other kernels, and its memory other holes.
+    """
+    return max(CHUNK // stack, 1) * stack
+
+
 def _own(
     experiment: Experiment, run: Path, names: dict[str, str], state: ServerState, tuned: Tuned
 ) -> records.Line:
-    """Save a client's own adapter, and judge it.
+    """Save a client's own adapter, and say how it was tuned.
 
     Raises:
         TrainingError: it is not finite.
@@ -169,7 +184,6 @@ def _own(
         "chosen": tuned.chosen,
         **({} if tuned.share is None else {"share": tuned.share}),
         **({} if tuned.cluster is None else {"cluster": tuned.cluster}),
-        "test": experiment.sums(tuned.adapter, shard.test),
     }
 
 
@@ -178,14 +192,16 @@ def _test(experiment: Experiment, run: Path) -> Iterator[Event]:
     target = run / "evaluation.jsonl"
     if target.exists():
         return
-    found = [row for model in models(experiment) for row in test(left(experiment, run, model))]
-    took_part = records.drawn(run)
-    found += [
-        tested(line["client"], "personal", line["test"], took_part)
-        for line in records.lines(run / "personal.jsonl")
-    ]
-    records.write_lines(target, found)
+    records.write_lines(target, _rows(experiment, run))
     yield Event("test", 1, 1, {})
+
+
+def _rows(experiment: Experiment, run: Path) -> Iterator[records.Line]:
+    for model in models(experiment):
+        yield from test(left(experiment, run, model))
+    took_part = records.drawn(run)
+    for line in records.each(run / "personal.jsonl"):
+        yield tested(line["client"], "personal", line["test"], took_part)
 
 
 def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
@@ -199,7 +215,8 @@ def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
 
 def _samples(experiment: Experiment, run: Path) -> Iterator[Event]:
     """What each model makes of the prompts, before and after."""
-    shown = [("personal", name) for name in experiment.names[:SHOWN]]
+    own = experiment.names[:SHOWN] if experiment.has_own else ()
+    shown = [("personal", name) for name in own]
     state, _ = last(run)
     shared = [(name, None) for name in experiment.shared(state)]
     yield from sampled(experiment, run, [("backbone", None), *shared, *shown])

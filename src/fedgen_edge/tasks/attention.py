@@ -64,7 +64,7 @@ def grouped(
         beta=0,
         alpha=1 / sqrt(width) if scaling is None else scaling,
     ).view(rows, heads, length, seen)
-    share = scores.add_(attention_mask).softmax(-1)
+    share = (scores + attention_mask).softmax(-1)
     found = share.view(narrow, -1, seen) @ value.reshape(narrow, seen, -1)
     return found.view(rows, heads, length, -1).transpose(1, 2).contiguous(), None
 

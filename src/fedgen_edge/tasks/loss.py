@@ -31,18 +31,18 @@ class NextToken(torch.autograd.Function):
         nats = torch.empty(len(hidden), device=hidden.device)
         rows = max(1, LOGITS.get(hidden.device.type, MOST_LOGITS) // len(weight))
         narrow = hidden.new_empty(min(rows, len(hidden)), len(weight))
-        wide = torch.empty_like(narrow, dtype=torch.float32)
+        wide = narrow if narrow.dtype == torch.float32 else narrow.float()
         for at in range(0, len(hidden), rows):
             own, left = slice(at, at + rows), slice(len(hidden) - at)
-            low, high = narrow[left], wide[left]
-            high.copy_(torch.mm(hidden[own], weight.T, out=low))
+            low = torch.mm(hidden[own], weight.T, out=narrow[left])
+            high = low if wide is narrow else wide[left].copy_(low)
             label, top = labels[own].unsqueeze(1), high.amax(1, keepdim=True)
             said = high.gather(1, label)
             total = high.sub_(top).exp_().sum(1, keepdim=True)
             nats[own] = (total.log() + top - said).squeeze(1)
             if wanted:
                 high.scatter_add_(1, label, -total).div_(total)
-                torch.mm(low.copy_(high), weight, out=grad[own])
+                torch.mm(low if wide is narrow else low.copy_(high), weight, out=grad[own])
         if wanted:
             ctx.save_for_backward(grad)
         return nats
@@ -71,7 +71,7 @@ class TokenLoss(nn.Module):
         inputs = {
             "input_ids": batch["tokens"].int(),
             "position_ids": batch["position"].int(),
-            "attention_mask": attention(batch["segment"], self.dtype),
+            "attention_mask": attention(batch["segment"].int(), self.dtype),
             "use_cache": False,
         }
         # padding is judged too, and then left out: with its rows taken out first, every batch would
