@@ -79,9 +79,7 @@ def carry_out(
     left, failed = kept.missing(item, planned, told.results), []
     begun = {
         pool.submit(work, settings_of(item, case, told.data), _folder(item, case, told.runs)): case
-        for case in reversed(
-            left
-        )  # what is varied mostly costs more at its end: no core waits long
+        for case in reversed(left)  # the last values mostly cost most: no core waits long
     }
     for number, future in enumerate(as_completed(begun), len(planned) - len(left) + 1):
         case, (row, folder) = begun[future], future.result()
