@@ -9,6 +9,7 @@ come from the code that has them.
 import ast
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,6 +18,7 @@ import figures
 import kept
 import views
 from fedgen_edge import files
+from fedgen_edge.errors import FedGenError
 from items import ROOT, read, shown
 
 BENCHMARKS = ROOT / "benchmarks" / "results"
@@ -256,4 +258,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FedGenError as error:
+        print(f"paper: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -22,10 +22,28 @@ LEAST = {"seeds": 3, "clients": 20, "rounds": 30}
 """At those scales."""
 NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
 KEYS = {
-    *NEEDED,
-    *("of", "paths", "unset", "backbones", "overrides", "divisions", "tuning"),
-    *("table", "figure", "models", "axis", "rows", "claims", "paper"),
+    "title": "of the figure",
+    "recipe": "settings that all runs begin from",
+    "seeds": "of the runs that are shown",
+    "reference": "the variant that others are held against",
+    "measures": "of the test, the first of which differences are of: word, pooled, mean, ...",
+    "variants": "what is compared: settings of each, and its own trials",
+    "of": "another item, whose keys and records this one shows in its own way",
+    "paths": "settings that are paths in the data folder",
+    "unset": "settings of the recipe to leave out",
+    "backbones": "recipes of those that `fedgen pretrain` makes first: backbone.path=made:NAME",
+    "overrides": "settings of all runs",
+    "divisions": "settings of the data's division, each of which all variants have",
+    "tuning": "a seed, a division, and the trials of each variant",
+    "table": "a view of views.py",
+    "figure": "a view of figures.py",
+    "models": "the run's models that are shown, where variants are values of something",
+    "axis": "what those are values of",
+    "paper": "the value that the paper finds best",
+    "rows": "the models that are shown, where variants are methods: see views.Shown",
+    "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
 }
+"""What an item's file may say, and each [scale.NAME] over it."""
 TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
 """Trials are judged by validation alone."""
 MADE = "made:"
@@ -105,10 +123,8 @@ def _parsed(name: str, folder: Path) -> Row:
 
 def _check(name: str, scale: str, item: Row) -> None:
     where, tuning = f"paper item {name!r} at scale {scale!r}:", item.get("tuning")
-    if unknown := sorted({*item} - KEYS):
-        raise ConfigError(
-            f"{where} unknown key {unknown[0]!r}: {', '.join(sorted(KEYS))} are known"
-        )
+    if unknown := sorted({*item} - {*KEYS}):
+        raise ConfigError(f"{where} unknown key {unknown[0]!r}: {', '.join(KEYS)} are known")
     if missing := [key for key in NEEDED if key not in item]:
         raise ConfigError(f"{where} {missing[0]} is missing: say it in paper/items/{name}.toml")
     if item["reference"] not in item["variants"]:

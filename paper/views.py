@@ -228,6 +228,9 @@ def _claims(item: Row, rows: Sequence[Row]) -> Lines:
     """Whether what the paper says of two methods holds of these records."""
     shown, out = {one.name: one for one in of_item(item)}, [""]
     for claim in item.get("claims", ()):
+        if "saved" in claim:
+            out.append(_saving(claim, item, of(rows, shown[claim["saved"]].variant)))
+            continue
         ours, theirs = pair = shown[claim["better"]], shown[claim["worse"]]
         reported = claim.get("paper", (ours.paper, theirs.paper))
         own, other = [values(of(rows, one.variant), one.model, item["measures"][0]) for one in pair]
@@ -238,6 +241,14 @@ def _claims(item: Row, rows: Sequence[Row]) -> Lines:
             f"{linked(over(measured), item, of(rows, ours.variant))}. {verdict(told, measured)}"
         )
     return out
+
+
+def _saving(claim: Row, item: Row, own: Sequence[Row]) -> str:
+    told, found = claim["paper"], float(_saved(own))
+    return (
+        f"- **Uplink saved by {claim['saved']}.** The paper: more than {told:g} %. Here: "
+        f"{linked(f'{found:.2f} %', item, own)}. It {'holds' if found > told else 'does not hold'}."
+    )
 
 
 def verdict(told: float, measured: Sequence[float]) -> str:

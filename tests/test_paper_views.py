@@ -86,6 +86,7 @@ def shown() -> list[dict[str, Any]]:
 
 def test_methods_are_held_against_what_the_paper_reports() -> None:
     claims = [{"better": "B", "worse": "A"}, {"better": "B", "worse": "A", "paper": [10, 100]}]
+    claims += [{"saved": "B", "paper": 96}, {"saved": "A", "paper": 99}]
     slow = [[1, 1, 1, 5.0, 3.5], [2, 2, 2, 6.0, 3.25], [3, 3, 3, 7.0, 2.0]]
     asked = item(table="methods", rows=shown(), claims=claims)
     table = views.table(asked, rows([40, 50, 60], [20, 25, 30], way=slow))
@@ -102,6 +103,8 @@ def test_methods_are_held_against_what_the_paper_reports() -> None:
     assert "The order holds, and the gain is larger." in table
     assert "The paper: 0.100 (10 against 100)." in table
     assert "The order holds, and the gain is smaller." in table
+    assert "saved by B.** The paper: more than 96 %. Here: [97.00 %](" in table
+    assert table.count("It holds.") == table.count("It does not hold.") == 1
 
 
 @pytest.mark.parametrize(
