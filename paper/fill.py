@@ -22,7 +22,7 @@ from fedgen_edge.errors import FedGenError
 from items import ROOT, read, shown
 
 BENCHMARKS = ROOT / "benchmarks" / "results"
-PAPER = ROOT / "paper" / "results"
+
 PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "deploy", "methods")),
@@ -198,7 +198,7 @@ TABLES = {
 
 def table(name: str) -> str:
     """One of them, as it is."""
-    return (PAPER / f"{name}.md").read_text().strip()
+    return (kept.RESULTS / f"{name}.md").read_text().strip()
 
 
 def measured(name: str, scale: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import fill
 import kept
 from fedgen_edge.config import Settings
-from fedgen_edge.errors import CheckpointError, FedGenError, TrainingError
+from fedgen_edge.errors import FedGenError, TrainingError
 from fedgen_edge.experiments.records import folder_name, locked
 from items import (
     ITEMS,
@@ -126,7 +126,7 @@ def carry_out(
             f"{item['name']} {item['scale']}: {number} of {len(planned)}, {case}, {spent:.0f} s",
             flush=True,
         )
-        if "failed" in row and case.trial is None:
+        if "failed" in row and not (case.trial is not None and row["diverged"]):
             failed.append(f"{item['name']}, {case}: {row['failed']}")
             continue
         kept.add(item, {**kept.facts_of(item, case), **_shown(case, row)}, told.results)
@@ -145,7 +145,7 @@ def work(settings: Settings, folder: Path) -> tuple[Row, Path]:
             pass
         row = record(folder)
     except FedGenError as error:
-        row = {"failed": str(error)}
+        row = {"failed": str(error), "diverged": isinstance(error, TrainingError)}
     return {**row, "spent": time.perf_counter() - began}, folder
 
 
@@ -171,8 +171,7 @@ def main() -> None:
         print(f"paper: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenProcessPool:
-        lost = CheckpointError("a process was lost, perhaps for memory: give fewer --jobs")
-        print(f"paper: {lost}", file=sys.stderr)
+        print("paper: a process was lost, perhaps for memory: give fewer --jobs", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("paper: stopped; the same command goes on", file=sys.stderr)

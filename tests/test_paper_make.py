@@ -226,6 +226,18 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["chosen"] for row in rows[:2]] == [{"training": {"lr": 1e-3}}] * 2
 
 
+def test_a_trial_that_could_not_begin_is_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> list[Any]:
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(running, "done", refuses)
+    _, failed = carried(tmp_path)
+    assert len(failed) == 4
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_run_that_was_stopped_before_it_began_begins_again(tmp_path: Path) -> None:
     item = toy(tmp_path, tuning={**ITEM["tuning"], "seed": 2})
     settings = items.settings_of(item, next(items.cases(item, {})))
