@@ -93,6 +93,11 @@ def values(rows: Iterable[Row], model: str, measure: str) -> list[float]:
     return [row["test"][model][measure] for row in rows]
 
 
+def apart(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Each of ours less theirs."""
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
 def gains(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Per cent by which each of ours lies below theirs."""
     return [100 * (1 - a / b) for a, b in zip(ours, theirs, strict=True)]
@@ -277,6 +282,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
         "chosen",
         *(f"{model}: {name}" for model in models),
         f"{models[0]} less that of {item['reference']}",
+        *(f"{model} less {models[0]}" for model in models[1:]),
         "sent by clients",
         "uplink saved, %",
         "seconds of the rounds",
@@ -285,10 +291,11 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
     body = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = of(rows, variant)
-        apart = [a - b for a, b in zip(values(own, models[0], measure), theirs, strict=True)]
+        found = [values(own, model, measure) for model in models]
         cells = [
-            *(spread(values(own, model, measure)) for model in models),
-            "" if variant == item["reference"] else between(apart),
+            *map(spread, found),
+            "" if variant == item["reference"] else between(apart(found[0], theirs)),
+            *(between(apart(each, found[0])) for each in found[1:]),
             spread([row["bytes_up"] for row in own], size),
             _saved(own),
             spread([row["seconds"]["federation"] for row in own]),
@@ -303,12 +310,8 @@ def knee(item: Row, rows: Sequence[Row], model: str) -> str:
     measure = item["measures"][0]
     found = {v: values(of(rows, v), model, measure) for v in {r["variant"]: 0 for r in rows}}
     least = min(found, key=lambda variant: fmean(found[variant]))
-    apart = {
-        variant: paired_interval([a - b for a, b in zip(each, found[least], strict=True)])
-        for variant, each in found.items()
-        if variant != least
-    }
-    near = [variant for variant, (_, low, _) in apart.items() if low <= 0]
+    lows = {v: paired_interval(apart(each, found[least]))[1] for v, each in found.items()}
+    near = [variant for variant, low in lows.items() if variant != least and low <= 0]
     also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
     out = f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
     if paper := item.get("paper"):

@@ -54,6 +54,14 @@ def test_a_curve_has_means_intervals_and_paired_differences() -> None:
     assert "20 clients, 5 a round, 3 rounds; seeds 0, 1, 2. H, float32" in table
 
 
+def test_a_curves_models_are_held_against_the_first() -> None:
+    found = rows([40, 50, 60], [20, 30, 40])
+    table = views.table(item(models=["global", "backbone"]), found)
+    assert "| backbone less global |" in table
+    # 80 less 40, 50 and 60: the interval of 30 is as wide as theirs
+    assert "[+30.00 (+5.16 to +54.84)](../paper/results/toy-small.jsonl#L1-L3)" in table
+
+
 def test_what_is_not_settled_is_told() -> None:
     table = views.table(item(), rows([40, 50, 60], [60, 30, 50]))
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8
