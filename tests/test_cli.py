@@ -472,6 +472,10 @@ COMMANDS = {
         "generate {run} --prompt x --tokens 99999",
         ["99999 tokens after a prompt", "context"],
     ),
+    "pretrain text in place": (
+        "pretrain {run}/settings.toml",
+        ["--out is missing", "stays as it is"],
+    ),
     "export no run": ("export none --out copy", ["none holds no run"]),
     "export of nobody": ("export {run} --out copy --client nobody", ["'nobody'", "anna, berta"]),
     "export over a run": ("export {run} --out {run}", ["already holds a run", "another folder"]),

@@ -25,7 +25,7 @@ COMMANDS = {
     "report": "write a page for one run, or compare several",
     "plan": "say beforehand what a run will take: bytes, memory, time",
     "generate": "continue a prompt, or draw pictures, with a run's model",
-    "pretrain": "train a backbone of pictures on their public part",
+    "pretrain": "train a backbone on the public part of the data",
     "export": "copy out a run's adapters, or merge one into the backbone",
     "methods": "list the methods",
     "deploy": "set up a federation on many machines: its server, and a kit for each site",
@@ -53,14 +53,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Pretrain:
-    """Train the backbone of a recipe on the public part of its pictures; go on if it was stopped.
+    """Train the backbone of a recipe on the public part of its data; go on if it was stopped.
+
+    Of pictures it is made; of text, backbone.path is trained on, whole, into another folder.
 
     `fedgen pretrain RECIPE.toml` takes its settings from a file; every one can be overridden here.
     """
 
     settings: Annotated[Settings, tyro.conf.arg(name="")]
     out: Path | None = None
-    """Folder of the backbone; none is the recipe's backbone.path."""
+    """Folder of the backbone; none is the recipe's backbone.path (pictures)."""
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,11 @@ def pretrain(args: list[str]) -> None:
     """`fedgen pretrain RECIPE [--out FOLDER] [--part.setting value ...]`."""
     _, settings = recipe(args)
     told = parse(Pretrain, args, "pretrain", Pretrain(settings))
+    if told.out is None and told.settings.task == "language":
+        raise ConfigError(
+            "--out is missing: text is trained on from backbone.path="
+            f"{told.settings.backbone.path!r}, which stays as it is: name another folder"
+        )
     out = told.out or Path(told.settings.backbone.path)
     from fedgen_edge.experiments.pretrain import STAGE, begin, train
     from fedgen_edge.experiments.progress import follow, heading

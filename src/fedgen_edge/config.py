@@ -134,12 +134,12 @@ class Data:
     classes: Words = ()
     """Classes to keep; none is all."""
     public: Share = 0.0
-    """Share of each class's training pictures that no client holds: what a backbone may be
-    trained on by `fedgen pretrain`."""
+    """Share of the training examples, of each class or label, that no client holds: what a
+    backbone may be trained on by `fedgen pretrain`."""
     unseen: Words = ()
-    """Classes of which nothing is public."""
+    """Classes, or labels, of which nothing is public."""
     part: Literal["private", "public"] = "private"
-    """Which pictures are meant: those that clients hold, or the public ones."""
+    """Which examples are meant: those that clients hold, or the public ones."""
     validation: Share = 0.1
     """Share of each client's examples for validation (where the source has no such split)."""
     test: Share = 0.1
@@ -320,17 +320,18 @@ class Gan:
 
 @dataclass(frozen=True, config=STRICT)
 class Pretrain:
-    """How `fedgen pretrain` makes a backbone of the public pictures."""
+    """How `fedgen pretrain` makes a backbone of the public examples."""
 
     size: Literal["tiny", "small", "large"] = "small"
-    """tiny: to try things out; small: minutes on a processor; large: an hour on an accelerator."""
+    """Of a network for pictures, as a language model keeps its own: tiny, to try things out; small,
+    minutes on a processor; large, an hour on an accelerator."""
     rounds: Count = 20
     """Checkpoints: the optimiser begins anew after each, and the learning rate falls to zero over
     them."""
     steps: Count = 200
     """Optimiser steps between checkpoints."""
     batch: Count = 64
-    """Pictures in a step."""
+    """Examples in a step."""
     lr: Positive = 2e-3
     """Learning rate of AdamW."""
 

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -8,9 +9,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from conftest import sentences
 from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.data import sources
+from fedgen_edge.data.corpus import Texts
 from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments import pretrain
 from fedgen_edge.experiments.build import build
@@ -104,14 +108,56 @@ def test_stopped_before_its_first_round_it_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        ({"source": "docstrings"}, "is text"),
+        ({"source": "docstrings", "unseen": ()}, "has text, which task='diffusion' does not learn"),
         ({"public": 0.0}, r"no public pictures with data\.public=0\.0"),
     ],
 )
-def test_without_public_pictures_nothing_is_written(
+def test_where_there_are_no_public_pictures_nothing_is_written(
     data: dict[str, object], said: str, tmp_path: Path
 ) -> None:
     settings = replace(SETTINGS, data=replace(SETTINGS.data, **data))
     with pytest.raises(FedGenError, match=said):
         pretrain.begin(settings, tmp_path / "unet")
     assert not list(tmp_path.iterdir())
+
+
+def of_text(folder: Path) -> Settings:
+    """Forty texts of two kinds, of one of which nothing is public."""
+    path = folder / "texts.jsonl"
+    rows = [{"text": t, "kind": ["even", "odd"][i % 2]} for i, t in enumerate(sentences(40, 0))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "jsonl", "path": str(path), "label_field": "kind", "length": 16}
+    return from_table(
+        {
+            "backbone": {"path": "tiny", "precision": "float32"},
+            "data": {**data, "public": 0.5, "unseen": ["odd"]},
+            "partition": {"by": "iid"},
+            "federation": {"clients": 2},
+            "evaluation": {"sample_tokens": 0},
+            "pretrain": {"rounds": 2, "steps": 3, "batch": 2, "lr": 1e-2},
+        }
+    )
+
+
+def test_text_is_trained_on_from_a_backbone_and_no_client_holds_it(tmp_path: Path) -> None:
+    settings = of_text(tmp_path)
+    out = made(settings, tmp_path / "moved")
+    before = AutoModelForCausalLM.from_pretrained(build(settings).task.model.folder)
+    after = AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.equal(before.lm_head.weight, after.lm_head.weight)
+    experiment = build(replace(settings, backbone=replace(settings.backbone, path=str(out))))
+    public = sources.read(replace(settings.data, part="public"))
+    assert isinstance(public.examples, Texts)
+    assert isinstance(experiment.corpus.examples, Texts)
+    assert public.labels == ["even"] * 10  # half of twenty
+    held = experiment.corpus.examples.texts
+    assert len(held) == 30
+    assert not {*held} & {*public.examples.texts}
+
+
+def test_public_text_is_asked_for_with_its_share_and_its_labels(tmp_path: Path) -> None:
+    settings = of_text(tmp_path)
+    with pytest.raises(ConfigError, match=r"data\.public=0\.0 leaves no public text"):
+        sources.read(replace(settings.data, part="public", public=0.0))
+    with pytest.raises(ConfigError, match=r"data\.unseen names 'prime': labels are even, odd"):
+        sources.read(replace(settings.data, unseen=("prime",)))

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
 from torch import Tensor
+
+from fedgen_edge import config
+from fedgen_edge.seeds import generator
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,25 @@ class Corpus:
     def fixed(self) -> frozenset[str]:
         """The splits that the source fixes."""
         return frozenset(self.splits or ())
+
+
+def shared_out(
+    settings: config.Data,
+    kept: Sequence[int],
+    labels: Sequence[str | None],
+    splits: Sequence[str | None],
+) -> list[int]:
+    """Of these examples the public ones, or all the others: drawn label by label, never of a test.
+
+    Args:
+        settings: the share that is public, of which labels nothing is, and which part is meant.
+        kept: places of the examples to choose from.
+        labels: of each place.
+        splits: of each place, where the source fixes them.
+    """
+    open_to_all: set[int] = set()
+    for name in sorted({labels[at] or "" for at in kept} - set(settings.unseen)):
+        own = [at for at in kept if (labels[at] or "") == name and splits[at] in {None, "train"}]
+        order = torch.randperm(len(own), generator=generator(settings.split_seed, "public", name))
+        open_to_all |= {own[i] for i in order[: round(settings.public * len(own))].tolist()}
+    return [at for at in kept if (at in open_to_all) == (settings.part == "public")]

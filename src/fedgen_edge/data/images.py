@@ -17,9 +17,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fedgen_edge import config
-from fedgen_edge.data.corpus import Corpus, Images
+from fedgen_edge.data.corpus import Corpus, Images, shared_out
 from fedgen_edge.errors import ConfigError, DataError
-from fedgen_edge.seeds import generator
 
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -81,7 +80,7 @@ def read(settings: config.Data) -> Corpus:
     for at, row in enumerate(pixels.numpy()):
         first.setdefault(hashlib.sha256(row.tobytes()).digest(), at)
     kept = [at for at in first.values() if labels[at] in (settings.classes or names)]
-    chosen = _shared_out(settings, kept, labels, splits)
+    chosen = shared_out(settings, kept, labels, splits)
     if not chosen:
         told = f"data.source={settings.source!r} holds no {settings.part} pictures with "
         raise DataError(f"{told}data.public={settings.public}: change that, or add some")
@@ -94,21 +93,6 @@ def read(settings: config.Data) -> Corpus:
         None if None in splits else [str(splits[at]) for at in few],
         len(pixels) - len(first),
     )
-
-
-def _shared_out(
-    settings: config.Data,
-    kept: list[int],
-    labels: list[str],
-    splits: list[str | None],
-) -> list[int]:
-    """Those that are public, or all the others, drawn class by class, never from the test."""
-    open_to_all: set[int] = set()
-    for name in sorted(set(labels) - set(settings.unseen)):
-        own = [at for at in kept if labels[at] == name and splits[at] in {None, "train"}]
-        order = torch.randperm(len(own), generator=generator(settings.split_seed, "public", name))
-        open_to_all |= {own[i] for i in order[: round(settings.public * len(own))].tolist()}
-    return [at for at in kept if (at in open_to_all) == (settings.part == "public")]
 
 
 def digits(settings: config.Data) -> Found:

