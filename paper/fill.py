@@ -9,6 +9,7 @@ come from the code that has them.
 import ast
 import inspect
 import json
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,10 +18,11 @@ import figures
 import kept
 import views
 from fedgen_edge import files
+from fedgen_edge.errors import FedGenError
 from items import ROOT, read, shown
 
 BENCHMARKS = ROOT / "benchmarks" / "results"
-PAPER = ROOT / "paper" / "results"
+
 PAGES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in ("results", "deploy", "methods")),
@@ -213,7 +215,7 @@ TABLES = {
 
 def table(name: str) -> str:
     """One of them, as it is."""
-    return (PAPER / f"{name}.md").read_text().strip()
+    return (kept.RESULTS / f"{name}.md").read_text().strip()
 
 
 def measured(name: str, scale: str) -> str:
@@ -274,4 +276,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FedGenError as error:
+        print(f"paper: {error}", file=sys.stderr)
+        sys.exit(2)

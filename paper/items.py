@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from fedgen_edge.config import Settings, from_table, to_table
+from fedgen_edge.config import Judging, Settings, from_table, to_table
 from fedgen_edge.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -22,13 +22,41 @@ LEAST = {"seeds": 3, "clients": 20, "rounds": 30}
 """At those scales."""
 NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
 KEYS = {
-    *NEEDED,
-    *("of", "paths", "unset", "overrides", "divisions", "tuning"),
-    *("table", "figure", "models", "axis", "rows", "claims"),
+    "title": "of the figure",
+    "recipe": "settings that all runs begin from",
+    "seeds": "of the runs that are shown",
+    "reference": "the variant that others are held against",
+    "measures": "of the test, the first of which differences are of: word, pooled, mean, ...",
+    "variants": "what is compared: settings of each, and its own trials",
+    "of": "another item, whose keys and records this one shows in its own way",
+    "paths": "settings that are paths in the data folder",
+    "unset": "settings of the recipe to leave out",
+    "backbones": "recipes of those that `fedgen pretrain` makes first: backbone.path=made:NAME",
+    "overrides": "settings of all runs",
+    "divisions": "settings of the data's division, each of which all variants have",
+    "tuning": "a seed, a division, and the trials of each variant",
+    "table": "a view of views.py",
+    "figure": "a view of figures.py",
+    "models": "the run's models that are shown, where variants are values of something",
+    "axis": "what those are values of",
+    "paper": "the value that the paper finds best",
+    "rows": "the models that are shown, where variants are methods: see views.Shown",
+    "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
 }
+"""What an item's file may say, and each [scale.NAME] over it."""
 TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
 """Trials are judged by validation alone."""
+MADE = "made:"
+"""Begins the path of a backbone that is made first, by its name in the item's `backbones`."""
 Row = dict[str, Any]
+
+
+class Places(NamedTuple):
+    """Folders of this machine."""
+
+    data: Path
+    made: Path
+    """Of the backbones that are made."""
 
 
 class Case(NamedTuple):
@@ -95,10 +123,8 @@ def _parsed(name: str, folder: Path) -> Row:
 
 def _check(name: str, scale: str, item: Row) -> None:
     where, tuning = f"paper item {name!r} at scale {scale!r}:", item.get("tuning")
-    if unknown := sorted({*item} - KEYS):
-        raise ConfigError(
-            f"{where} unknown key {unknown[0]!r}: {', '.join(sorted(KEYS))} are known"
-        )
+    if unknown := sorted({*item} - {*KEYS}):
+        raise ConfigError(f"{where} unknown key {unknown[0]!r}: {', '.join(KEYS)} are known")
     if missing := [key for key in NEEDED if key not in item]:
         raise ConfigError(f"{where} {missing[0]} is missing: say it in paper/items/{name}.toml")
     if item["reference"] not in item["variants"]:
@@ -198,22 +224,55 @@ def of_recipe(claim: Row, root: Path = ROOT) -> Settings:
     return from_table(merged(table, claim.get("overrides", {})))
 
 
-def settings_of(item: Row, case: Case, data: Path | None = None) -> Settings:
+def settings_of(item: Row, case: Case, at: Places | None = None) -> Settings:
     """A case's settings, one thread if it does not say more.
 
     Args:
         item: that the case is of.
         case: one of its runs.
-        data: where the item's paths begin; none leaves them as they are.
+        at: where its data and backbones are; none leaves paths as the item says, and has a digest
+            for a backbone that is made.
     """
     extra = TRIAL if case.trial is not None else {}
+    settings = _placed(item, merged(item.get("overrides", {}), case.overrides, extra), at)
+    settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
+    if case.trial is not None and settings.judging.features:
+        settings = replace(settings, judging=Judging())
+    path = settings.backbone.path
+    if not path.startswith(MADE):
+        return settings
+    name = path.removeprefix(MADE)
+    if name not in item.get("backbones", {}):
+        raise ConfigError(f"backbone.path={path!r} is no backbone of paper item {item['name']!r}")
+    told = str(made(item, at)[name][1]) if at else MADE + _digest(backbones(item)[name])
+    return replace(settings, backbone=replace(settings.backbone, path=told))
+
+
+def _placed(item: Row, overrides: Row, at: Places | None) -> Settings:
     paths = {}
     for name, path in item.get("paths", {}).items():
         part, _, key = name.partition(".")
-        paths = merged(paths, {part: {key: str(data / path) if data else path}})
-    held = ({"engine": {"threads": 1}}, item.get("overrides", {}), case.overrides, extra, paths)
-    settings = of_recipe({**item, "overrides": merged(*held)})
-    return replace(settings, federation=replace(settings.federation, seed=case.seed))
+        paths = merged(paths, {part: {key: str(at.data / path) if at else path}})
+    return of_recipe({**item, "overrides": merged({"engine": {"threads": 1}}, paths, overrides)})
+
+
+def backbones(item: Row, at: Places | None = None) -> dict[str, Settings]:
+    """Settings of the backbones that `fedgen pretrain` makes for an item."""
+    own = item.get("backbones", {})
+    bare = {key: told for key, told in item.items() if key != "unset"}
+    return {
+        name: _placed({**bare, "recipe": told["recipe"]}, told.get("overrides", {}), at)
+        for name, told in own.items()
+    }
+
+
+def made(item: Row, at: Places) -> dict[str, tuple[Settings, Path]]:
+    """The same with their folders: other settings are another backbone."""
+    digests = {name: _digest(settings) for name, settings in backbones(item).items()}
+    return {
+        name: (settings, at.made / f"{name}-{digests[name][:8]}")
+        for name, settings in backbones(item, at).items()
+    }
 
 
 def check_paths(item: Row, data: Path) -> None:
@@ -232,7 +291,11 @@ def digest(item: Row, case: Case) -> str:
     Paths are as the item says, not as a machine has them. A setting that is new in config.py, and
     that the item leaves alone, changes nothing here.
     """
-    told, usual = to_table(settings_of(item, case)), to_table(Settings())
+    return _digest(settings_of(item, case))
+
+
+def _digest(settings: Settings) -> str:
+    told, usual = to_table(settings), to_table(Settings())
     del told["engine"]
     kept = {part: _apart(held, usual[part]) for part, held in told.items()}
     toml = tomli_w.dumps({part: held for part, held in kept.items() if held})

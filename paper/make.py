@@ -20,9 +20,21 @@ from pathlib import Path
 import fill
 import kept
 from fedgen_edge.config import Settings
-from fedgen_edge.errors import CheckpointError, FedGenError, TrainingError
+from fedgen_edge.errors import FedGenError, TrainingError
 from fedgen_edge.experiments.records import folder_name, locked
-from items import ITEMS, Case, Row, cases, check_paths, named, read, settings_of, trials
+from items import (
+    ITEMS,
+    Case,
+    Places,
+    Row,
+    cases,
+    check_paths,
+    made,
+    named,
+    read,
+    settings_of,
+    trials,
+)
 from pool import workers
 
 
@@ -53,7 +65,7 @@ def make(told: argparse.Namespace) -> None:
     jobs = told.jobs or (1 if told.scale == "full" else len(os.sched_getaffinity(0)))
     told.runs.mkdir(parents=True, exist_ok=True)
     with locked(told.runs), workers(jobs) as pool:
-        failed = [line for item in found if "of" not in item for line in carried(item, told, pool)]
+        failed = [line for item in found for line in carried(item, told, pool)]
     if failed:
         raise TrainingError("; ".join(failed))
     if told.results == kept.RESULTS and told.folder == ITEMS:
@@ -61,25 +73,51 @@ def make(told: argparse.Namespace) -> None:
 
 
 def carried(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
-    """Run what is missing of an item: its trials first, and then what they chose.
+    """Run what is missing of an item: its backbones, its trials, and then what they chose.
 
     Returns:
         A line for each run that failed.
     """
-    tried = carry_out(item, list(trials(item)), told, pool)
-    if tried:
-        return tried
+    failed = prepare(item, told, pool) or carry_out(item, list(trials(item)), told, pool)
+    if failed:
+        return failed
     return carry_out(item, list(cases(item, kept.chosen(item, told.results))), told, pool)
+
+
+def places(told: argparse.Namespace) -> Places:
+    return Places(told.data, told.runs / "backbones")
+
+
+def prepare(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
+    """Make the backbones that are missing; returns a line for each that failed."""
+    left = [own for own in made(item, places(told)).values() if not own[1].exists()]
+    begun = [pool.submit(pretrained, *own) for own in left]
+    return sorted(filter(None, (future.result() for future in as_completed(begun))))
+
+
+def pretrained(settings: Settings, out: Path) -> str:
+    """Make a backbone, or go on with it; returns why it failed, if it did."""
+    from fedgen_edge.experiments.pretrain import begin, train, working
+
+    if not (working(out) / "planned.toml").exists():  # stopped before it began
+        shutil.rmtree(working(out), ignore_errors=True)
+    try:
+        for _ in train(begin(settings, out), out):
+            pass
+    except FedGenError as error:
+        return f"backbone {out.name}: {error}"
+    shutil.rmtree(working(out))
+    return ""
 
 
 def carry_out(
     item: Row, planned: Sequence[Case], told: argparse.Namespace, pool: Executor
 ) -> list[str]:
     """Run the cases that have no record; returns a line for each that failed."""
-    left, failed = kept.missing(item, planned, told.results), []
+    left, failed, at = kept.missing(item, planned, told.results), [], places(told)
     begun = {
-        pool.submit(work, settings_of(item, case, told.data), _folder(item, case, told.runs)): case
-        for case in left
+        pool.submit(work, settings_of(item, case, at), _folder(item, case, told.runs)): case
+        for case in reversed(left)  # the last values mostly cost most: no core waits long
     }
     for number, future in enumerate(as_completed(begun), len(planned) - len(left) + 1):
         case, (row, folder) = begun[future], future.result()
@@ -88,7 +126,7 @@ def carry_out(
             f"{item['name']} {item['scale']}: {number} of {len(planned)}, {case}, {spent:.0f} s",
             flush=True,
         )
-        if "failed" in row and case.trial is None:
+        if "failed" in row and not (case.trial is not None and row["diverged"]):
             failed.append(f"{item['name']}, {case}: {row['failed']}")
             continue
         kept.add(item, {**kept.facts_of(item, case), **_shown(case, row)}, told.results)
@@ -107,7 +145,7 @@ def work(settings: Settings, folder: Path) -> tuple[Row, Path]:
             pass
         row = record(folder)
     except FedGenError as error:
-        row = {"failed": str(error)}
+        row = {"failed": str(error), "diverged": isinstance(error, TrainingError)}
     return {**row, "spent": time.perf_counter() - began}, folder
 
 
@@ -133,8 +171,7 @@ def main() -> None:
         print(f"paper: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenProcessPool:
-        lost = CheckpointError("a process was lost, perhaps for memory: give fewer --jobs")
-        print(f"paper: {lost}", file=sys.stderr)
+        print("paper: a process was lost, perhaps for memory: give fewer --jobs", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("paper: stopped; the same command goes on", file=sys.stderr)

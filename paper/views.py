@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from fedgen_edge.experiments.summary import number, paired_interval, size
+from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
 from items import Row, tried, worded
 
@@ -39,13 +39,14 @@ def table(item: Row, rows: Sequence[Row]) -> str:
 
 def caption(item: Row, rows: Sequence[Row]) -> str:
     """On what, at which scale, by whose records."""
-    first, where = rows[0], f"paper/items/{item['name']}.toml"
+    where = f"paper/items/{item['name']}.toml"
+    machines = {f"{row['hardware']}, {row['precision']}": 0 for row in rows}
+    versions = {", ".join(f"{k} {v}" for k, v in row["versions"].items()): 0 for row in rows}
     out = (
         f"{item['scale'].capitalize()} scale: `{item['recipe']}` as in [`{where}`](../{where}); "
         f"{_range(rows, 'clients')} clients, {_range(rows, 'cohort')} a round, "
         f"{_range(rows, 'rounds')} rounds; seeds {', '.join(map(str, item['seeds']))}. "
-        f"{first['hardware']}, {first['precision']}; "
-        f"{', '.join(f'{name} {version}' for name, version in first['versions'].items())}."
+        f"{'; '.join(machines)}; {'; '.join(versions)}."
     )
     if tuning := item.get("tuning"):
         out += (
@@ -92,9 +93,25 @@ def values(rows: Iterable[Row], model: str, measure: str) -> list[float]:
     return [row["test"][model][measure] for row in rows]
 
 
+def apart(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Each of ours less theirs."""
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
+
+
 def gains(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
     """Per cent by which each of ours lies below theirs."""
     return [100 * (1 - a / b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    """Logarithms of each of ours over theirs: as far from 0 for half as for twice as much."""
+    return [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def over(found: Sequence[float]) -> str:
+    """The geometric mean of ratios, and its 95 % interval, from their logarithms."""
+    mean, low, high = (number(math.exp(end)) for end in paired_interval(found))
+    return f"{mean} ({low} to {high})"
 
 
 def linked(text: str, item: Row, rows: Sequence[Row]) -> str:
@@ -163,7 +180,7 @@ def methods(item: Row, rows: Sequence[Row]) -> Lines:
         "the paper",
         "chosen",
         *(called(measure, first) for measure in item["measures"]),
-        f"below {base.name}, %",
+        f"over {base.name}",
         "uplink saved, %",
         *(f"{what} to the quality" for what in ("uplink", "downlink", "rounds", "seconds")),
     ]
@@ -173,13 +190,13 @@ def methods(item: Row, rows: Sequence[Row]) -> Lines:
         found = [values(own, one.model, measure) for measure in item["measures"]]
         cells = [
             *(spread(each) for each in found),
-            "" if one == base else between(gains(found[0], theirs)),
+            "" if one == base else over(ratios(found[0], theirs)),
             *(_costs(own, goal) if one.costs else [NONE] * 5),
         ]
         body.append([
             one.name,
             "" if one.paper is None else f"{one.paper:g}",
-            f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else "",
+            f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] and one.model != BACKBONE else "",
             *(linked(cell, item, own) if cell not in {"", NONE} else cell for cell in cells),
         ])  # fmt: skip
     quality = (
@@ -216,28 +233,43 @@ def _claims(item: Row, rows: Sequence[Row]) -> Lines:
     """Whether what the paper says of two methods holds of these records."""
     shown, out = {one.name: one for one in of_item(item)}, [""]
     for claim in item.get("claims", ()):
+        if "saved" in claim:
+            out.append(_saving(claim, item, of(rows, shown[claim["saved"]].variant)))
+            continue
         ours, theirs = pair = shown[claim["better"]], shown[claim["worse"]]
-        low, high = claim.get("paper", (ours.paper, theirs.paper))
+        reported = claim.get("paper", (ours.paper, theirs.paper))
         own, other = [values(of(rows, one.variant), one.model, item["measures"][0]) for one in pair]
-        measured = between(gains(own, other))
-        (told,) = gains([low], [high])
+        (told,), measured = ratios(*([value] for value in reported)), ratios(own, other)
         out.append(
-            f"- **{ours.name} against {theirs.name}.** The paper: {told:.1f} % lower ({low:g} "
-            f"against {high:g}). Here: {linked(measured, item, of(rows, ours.variant))} % lower. "
-            f"{verdict(told, gains(own, other))}"
+            f"- **{ours.name} over {theirs.name}.** The paper: {number(math.exp(told))} "
+            f"({reported[0]:g} against {reported[1]:g}). Here: "
+            f"{linked(over(measured), item, of(rows, ours.variant))}. {verdict(told, measured)}"
         )
     return out
 
 
+def _saving(claim: Row, item: Row, own: Sequence[Row]) -> str:
+    told, found = claim["paper"], float(_saved(own))
+    return (
+        f"- **Uplink saved by {claim['saved']}.** The paper: more than {told:g} %. Here: "
+        f"{linked(f'{found:.2f} %', item, own)}. It {'holds' if found > told else 'does not hold'}."
+    )
+
+
 def verdict(told: float, measured: Sequence[float]) -> str:
-    """Whether an order holds, and whether its gain is as large as told, by the 95 % interval."""
+    """Whether an order holds, and a gain is as large as told, by the 95 % interval.
+
+    Args:
+        told: logarithm of a ratio below 1.
+        measured: the same, a seed each.
+    """
     _, low, high = paired_interval(measured)
-    if high < 0:
+    if low > 0:
         return "The order is the reverse."
-    if low <= 0:
+    if high >= 0:
         return "The order is not settled."
     return "The order holds, and the gain is " + (
-        "smaller." if high < told else "larger." if low > told else "as large, to the interval."
+        "smaller." if low > told else "larger." if high < told else "as large, to the interval."
     )
 
 
@@ -250,6 +282,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
         "chosen",
         *(f"{model}: {name}" for model in models),
         f"{models[0]} less that of {item['reference']}",
+        *(f"{model} less {models[0]}" for model in models[1:]),
         "sent by clients",
         "uplink saved, %",
         "seconds of the rounds",
@@ -258,10 +291,11 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
     body = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         own = of(rows, variant)
-        apart = [a - b for a, b in zip(values(own, models[0], measure), theirs, strict=True)]
+        found = [values(own, model, measure) for model in models]
         cells = [
-            *(spread(values(own, model, measure)) for model in models),
-            "" if variant == item["reference"] else between(apart),
+            *map(spread, found),
+            "" if variant == item["reference"] else between(apart(found[0], theirs)),
+            *(between(apart(each, found[0])) for each in found[1:]),
             spread([row["bytes_up"] for row in own], size),
             _saved(own),
             spread([row["seconds"]["federation"] for row in own]),
@@ -276,14 +310,14 @@ def knee(item: Row, rows: Sequence[Row], model: str) -> str:
     measure = item["measures"][0]
     found = {v: values(of(rows, v), model, measure) for v in {r["variant"]: 0 for r in rows}}
     least = min(found, key=lambda variant: fmean(found[variant]))
-    apart = {
-        variant: paired_interval([a - b for a, b in zip(each, found[least], strict=True)])
-        for variant, each in found.items()
-        if variant != least
-    }
-    near = [variant for variant, (_, low, _) in apart.items() if low <= 0]
+    lows = {v: paired_interval(apart(each, found[least]))[1] for v, each in found.items()}
+    near = [variant for variant, low in lows.items() if variant != least and low <= 0]
     also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
-    return f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
+    out = f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
+    if paper := item.get("paper"):
+        holds = "is" if paper == least else "may be" if paper in near else "is not"
+        out += f" The paper's {paper} {holds} the best here."
+    return out
 
 
 def grid(item: Row, rows: Sequence[Row]) -> Lines:

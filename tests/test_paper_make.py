@@ -182,7 +182,10 @@ def test_paths_and_the_engine_are_no_part_of_a_digest(tmp_path: Path) -> None:
     assert len({*digests()}) == 4
     item = toy(tmp_path, paths={"data.path": "ptb"})
     case = next(items.cases(item, {}))
-    assert items.settings_of(item, case, Path("/elsewhere")).data.path == "/elsewhere/ptb"
+    assert (
+        items.settings_of(item, case, items.Places(Path("/elsewhere"), tmp_path)).data.path
+        == "/elsewhere/ptb"
+    )
     assert items.settings_of(item, case).data.path == "ptb"
 
 
@@ -223,6 +226,18 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mon
     assert [row["chosen"] for row in rows[:2]] == [{"training": {"lr": 1e-3}}] * 2
 
 
+def test_a_trial_that_could_not_begin_is_no_trial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(*_: Any) -> list[Any]:
+        raise ConfigError("no room")
+
+    monkeypatch.setattr(running, "done", refuses)
+    _, failed = carried(tmp_path)
+    assert len(failed) == 4
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_run_that_was_stopped_before_it_began_begins_again(tmp_path: Path) -> None:
     item = toy(tmp_path, tuning={**ITEM["tuning"], "seed": 2})
     settings = items.settings_of(item, next(items.cases(item, {})))
@@ -254,6 +269,54 @@ def test_a_figure_is_the_same_to_the_byte(done: Path) -> None:
     assert "currentColor" not in first
     assert "#ffffff" in first
     assert "mean and 95 % interval of 2 seeds" in first
+
+
+PICTURES = {
+    "recipe": str(ROOT / "recipes" / "digits-vae.toml"),
+    "seeds": [0, 1],
+    "measures": ["distance"],
+    "models": ["global"],
+    "backbones": {"few": {"recipe": str(ROOT / "recipes" / "digits-vae.toml"), "overrides": {
+        "pretrain": {"rounds": 1, "steps": 2}, "data": {"limit": 600}}}},
+    "tuning": {"seed": 7, "trials": [{"training": {"lr": 1e-3}}]},
+    "overrides": {
+        "backbone": {"path": "made:few"},
+        "data": {"limit": 600},
+        "partition": {"by": "iid", "minimum": 1},
+        "federation": {"rounds": 1, "clients": 2, "cohort": 2},
+        "training": {"steps": 1},
+        "personal": {"epochs": 0},
+        "evaluation": {"sample_pictures": 0},
+        "judging": {"samples": 20},
+    },
+    "variants": {"one": {}},
+    "reference": "one",
+}  # fmt: skip
+
+
+def test_pictures_have_a_backbone_that_is_made_first_and_are_judged_by_samples(
+    tmp_path: Path,
+) -> None:
+    pool, failed = carried(tmp_path, **PICTURES)
+    assert not failed
+    (out,) = (path for path in (tmp_path / "runs" / "backbones").iterdir())
+    assert out.name.startswith("few-")
+    trial, *cases = [given[0] for given in pool.given[1:]]
+    assert {settings.backbone.path for settings in (trial, *cases)} == {str(out)}
+    assert [settings.judging.features for settings in (trial, *cases)] == [None, "pixels", "pixels"]
+    item = items.read("toy", "try", tmp_path / "items")
+    rows = kept.whole(item, tmp_path / "results")
+    table = views.table(item, rows)
+    assert f"global: {rows[0]['test']['global']['seen_by']} | " in table
+    assert rows[0]["test"]["global"]["made"] >= 20
+    again, _ = carried(tmp_path, **PICTURES)
+    assert not again.given
+    other = {
+        "few": items.merged(PICTURES["backbones"]["few"], {"overrides": {"pretrain": {"steps": 3}}})
+    }
+    write(tmp_path / "items", **{**PICTURES, "backbones": other})
+    changed = items.read("toy", "try", tmp_path / "items")
+    assert len(kept.missing(changed, [*items.trials(changed)], tmp_path / "results")) == 1
 
 
 def test_a_missing_data_folder_is_one_line(

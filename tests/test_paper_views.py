@@ -54,10 +54,23 @@ def test_a_curve_has_means_intervals_and_paired_differences() -> None:
     assert "20 clients, 5 a round, 3 rounds; seeds 0, 1, 2. H, float32" in table
 
 
+def test_a_curves_models_are_held_against_the_first() -> None:
+    found = rows([40, 50, 60], [20, 30, 40])
+    table = views.table(item(models=["global", "backbone"]), found)
+    assert "| backbone less global |" in table
+    # 80 less 40, 50 and 60: the interval of 30 is as wide as theirs
+    assert "[+30.00 (+5.16 to +54.84)](../paper/results/toy-small.jsonl#L1-L3)" in table
+
+
 def test_what_is_not_settled_is_told() -> None:
     table = views.table(item(), rows([40, 50, 60], [60, 30, 50]))
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8
     assert "lowest with rank b; not settled from it: a." in table
+    for variant, holds in {"a": "may be", "b": "is"}.items():
+        knee = views.knee(item(paper=variant), rows([40, 50, 60], [60, 30, 50]), "global")
+        assert knee.endswith(f" The paper's {variant} {holds} the best here.")
+    knee = views.knee(item(paper="b"), rows([1, 2, 3], [4, 5, 6]), "global")
+    assert knee.endswith(" The paper's b is not the best here.")
 
 
 def test_a_choice_at_the_end_of_the_trials_is_told() -> None:
@@ -81,6 +94,7 @@ def shown() -> list[dict[str, Any]]:
 
 def test_methods_are_held_against_what_the_paper_reports() -> None:
     claims = [{"better": "B", "worse": "A"}, {"better": "B", "worse": "A", "paper": [10, 100]}]
+    claims += [{"saved": "B", "paper": 96}, {"saved": "A", "paper": 99}]
     slow = [[1, 1, 1, 5.0, 3.5], [2, 2, 2, 6.0, 3.25], [3, 3, 3, 7.0, 2.0]]
     asked = item(table="methods", rows=shown(), claims=claims)
     table = views.table(asked, rows([40, 50, 60], [20, 25, 30], way=slow))
@@ -89,26 +103,28 @@ def test_methods_are_held_against_what_the_paper_reports() -> None:
     link = "](../paper/results/toy-small.jsonl#L"
     cells = [a.replace(f"{link}1-L3)", ""), b.replace(f"{link}4-L6)", "")]
     assert "| A | 100 |  | [50.0 ± 24.8 |  | [97.00 | [20 bytes | [40 bytes | [2.00 |" in cells[0]
-    assert "[+50.00 (+50.00 to +50.00) | [97.00 | [3 bytes | [3 bytes | [3.00 | [7.00 |" in cells[1]
+    assert "[0.500 (0.500 to 0.500) | [97.00 | [3 bytes | [3 bytes | [3.00 | [7.00 |" in cells[1]
     assert "| frozen |  |  | [80.0" in table
     assert table.count("| - | - | - | - | - |") == 1
-    # the paper's 25 % is less than our 50 %, and its 90 % more
-    assert "The paper: 25.0 % lower (75 against 100)." in table
+    # half of a's is less than the paper's 0.75 of it, and more than 0.1
+    assert "The paper: 0.750 (75 against 100). Here: [0.500 (0.500 to 0.500)](" in table
     assert "The order holds, and the gain is larger." in table
-    assert "The paper: 90.0 % lower (10 against 100)." in table
+    assert "The paper: 0.100 (10 against 100)." in table
     assert "The order holds, and the gain is smaller." in table
+    assert "saved by B.** The paper: more than 96 %. Here: [97.00 %](" in table
+    assert table.count("It holds.") == table.count("It does not hold.") == 1
 
 
 @pytest.mark.parametrize(
     ("measured", "said"),
     [
-        ([9.0, 10.0, 11.0], "as large"),
+        ([-0.9, -1.0, -1.1], "as large"),
         ([1.0, -1.0, 2.0], "not settled"),
-        ([-3.0, -3.1, -2.9], "the reverse"),
+        ([0.3, 0.31, 0.29], "the reverse"),
     ],
 )
 def test_a_verdict_is_by_the_interval(measured: list[float], said: str) -> None:
-    assert said in views.verdict(10.0, measured)
+    assert said in views.verdict(-1.0, measured)
 
 
 def test_the_goal_is_what_all_federated_methods_reach() -> None:
