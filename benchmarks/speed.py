@@ -31,7 +31,7 @@ from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
 from fedgen_edge.data.batches import MARKS
 from fedgen_edge.leaves import stack
-from fedgen_edge.machine import peak_memory, steady_allocations
+from fedgen_edge.machine import hardware, peak_memory, steady_allocations
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones, language
 from fedgen_edge.types import Batch
