@@ -19,7 +19,7 @@ from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, fin
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.measure import Measure
 from items import ROOT, Row
-from views import BEFORE, called, of, of_item, values
+from views import BEFORE, called, columns, divided, of, of_item, values
 
 FIGURES = ROOT / "docs" / "figures"
 CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}
@@ -75,6 +75,22 @@ def curve(item: Row, rows: Sequence[Row]) -> Figure:
             )  # fmt: skip
     axes.set_xticks(range(len(variants)), variants)
     name = called(item["measures"][0], rows[0])
+    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
+
+
+def grid(item: Row, rows: Sequence[Row]) -> Figure:
+    """The first measure over divisions, a line a column."""
+    figure, axes = figure_of()
+    held, measure = divided(rows), item["measures"][0]
+    for one, (colour, marker, dashes) in zip(columns(item, rows), _looks(), strict=False):
+        found = [values(of(own, one.variant), one.model, measure) for own in held.values()]
+        means, halves = _means(found)
+        axes.errorbar(
+            range(len(held)), means, halves, label=one.name, color=colour, marker=marker,
+            linestyle=dashes, capsize=3,
+        )  # fmt: skip
+    axes.set_xticks(range(len(held)), list(held))
+    name = called(measure, rows[0])
     return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
 
 
@@ -144,5 +160,6 @@ VIEWS: dict[str, Callable[[Row, Sequence[Row]], Figure]] = {
     "convergence": convergence,
     "curve": curve,
     "drift": drift,
+    "grid": grid,
 }
 """Ways to draw an item's records."""

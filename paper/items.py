@@ -1,6 +1,7 @@
 """What a table or a figure rests on, as its file says: the runs to make, and their settings."""
 
 import hashlib
+import itertools
 import json
 import math
 import tomllib
@@ -31,7 +32,8 @@ KEYS = {
     "of": "another item, whose keys and records this one shows in its own way",
     "paths": "settings that are paths in the data folder",
     "unset": "settings of the recipe to leave out",
-    "backbones": "recipes of those that `fedgen pretrain` makes first: backbone.path=made:NAME",
+    "backbones": "what `fedgen pretrain` makes first, backbone.path=made:NAME: recipe, overrides, "
+    "paths",
     "overrides": "settings of all runs",
     "divisions": "settings of the data's division, each of which all variants have",
     "tuning": "a seed, a division, and the trials of each variant",
@@ -238,14 +240,7 @@ def settings_of(item: Row, case: Case, at: Places | None = None) -> Settings:
     settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
     if case.trial is not None and settings.judging.features:
         settings = replace(settings, judging=Judging())
-    path = settings.backbone.path
-    if not path.startswith(MADE):
-        return settings
-    name = path.removeprefix(MADE)
-    if name not in item.get("backbones", {}):
-        raise ConfigError(f"backbone.path={path!r} is no backbone of paper item {item['name']!r}")
-    told = str(made(item, at)[name][1]) if at else MADE + _digest(backbones(item)[name])
-    return replace(settings, backbone=replace(settings.backbone, path=told))
+    return _founded(item, settings, at)
 
 
 def _placed(item: Row, overrides: Row, at: Places | None) -> Settings:
@@ -256,28 +251,45 @@ def _placed(item: Row, overrides: Row, at: Places | None) -> Settings:
     return of_recipe({**item, "overrides": merged({"engine": {"threads": 1}}, paths, overrides)})
 
 
-def backbones(item: Row, at: Places | None = None) -> dict[str, Settings]:
-    """Settings of the backbones that `fedgen pretrain` makes for an item."""
-    own = item.get("backbones", {})
-    bare = {key: told for key, told in item.items() if key != "unset"}
-    return {
-        name: _placed({**bare, "recipe": told["recipe"]}, told.get("overrides", {}), at)
-        for name, told in own.items()
-    }
+def backbones(item: Row, at: Places) -> dict[Path, Settings]:
+    """Settings of those that `fedgen pretrain` makes for an item, by their folders."""
+    names = item.get("backbones", {})
+    return {_made(item, name, at): _backbone(item, name, at) for name in names}
 
 
-def made(item: Row, at: Places) -> dict[str, tuple[Settings, Path]]:
-    """The same with their folders: other settings are another backbone."""
-    digests = {name: _digest(settings) for name, settings in backbones(item).items()}
-    return {
-        name: (settings, at.made / f"{name}-{digests[name][:8]}")
-        for name, settings in backbones(item, at).items()
-    }
+def _founded(item: Row, settings: Settings, at: Places | None) -> Settings:
+    """The settings with the backbone that is made first in its place, if it is one.
+
+    Where there are no places, it is known by the digest of what makes it.
+    """
+    path = settings.backbone.path
+    if not path.startswith(MADE):
+        return settings
+    name = path.removeprefix(MADE)
+    if name not in item.get("backbones", {}):
+        raise ConfigError(f"backbone.path={path!r} is no backbone of paper item {item['name']!r}")
+    told = str(_made(item, name, at)) if at else MADE + _digest(_backbone(item, name))
+    return replace(settings, backbone=replace(settings.backbone, path=told))
+
+
+def _made(item: Row, name: str, at: Places) -> Path:
+    """Where a backbone is made: other settings are another one."""
+    return at.made / f"{name}-{_digest(_backbone(item, name))[:8]}"
+
+
+def _backbone(item: Row, name: str, at: Places | None = None) -> Settings:
+    """What a backbone is made by; it may be trained on from another one."""
+    told = item["backbones"][name]
+    paths = {**item.get("paths", {}), **told.get("paths", {})}
+    bare = {key: value for key, value in item.items() if key != "unset"}
+    own = {**bare, "recipe": told["recipe"], "paths": paths}
+    return _founded(item, _placed(own, told.get("overrides", {}), at), at)
 
 
 def check_paths(item: Row, data: Path) -> None:
     """Refuse a data folder that lacks what the item needs."""
-    for name, path in item.get("paths", {}).items():
+    held = [own.get("paths", {}).items() for own in (item, *item.get("backbones", {}).values())]
+    for name, path in itertools.chain(*held):
         if not (data / path).exists():
             raise ConfigError(
                 f"DATA={data} has no {path}, the {name} of paper item {item['name']!r}: give the "

@@ -27,9 +27,9 @@ from items import (
     Case,
     Places,
     Row,
+    backbones,
     cases,
     check_paths,
-    made,
     named,
     read,
     settings_of,
@@ -90,9 +90,13 @@ def places(told: argparse.Namespace) -> Places:
 
 def prepare(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
     """Make the backbones that are missing; returns a line for each that failed."""
-    left = [own for own in made(item, places(told)).values() if not own[1].exists()]
-    begun = [pool.submit(pretrained, *own) for own in left]
-    return sorted(filter(None, (future.result() for future in as_completed(begun))))
+    left = {out: own for out, own in backbones(item, places(told)).items() if not out.exists()}
+    failed: list[str] = []
+    while left and not failed:  # some are trained on from others
+        ready = [out for out, own in left.items() if Path(own.backbone.path) not in left]
+        begun = [pool.submit(pretrained, left.pop(out), out) for out in ready]
+        failed = sorted(filter(None, (future.result() for future in as_completed(begun))))
+    return failed
 
 
 def pretrained(settings: Settings, out: Path) -> str:

@@ -321,20 +321,57 @@ def knee(item: Row, rows: Sequence[Row], model: str) -> str:
 
 
 def grid(item: Row, rows: Sequence[Row]) -> Lines:
-    """A row a division, a column a variant; each row's lowest mean is bold."""
-    measure, model = item["measures"][0], item["models"][0]
-    variants = dict.fromkeys(row["variant"] for row in rows)
+    """A row a division, a column a variant or a row of the item; each line's lowest mean is bold.
+
+    With the frozen backbone among them: how much of what divisions but the first cost it each other
+    one makes good.
+    """
+    measure, shown = item["measures"][0], columns(item, rows)
     body = []
     for division, held in divided(rows).items():
-        own = {variant: of(held, variant) for variant in variants}
-        means = {variant: fmean(values(each, model, measure)) for variant, each in own.items()}
-        cells = [division]
-        for variant, each in own.items():
-            cell = linked(spread(values(each, model, measure)), item, each)
-            cells.append(f"**{cell}**" if means[variant] == min(means.values()) else cell)
-        body.append(cells)
-    about = f"{model}: {called(measure, rows[0])}, by {item['axis']}."
-    return ["", about, "", *tabled(["", *variants], body)]
+        own = [of(held, one.variant) for one in shown]
+        found = [values(each, one.model, measure) for one, each in zip(shown, own, strict=True)]
+        least = min(map(fmean, found))
+        cells = [linked(spread(each), item, rows_) for each, rows_ in zip(found, own, strict=True)]
+        bold = [f"**{c}**" if fmean(f) == least else c for c, f in zip(cells, found, strict=True)]
+        body.append([division, *bold])
+    about = f"{called(measure, rows[0])}, by {item['axis']}."
+    out = ["", about, "", *tabled(["", *(one.name for one in shown)], body)]
+    frozen = next((one for one in shown if one.model == BACKBONE), None)
+    return [*out, *closed(item, rows, frozen)] if frozen else out
+
+
+def columns(item: Row, rows: Sequence[Row]) -> list[Shown]:
+    """The item's rows, or every variant's first model."""
+    if "rows" in item:
+        return of_item(item)
+    return [Shown(v, v, item["models"][0]) for v in dict.fromkeys(r["variant"] for r in rows)]
+
+
+def closed(item: Row, rows: Sequence[Row], frozen: Shown) -> Lines:
+    """Of the nats that each division but the first costs the frozen backbone, the share made good.
+
+    100 % is a model that is as good there as it is on the first, 0 % one that loses as much.
+    """
+    measure, (first, *others) = item["measures"][0], divided(rows).items()
+    shown = [one for one in columns(item, rows) if one != frozen]
+
+    def lost(one: Shown, held: Sequence[Row]) -> list[float]:
+        near, far = (values(of(part, one.variant), one.model, measure) for part in (first[1], held))
+        return ratios(far, near)
+
+    body = []
+    for division, held in others:
+        whole, cells = lost(frozen, held), []
+        for one in shown:
+            found = gains(lost(one, held), whole)
+            cells.append(linked(spread(found), item, of(held, one.variant)))
+        body.append([division, *cells])
+    about = (
+        f"Of the nats that the frozen backbone loses against `{first[0]}`, made good, %: 100 is as "
+        "good as there."
+    )
+    return ["", about, "", *tabled(["", *(one.name for one in shown)], body)]
 
 
 def convergence(item: Row, rows: Sequence[Row]) -> Lines:

@@ -319,6 +319,23 @@ def test_pictures_have_a_backbone_that_is_made_first_and_are_judged_by_samples(
     assert len(kept.missing(changed, [*items.trials(changed)], tmp_path / "results")) == 1
 
 
+def test_a_backbone_is_trained_on_from_another_one_which_is_made_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = PICTURES["backbones"]["few"]
+    on = {"recipe": few["recipe"], "overrides": {"backbone": {"path": "made:few"}}}
+    own = {**PICTURES, "name": "toy", "backbones": {"on": on, "few": few}}
+    at = make.places(told(tmp_path))
+    first, second = items.backbones(own, at)
+    assert items.backbones(own, at)[first].backbone.path == str(second)
+    other = items.merged(own, {"backbones": {"few": {"overrides": {"pretrain": {"steps": 9}}}}})
+    assert first not in items.backbones(other, at)  # made of another one, it is another one
+    pool = Here()
+    monkeypatch.setattr(make, "pretrained", lambda _, out: "" if out == second else "broken")
+    assert make.prepare(own, told(tmp_path), pool) == ["broken"]
+    assert [given[1] for given in pool.given] == [second, first]
+
+
 def test_a_missing_data_folder_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,5 +1,6 @@
 """The arithmetic of the paper's tables and figures, on records made by hand."""
 
+import copy
 import math
 from typing import Any
 
@@ -164,12 +165,26 @@ def test_a_grid_has_a_row_a_division() -> None:
     assert far.startswith("| far | [50.0 ± 24.8](../paper/results/toy-small.jsonl#L7-L9) |")
 
 
+def test_a_grid_tells_how_much_of_what_a_backbone_lost_is_made_good() -> None:
+    near = rows([40, 50, 60], [20, 30, 40])
+    far = [{**row, "division": "far", "line": row["line"] + 6} for row in rows([40] * 3, [20] * 3)]
+    for row, before in zip(far, near, strict=True):
+        test, other = copy.deepcopy(row["test"]), before["test"]
+        test["backbone"]["word"] = 8 * other["backbone"]["word"]  # three times the nats of twice
+        test["global"]["word"] = 2 * other["global"]["word"]
+        row["test"] = test
+    asked = item(table="grid", rows=shown(), axis="steps")
+    (line,) = (found for found in views.table(asked, near + far).splitlines()[-1:])
+    assert line.startswith("| far | [66.7](../paper/results/toy-small.jsonl#L7-L9) |")
+
+
 @pytest.mark.parametrize("view", figures.VIEWS)
 def test_figures_name_their_lines_units_and_seeds(view: str) -> None:
     asked = item(figure=view, rows=shown()[1:], models=["global", "backbone"])
     svg = figures.drawn(asked, rows([40, 50, 60], [20, 30, 40]))
     names = {"curve": ("global", "backbone", "perplexity per word"),
              "convergence": ("A", "B", "perplexity per token", "sent by all clients"),
-             "drift": ("A", "B", "cosine between clients")}  # fmt: skip
+             "drift": ("A", "B", "cosine between clients"),
+             "grid": ("A", "B", "perplexity per word")}  # fmt: skip
     for name in (*names[view], "mean and 95 % interval of 3 seeds"):
         assert name in svg
