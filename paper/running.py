@@ -99,10 +99,13 @@ def way(run: RunFiles) -> list[list[float]]:
 
 
 def judged(run: RunFiles) -> dict[str, Row]:
-    """The test of every model over all clients that may train, whether or not they were drawn."""
-    new = {row["client"] for row in run.clients if row["newcomer"]}
+    """The test of every model over all clients that may train, whether or not they were drawn.
+
+    `each` is in the order of the clients, as `examples` is.
+    """
+    each = [row["client"] for row in run.clients if not row["newcomer"]]
     found = {
-        model: _test(run, {client: row for client, row in rows.items() if client not in new})
+        model: _test(run, {client: rows[client] for client in each})
         for model, rows in by_model(run).items()
     }
     whole = {row["model"]: row for row in run.distances if row["client"] is None}
