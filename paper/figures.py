@@ -69,9 +69,11 @@ def curve(item: Row, rows: Sequence[Row]) -> Figure:
             found = [values(of(own, v), model, item["measures"][0]) for v in variants]
             means, halves = _means(found)
             label = f"{model}, {division}" if len(divisions) > 1 else model
+            values_ = [at for at, v in enumerate(variants) if v not in item.get("beside", ())]
+            axes.plot(values_, [means[at] for at in values_], color=colour, linestyle=dashes)
             axes.errorbar(
                 range(len(variants)), means, halves, label=label, color=colour, marker=marker,
-                linestyle=dashes, capsize=3,
+                linestyle="none", capsize=3,
             )  # fmt: skip
     axes.set_xticks(range(len(variants)), variants)
     name = called(item["measures"][0], rows[0])

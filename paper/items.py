@@ -41,6 +41,7 @@ KEYS = {
     "figure": "a view of figures.py",
     "models": "the run's models that are shown, where variants are values of something",
     "axis": "what those are values of",
+    "beside": "variants that are none of those values, to be shown beside them",
     "paper": "the value that the paper finds best",
     "rows": "the models that are shown, where variants are methods: see views.Shown",
     "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
@@ -131,12 +132,19 @@ def _check(name: str, scale: str, item: Row) -> None:
         raise ConfigError(f"{where} {missing[0]} is missing: say it in paper/items/{name}.toml")
     if item["reference"] not in item["variants"]:
         raise ConfigError(f"{where} reference={item['reference']!r} is no variant: name one")
+    if tuning is not None and "seed" not in tuning:
+        raise ConfigError(f"{where} tuning.seed is missing: give one that is not in seeds")
+    if tuning and tuning.get("division", "") not in {"", *item.get("divisions", {})}:
+        raise ConfigError(f"{where} tuning.division={tuning['division']!r} is no division")
     if tuning and tuning["seed"] in item["seeds"]:
         raise ConfigError(
             f"{where} tuning.seed={tuning['seed']} is one of seeds={item['seeds']}: claims and "
             "choices need different ones"
         )
-    if tuning and len({len(tried(item, variant)) for variant in item["variants"]}) > 1:
+    numbers = {len(tried(item, variant)) for variant in item["variants"]} if tuning else {1}
+    if 0 in numbers:
+        raise ConfigError(f"{where} tuning.trials is missing, and some variant has none of its own")
+    if len(numbers) > 1:
         raise ConfigError(f"{where} variants have unequal numbers of trials: give each as many")
     if scale in SCALES:
         _check_least(where, item)
@@ -182,7 +190,8 @@ def trials(claim: Row) -> Iterator[Case]:
 
 def tried(claim: Row, variant: str) -> list[Row]:
     """A variant's own list of trials, or all variants'."""
-    return claim["variants"][variant].get("trials", claim["tuning"]["trials"])
+    own, common = claim["variants"][variant].get("trials"), claim["tuning"].get("trials")
+    return own or common or []
 
 
 def settled(claim: Row, variant: str) -> Row:
@@ -215,13 +224,17 @@ def merged(*tables: Mapping[str, Any]) -> Row:
 
 def worded(trial: Row) -> str:
     """Overrides as a command line has them."""
-    return ", ".join(f"{p}.{k}={v:g}" for p, held in trial.items() for k, v in held.items())
+    each = ((f"{part}.{key}", value) for part, own in trial.items() for key, value in own.items())
+    numbers = (int, float)
+    return ", ".join(f"{k}={v:g}" if isinstance(v, numbers) else f"{k}={v}" for k, v in each)
 
 
 def of_recipe(claim: Row, root: Path = ROOT) -> Settings:
     """The claim's recipe, without what the claim unsets, and with what it overrides."""
     table = tomllib.loads((root / claim["recipe"]).read_text())
     for part, _, key in (name.partition(".") for name in claim.get("unset", ())):
+        if key not in table.get(part, {}):
+            raise ConfigError(f"unset: {claim['recipe']} does not set {part}.{key}: leave it out")
         del table[part][key]
     return from_table(merged(table, claim.get("overrides", {})))
 

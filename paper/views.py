@@ -307,8 +307,9 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
 
 def knee(item: Row, rows: Sequence[Row], model: str) -> str:
     """Where the lowest mean is, and what cannot be told from it."""
-    measure = item["measures"][0]
-    found = {v: values(of(rows, v), model, measure) for v in {r["variant"]: 0 for r in rows}}
+    measure, variants = item["measures"][0], dict.fromkeys(row["variant"] for row in rows)
+    on_it = [variant for variant in variants if variant not in item.get("beside", ())]
+    found = {v: values(of(rows, v), model, measure) for v in on_it}
     least = min(found, key=lambda variant: fmean(found[variant]))
     lows = {v: paired_interval(apart(each, found[least]))[1] for v, each in found.items()}
     near = [variant for variant, low in lows.items() if variant != least and low <= 0]

@@ -336,6 +336,39 @@ def test_a_backbone_is_trained_on_from_another_one_which_is_made_before_it(
     assert [given[1] for given in pool.given] == [second, first]
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"unset": ["training.nope"]}, "does not set training.nope"),
+        ({"tuning": {"trials": []}}, "tuning.seed is missing"),
+        ({"tuning": {"seed": 7, "division": "far", "trials": [{}]}}, "'far' is no division"),
+        ({"tuning": {"seed": 7}}, "tuning.trials is missing"),
+    ],
+)
+def test_a_mistake_in_an_items_file_is_told(
+    tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
+    folder = write(tmp_path / "items", **changes)
+    with pytest.raises(ConfigError, match=said):
+        _ = [items.settings_of(told, case) for told in (items.read("toy", "try", folder),)
+             for case in items.cases(told, {})]  # fmt: skip
+
+
+def test_words_are_tried_as_they_are() -> None:
+    assert items.worded({"training": {"schedule": "cosine", "lr": 1e-3}}) == (
+        "training.schedule=cosine, training.lr=0.001"
+    )
+
+
+def test_a_variant_that_left_the_file_keeps_its_records(tmp_path: Path) -> None:
+    row = {"division": "", "variant": "one", "seed": 0, "digest": "d", "scale": "try"}
+    item = items.read("toy", "try", write(tmp_path / "items"))
+    kept.add(item, {**row, "variant": "three"}, tmp_path)
+    kept.add(item, row, tmp_path)
+    there = lines(kept.path_of(item, tmp_path))
+    assert [own["variant"] for own in there] == ["one", "three"]
+
+
 def test_a_missing_data_folder_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -373,7 +406,7 @@ def peopled(group: int) -> bool:
 
 def test_ctrl_c_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
     held = ITEM["overrides"]
-    long = {**held, "federation": {"rounds": 60}}
+    long = {**held, "federation": {"rounds": 240}}
     tuning = {"seed": 7, "trials": [{}]}
     changes = {"seeds": [0], "variants": {"one": {}}, "overrides": long, "tuning": tuning}
     write(tmp_path / "items", **changes)
@@ -397,7 +430,7 @@ def test_ctrl_c_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
     assert said == "paper: stopped; the same command goes on\n"
     (before,) = lines(record)
     (count,) = rounds()
-    assert 2 < count < 60
+    assert 2 < count < 240
     while peopled(process.pid) and time.monotonic() < stopped + 20:
         time.sleep(0.1)
     assert not peopled(process.pid)  # whoever it began is gone too
@@ -406,7 +439,7 @@ def test_ctrl_c_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
     assert again.returncode == 0
     case, trial = lines(record)
     assert trial == before
-    assert case["way"][-1][0] == 60
+    assert case["way"][-1][0] == 240
 
 
 @pytest.mark.parametrize(("name", "scale"), [*items.shown()])
@@ -421,6 +454,8 @@ def test_an_items_file_says_what_can_be_run(name: str, scale: str) -> None:
     if not kept.path_of(item).exists():
         pytest.skip("not measured yet")
     rows = kept.whole(item)
-    drawn = figures.drawn(item, rows) if "figure" in item else ""
+    if "figure" not in item:
+        return
+    drawn = figures.drawn(item, rows)
     if drawn.splitlines()[:1] == figure.read_text().splitlines()[:1]:  # the same matplotlib
         assert drawn == figure.read_text()

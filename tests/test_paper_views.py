@@ -63,6 +63,13 @@ def test_a_curves_models_are_held_against_the_first() -> None:
     assert "[+30.00 (+5.16 to +54.84)](../paper/results/toy-small.jsonl#L1-L3)" in table
 
 
+def test_what_is_beside_the_axis_is_not_the_best_value_of_it() -> None:
+    asked = item(beside=["b"], paper="a")
+    knee = views.knee(asked, rows([40, 50, 60], [20, 30, 40]), "global")
+    assert "the mean is lowest with rank a" in knee
+    assert knee.endswith("The paper's a is the best here.")
+
+
 def test_what_is_not_settled_is_told() -> None:
     table = views.table(item(), rows([40, 50, 60], [60, 30, 50]))
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8

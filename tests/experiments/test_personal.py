@@ -14,6 +14,7 @@ from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.algorithms.methods import MIXING as MIXING_OF_FEDDPA
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import run as run_module
 from fedgen_edge.experiments.evaluate import left
 from fedgen_edge.experiments.models import folders, reopen
 from fedgen_edge.experiments.report import write
@@ -129,8 +130,30 @@ def test_without_tuning_there_are_models_of_clients_only_where_they_differ(
     assert write([run], run / "report.html").exists()
     if not own:
         assert list(folders(run)) == [None]
-        with pytest.raises(CheckpointError, match=r"personal\.epochs=0 .* name no client"):
+        with pytest.raises(CheckpointError, match=r"personal\.epochs is 0: name no client"):
             folders(run, ["client 0"])
+
+
+def test_resumed_with_another_stack_size_every_client_is_tuned_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "CHUNK", 2)
+    whole = ran(tmp_path, engine={"stack": 1})
+    path = whole / "settings.toml"
+    path.write_text(path.read_text().replace("stack = 1", "stack = 3"))
+    log = whole / "personal.jsonl"
+    held = log.read_text().splitlines(keepends=True)
+    for name in ("evaluation.jsonl", "samples.jsonl"):
+        (whole / name).unlink()
+    # as a stack of 3 leaves its first chunk: the longest first
+    log.write_text("".join([held[2], held[1], held[0]]))
+    path.write_text(path.read_text().replace("stack = 3", "stack = 2"))
+    for _ in proceed(reopen(whole), whole):
+        pass
+    names = reopen(whole).names
+    assert sorted(line["client"] for line in lines(log)) == sorted(names)
+    tested = [row["client"] for row in lines(whole / "evaluation.jsonl")]
+    assert sorted(tested) == sorted(names * 3)
 
 
 def test_without_a_choice_no_share_is_told(tmp_path: Path) -> None:

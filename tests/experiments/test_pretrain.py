@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from conftest import sentences
-from fedgen_edge.config import Evaluation, Settings, from_table
+from fedgen_edge.config import Evaluation, Settings, from_table, to_table
 from fedgen_edge.data import sources
 from fedgen_edge.data.corpus import Texts
 from fedgen_edge.errors import ConfigError, FedGenError
@@ -161,3 +161,26 @@ def test_public_text_is_asked_for_with_its_share_and_its_labels(tmp_path: Path) 
         sources.read(replace(settings.data, part="public", public=0.0))
     with pytest.raises(ConfigError, match=r"data\.unseen names 'prime': labels are even, odd"):
         sources.read(replace(settings.data, unseen=("prime",)))
+
+
+def test_a_backbone_is_made_on_one_machine_whatever_the_clients_are(tmp_path: Path) -> None:
+    usual = pretrain.planned(SETTINGS)
+    clients = {
+        "devices": {"fails": [0.9]},
+        "uplink": {"values": "int4"},
+        "adapter": {"rank": 4, "ranks": [2, 4]},
+    }
+    other = from_table({**to_table(SETTINGS), **clients})
+    assert pretrain.planned(other) == usual
+
+
+def test_public_text_takes_no_client_s_all(tmp_path: Path) -> None:
+    path = tmp_path / "texts.jsonl"
+    rows = [{"text": t, "who": "few" if i < 2 else "many"} for i, t in enumerate(sentences(40, 0))]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = from_table(
+        {"data": {"source": "jsonl", "path": str(path), "client_field": "who", "public": 0.9}}
+    ).data
+    with pytest.raises(ConfigError, match=r"data\.public=0\.9 leaves 1 of the clients, 'few'"):
+        sources.read(data)
+    assert len(sources.read(replace(data, part="public", limit=3)).examples) == 3

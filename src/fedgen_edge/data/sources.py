@@ -76,15 +76,17 @@ def read(settings: config.Data) -> Corpus:
     if emptied := met - {row.group for row in kept}:
         said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
         raise _fault(settings, f": {said} that others lack: give them some, or leave them out")
-    duplicates, kept = filled - len(kept), _of_part(settings, kept)
-    limit = min(settings.limit or len(kept), len(kept))
-    few = [kept[i * len(kept) // limit] for i in range(limit)]
-    if lost := {row.group for row in kept} - {row.group for row in few}:
+    own = _of_part(settings, kept)
+    limit = min(settings.limit or len(own), len(own))
+    few = [own[i * len(own) // limit] for i in range(limit)]
+    lost = {row.group for row in kept} - {row.group for row in few}
+    if lost and settings.part == "private":  # what is public belongs to nobody
+        cause = f"limit={limit}" if limit < len(own) else f"public={settings.public}"
         raise ConfigError(
-            f"data.limit={limit} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
-            "without text: raise it"
+            f"data.{cause} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
+            "without text: change it"
         )
-    return _corpus(few, duplicates)
+    return _corpus(few, filled - len(kept))
 
 
 def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:

@@ -184,10 +184,12 @@ def deployable(settings: Settings, sites: int) -> None:
 def shared(settings: Settings) -> Settings:
     """The settings that the server and every kit begin with.
 
-    Sites are the clients, and say themselves where their data are. Paths on this machine are
-    written from the root, so that the server finds them wherever it is started.
+    Sites are the clients, and say themselves where their data are, of which nothing is public.
+    Paths on this machine are written from the root, so that the server finds them wherever it is
+    started.
     """
-    data = settings.data if settings.data.source == "hub" else replace(settings.data, path=None)
+    path = settings.data.path if settings.data.source == "hub" else None
+    data = replace(settings.data, path=path, public=0.0, unseen=(), part="private")
     return replace(
         settings,
         data=data,

@@ -92,10 +92,8 @@ def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Pa
             name = settings.method.name
             raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
         if not folder.exists() and alike:
-            raise CheckpointError(
-                f"{run}: with personal.epochs=0 clients have the global model, and none of their "
-                "own: name no client"
-            )
+            why = "they are at the sites" if settings.personal.epochs else "personal.epochs is 0"
+            raise CheckpointError(f"{run} has no models of clients' own, as {why}: name no client")
         if not folder.exists():
             raise CheckpointError(
                 f"{run} has no {folder.name} model yet: go on with `fedgen resume {run}`"

@@ -10,7 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedgen_edge import files
-from fedgen_edge.config import Federation, Judging, Method, Partition, Settings, to_toml
+from fedgen_edge.config import (
+    Devices,
+    Downlink,
+    Federation,
+    Judging,
+    Method,
+    Partition,
+    Settings,
+    Uplink,
+    to_toml,
+)
 from fedgen_edge.data import sources
 from fedgen_edge.data.corpus import Images, Texts
 from fedgen_edge.errors import ConfigError
@@ -67,10 +77,14 @@ def planned(settings: Settings) -> Settings:
     return replace(
         settings,
         backbone=backbone,
+        adapter=replace(settings.adapter, ranks=(), initial=None),
         data=public,
         partition=Partition(by="pooled"),
         federation=Federation(rounds=p.rounds, seed=settings.federation.seed),
         method=Method(name="fedavg-full"),
+        uplink=Uplink(),
+        downlink=Downlink(),
+        devices=Devices(),
         training=replace(
             settings.training,
             lr=p.lr,

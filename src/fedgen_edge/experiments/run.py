@@ -128,11 +128,14 @@ def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:
     experiment = experiment.remembering(memory)
     log, total = run / "personal.jsonl", len(experiment.holdings)
     names = records.folder_names(experiment.names)
-    there = sum(1 for _ in records.each(log))
-    if there == total:
+    there = [line["client"] for line in records.each(log)]
+    if len(there) == total:
         return
     chunk = whole_stacks(experiment.settings.engine.stack or 1)
-    done = there // chunk * chunk
+    # lines of a chunk are in the order of its stacks, and another stack size has other chunks
+    whole = (at for at in range(len(there) // chunk * chunk, 0, -chunk)
+             if {*there[:at]} == {*experiment.names[:at]})  # fmt: skip
+    done = next(whole, 0)
     records.truncate(log, done)
     for at in range(done, total, chunk):
         ranks = {c: experiment.algorithm.rank(c) for c in range(at, min(at + chunk, total))}

@@ -123,8 +123,14 @@ class Language:
                 "task='language' learns text, and the data are pictures: set data.source, or task"
             )
         documents = self.encode([held.texts[i] for i in indices])
-        words = [held.words[i] for i in indices]
-        return pack(documents, words, self.length, self.loaded.model.config.vocab_size)
+        words, known = [held.words[i] for i in indices], self.loaded.model.config.vocab_size
+        most = max((max(ids) for ids in documents), default=0)
+        if most >= known:
+            raise ConfigError(
+                f"backbone.path={str(self.loaded.folder)!r}: its tokenizer gives token {most}, and "
+                f"its model knows {known}: take the tokenizer that belongs to it"
+            )
+        return pack(documents, words, self.length, known)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token numbers of each document, from its start mark to its end mark."""
