@@ -121,10 +121,12 @@ def simulators() -> str:
             rest = f"{told['rounds'][way]:.1f} | {over} | {told['perplexity'][way]:.2f}"
             rows.append(f"| {name} | {way} | {seconds:.1f} | {rest} |")
         loads = [run["load_before"] for runs in told["all_runs"].values() for run in runs]
+        times = {len(runs) for runs in told["all_runs"].values()}
         about.append(
             f"{name}: {told['clients']} clients, cohort {told['cohort']}, {told['rounds_trained']} "
             f"rounds of {told['steps']} steps of {told['batch']} x {told['length']} tokens, "
-            f"{told['precision']}; {told['hardware']}, load before runs {min(loads)} to "
+            f"{told['precision']}; medians of {'or'.join(f' {n} ' for n in sorted(times)).strip()} "
+            f"runs of each; {told['hardware']}, load before runs {min(loads)} to "
             f"{max(loads)}; the backbone's perplexity is {told['perplexity_of_backbone']:.2f}."
         )
     return "\n".join([*rows, "", *about])
@@ -250,13 +252,21 @@ def _made(make: Callable[[], str]) -> str:
         return "Not measured yet."
 
 
-def filled(text: str) -> str:
-    """A page's text, with what the records say now between its marks."""
+def filled(text: str, *, above: bool = False) -> str:
+    """A page's text, with what the records say now between its marks.
+
+    Args:
+        text: of the page.
+        above: whether it lies above `docs/`, as links are written from there.
+    """
     for name, make in PARTS.items():
         before, mark, rest = text.partition(f"<!-- results:{name} -->")
         _, end, after = rest.partition("<!-- end -->")
         if mark and end:
-            text = f"{before}{mark}\n\n{_made(make)}\n\n{end}{after}"
+            made = _made(make)
+            if above:
+                made = made.replace("](../", "](").replace("](figures/", "](docs/figures/")
+            text = f"{before}{mark}\n\n{made}\n\n{end}{after}"
     return text
 
 
@@ -272,7 +282,7 @@ def main() -> None:
     """Draw the figures, and fill every page that has a mark."""
     draw()
     for page in PAGES:
-        page.write_text(filled(page.read_text()))
+        page.write_text(filled(page.read_text(), above=page.parent == ROOT))
 
 
 if __name__ == "__main__":
