@@ -125,8 +125,8 @@ def simulators() -> str:
         about.append(
             f"{name}: {told['clients']} clients, cohort {told['cohort']}, {told['rounds_trained']} "
             f"rounds of {told['steps']} steps of {told['batch']} x {told['length']} tokens, "
-            f"{told['precision']}; medians of {'or'.join(f' {n} ' for n in sorted(times)).strip()} "
-            f"runs of each; {told['hardware']}, load before runs {min(loads)} to "
+            f"{told['precision']}; medians, runs of each: {' or '.join(map(str, sorted(times)))}; "
+            f"{told['hardware']}, load before runs {min(loads)} to "
             f"{max(loads)}; the backbone's perplexity is {told['perplexity_of_backbone']:.2f}."
         )
     return "\n".join([*rows, "", *about])
