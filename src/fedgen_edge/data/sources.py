@@ -81,10 +81,11 @@ def read(settings: config.Data) -> Corpus:
     few = [own[i * len(own) // limit] for i in range(limit)]
     lost = {row.group for row in kept} - {row.group for row in few}
     if lost and settings.part == "private":  # what is public belongs to nobody
-        cause = f"limit={limit}" if limit < len(own) else f"public={settings.public}"
+        cut = limit < len(own)
+        cause = f"limit={limit}" if cut else f"public={settings.public}"
         raise ConfigError(
             f"data.{cause} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
-            "without text: change it"
+            f"without text: {'raise' if cut else 'lower'} it"
         )
     return _corpus(few, filled - len(kept))
 
