@@ -56,6 +56,18 @@ def _seeds(item: Row) -> str:
     return f"mean and 95 % interval of {len(item['seeds'])} seeds"
 
 
+def _marked(
+    axes: Axes, found: Sequence[Sequence[float]], look: tuple, label: str, joined: Sequence[int]
+) -> None:
+    """Means with their intervals, side by side; a line through those that it joins."""
+    (means, halves), (colour, marker, dashes) = _means(found), look
+    axes.plot(joined, [means[at] for at in joined], color=colour, linestyle=dashes)
+    axes.errorbar(
+        range(len(means)), means, halves, label=label, color=colour, marker=marker,
+        linestyle="none", capsize=3,
+    )  # fmt: skip
+
+
 def curve(item: Row, rows: Sequence[Row]) -> Figure:
     """The first measure over what is varied, a line a division and model."""
     figure, axes = figure_of()
@@ -65,16 +77,10 @@ def curve(item: Row, rows: Sequence[Row]) -> Figure:
     for division in divisions:
         own = [row for row in rows if row["division"] == division]
         for model in item["models"]:
-            colour, marker, dashes = next(looks)
             found = [values(of(own, v), model, item["measures"][0]) for v in variants]
-            means, halves = _means(found)
             label = f"{model}, {division}" if len(divisions) > 1 else model
-            values_ = [at for at, v in enumerate(variants) if v not in item.get("beside", ())]
-            axes.plot(values_, [means[at] for at in values_], color=colour, linestyle=dashes)
-            axes.errorbar(
-                range(len(variants)), means, halves, label=label, color=colour, marker=marker,
-                linestyle="none", capsize=3,
-            )  # fmt: skip
+            joined = [at for at, v in enumerate(variants) if v not in item.get("beside", ())]
+            _marked(axes, found, next(looks), label, joined)
     axes.set_xticks(range(len(variants)), variants)
     name = called(item["measures"][0], rows[0])
     return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
@@ -84,13 +90,9 @@ def grid(item: Row, rows: Sequence[Row]) -> Figure:
     """The first measure over divisions, a line a column."""
     figure, axes = figure_of()
     held, measure = divided(rows), item["measures"][0]
-    for one, (colour, marker, dashes) in zip(columns(item, rows), _looks(), strict=False):
+    for one, look in zip(columns(item, rows), _looks(), strict=False):
         found = [values(of(own, one.variant), one.model, measure) for own in held.values()]
-        means, halves = _means(found)
-        axes.errorbar(
-            range(len(held)), means, halves, label=one.name, color=colour, marker=marker,
-            linestyle=dashes, capsize=3,
-        )  # fmt: skip
+        _marked(axes, found, look, one.name, range(len(held)))
     axes.set_xticks(range(len(held)), list(held))
     name = called(measure, rows[0])
     return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")

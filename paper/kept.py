@@ -33,9 +33,8 @@ def add(item: Row, row: Row, results: Path = RESULTS) -> None:
     path = path_of(item, results)
     rows = {**_by_key(path), _row_key(row): row}
     order = [_key(case) for case in (*cases(item, {}), *trials(item))]
-    known = [key for key in order if key in rows]
-    others = [key for key in rows if key not in {*known}]  # of an item's file that was changed
-    write_lines(path, [rows[key] for key in (*known, *others)])
+    known = {key: rows[key] for key in order if key in rows}
+    write_lines(path, {**known, **rows}.values())  # others are of a file that was changed since
 
 
 def chosen(item: Row, results: Path = RESULTS) -> dict[str, Row]:

@@ -333,7 +333,7 @@ def grid(item: Row, rows: Sequence[Row]) -> Lines:
         own = [of(held, one.variant) for one in shown]
         found = [values(each, one.model, measure) for one, each in zip(shown, own, strict=True)]
         least = min(map(fmean, found))
-        cells = [linked(spread(each), item, rows_) for each, rows_ in zip(found, own, strict=True)]
+        cells = [linked(spread(each), item, of_it) for each, of_it in zip(found, own, strict=True)]
         bold = [f"**{c}**" if fmean(f) == least else c for c, f in zip(cells, found, strict=True)]
         body.append([division, *bold])
     about = f"{called(measure, rows[0])}, by {item['axis']}."
