@@ -223,7 +223,9 @@ def table(name: str) -> str:
 def measured(name: str, scale: str) -> str:
     """An item of the paper: its table, and its figure below it."""
     item = read(name, scale)
-    made = views.table(item, kept.whole(item))
+    made = views.table(item, rows := kept.whole(item))
+    if "repeats" in item and kept.path_of(there := read(item["repeats"], scale)).exists():
+        made += "\n" + views.repeated(item, rows, there, kept.whole(there))
     if "figure" not in item:
         return made
     return f"{made}\n\n![{item['title']}](figures/{figures.path_of(item).name})"

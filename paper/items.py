@@ -30,6 +30,7 @@ KEYS = {
     "measures": "of the test, the first of which differences are of: word, pooled, mean, ...",
     "variants": "what is compared: settings of each, and its own trials",
     "of": "another item, whose keys and records this one shows in its own way",
+    "repeats": "another item with the same variants, whose outcome is looked for again",
     "paths": "settings that are paths in the data folder",
     "unset": "settings of the recipe to leave out",
     "backbones": "what `fedgen pretrain` makes first, backbone.path=made:NAME: recipe, overrides, "

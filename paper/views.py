@@ -305,20 +305,53 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
     return [*tabled(heads, body), "", *(knee(item, rows, model) for model in models)]
 
 
-def knee(item: Row, rows: Sequence[Row], model: str) -> str:
-    """Where the lowest mean is, and what cannot be told from it."""
+def lowest(item: Row, rows: Sequence[Row], model: str) -> tuple[str, Lines]:
+    """The value whose mean is lowest, and those that are not settled above it."""
     measure, variants = item["measures"][0], dict.fromkeys(row["variant"] for row in rows)
     on_it = [variant for variant in variants if variant not in item.get("beside", ())]
     found = {v: values(of(rows, v), model, measure) for v in on_it}
     least = min(found, key=lambda variant: fmean(found[variant]))
     lows = {v: paired_interval(apart(each, found[least]))[1] for v, each in found.items()}
-    near = [variant for variant, low in lows.items() if variant != least and low <= 0]
+    return least, [variant for variant, low in lows.items() if variant != least and low <= 0]
+
+
+def knee(item: Row, rows: Sequence[Row], model: str) -> str:
+    """Where the lowest mean is, and what cannot be told from it."""
+    least, near = lowest(item, rows, model)
     also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
     out = f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
     if paper := item.get("paper"):
         holds = "is" if paper == least else "may be" if paper in near else "is not"
         out += f" The paper's {paper} {holds} the best here."
     return out
+
+
+def repeated(item: Row, rows: Sequence[Row], there: Row, others: Sequence[Row]) -> str:
+    """Whether an item's best value is best in another one too, and what its models gain in both.
+
+    Args:
+        item: that repeats the other.
+        rows: its records.
+        there: the item that is repeated.
+        others: its records.
+    """
+    out, (first, *models) = [], item["models"]
+    for model in item["models"]:
+        best, (least, near) = lowest(there, others, model)[0], lowest(item, rows, model)
+        holds = "is" if best == least else "may be" if best in near else "is not"
+        told = f"{item['axis']} {best}, the best of `{there['name']}`, {holds} the best here."
+        out.append(f"- {model}: {told}")
+    for model in models:
+        both = []
+        for own, found in ((there, others), (item, rows)):
+            held = of(found, item["reference"])
+            ours, theirs = (values(held, name, own["measures"][0]) for name in (model, first))
+            both.append(linked(between(gains(ours, theirs)), own, held))
+        out.append(
+            f"- {model} below {first}, with {item['axis']} {item['reference']}, %: {both[0]} in "
+            f"`{there['name']}`, {both[1]} here."
+        )
+    return "\n".join(out)
 
 
 def grid(item: Row, rows: Sequence[Row]) -> Lines:

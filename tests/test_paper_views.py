@@ -70,6 +70,19 @@ def test_what_is_beside_the_axis_is_not_the_best_value_of_it() -> None:
     assert knee.endswith("The paper's a is the best here.")
 
 
+def test_an_item_that_repeats_another_says_whether_its_outcome_is_found_again() -> None:
+    models = ["global", "backbone"]
+    here, there = item(models=models), item(models=models, name="first", records="first")
+    # the backbone's 80 is 20 % below 100 and 100 % above 40, in every seed
+    again = views.repeated(here, rows([100] * 3, [90] * 3), there, rows([40] * 3, [60] * 3))
+    assert "- global: rank a, the best of `first`, is not the best here." in again
+    assert "- backbone below global, with rank a, %: [-100.00 (-100.00 to -100.00)](" in again
+    assert "first-small.jsonl#L1-L3) in `first`, [+20.00 (+20.00 to +20.00)](" in again
+    for own, holds in (([1, 2, 3], "is"), ([5, 1, 6], "may be")):
+        again = views.repeated(here, rows(own, [4, 3, 3]), there, rows([1] * 3, [2] * 3))
+        assert f"- global: rank a, the best of `first`, {holds} the best here." in again
+
+
 def test_what_is_not_settled_is_told() -> None:
     table = views.table(item(), rows([40, 50, 60], [60, 30, 50]))
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8

@@ -55,7 +55,8 @@ class Run:
 class Pretrain:
     """Train the backbone of a recipe on the public part of its data; go on if it was stopped.
 
-    Of pictures it is made; of text, backbone.path is trained on, whole, into another folder.
+    Of pictures it is made; of text, backbone.path is trained on, whole, into another folder, or a
+    new one is, of the shape in pretrain.config.
 
     `fedgen pretrain RECIPE.toml` takes its settings from a file; every one can be overridden here.
     """
@@ -212,8 +213,8 @@ def pretrain(args: list[str]) -> None:
     told = parse(Pretrain, args, "pretrain", Pretrain(settings))
     if told.out is None and told.settings.task == "language":
         raise ConfigError(
-            "--out is missing: text is trained on from backbone.path="
-            f"{told.settings.backbone.path!r}, which stays as it is: name another folder"
+            f"--out is missing: of text, backbone.path={told.settings.backbone.path!r} stays as it "
+            "is: name another folder"
         )
     out = told.out or Path(told.settings.backbone.path)
     from fedgen_edge.experiments.pretrain import STAGE, begin, train

@@ -324,8 +324,11 @@ class Pretrain:
     """How `fedgen pretrain` makes a backbone of the public examples."""
 
     size: Literal["tiny", "small", "large"] = "small"
-    """Of a network for pictures, as a language model keeps its own: tiny, to try things out; small,
-    minutes on a processor; large, an hour on an accelerator."""
+    """Of a network for pictures: tiny, to try things out; small, minutes on a processor; large, an
+    hour on an accelerator."""
+    config: str | None = None
+    """Shape of a new language model, whose tokenizer is that of `backbone.path`: a config.json, its
+    folder, a hub id, or a well-known name such as gpt2; none trains `backbone.path` on."""
     rounds: Count = 20
     """Checkpoints: the optimiser begins anew after each, and the learning rate falls to zero over
     them."""

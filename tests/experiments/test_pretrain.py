@@ -18,6 +18,7 @@ from fedgen_edge.data.corpus import Texts
 from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments import pretrain
 from fedgen_edge.experiments.build import build
+from fedgen_edge.tasks import backbones, outline
 from fedgen_edge.tasks.diffusion import Diffusion
 from fedgen_edge.tasks.folders import WEIGHTS
 
@@ -153,6 +154,55 @@ def test_text_is_trained_on_from_a_backbone_and_no_client_holds_it(tmp_path: Pat
     held = experiment.corpus.examples.texts
     assert len(held) == 30
     assert not {*held} & {*public.examples.texts}
+
+
+def new(settings: Settings, folder: Path) -> Settings:
+    """The same with a GPT-2 of two layers, 8 wide, that is made."""
+    shape = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    (folder / "config.json").write_text(json.dumps(shape))
+    return replace(settings, pretrain=replace(settings.pretrain, config=str(folder)))
+
+
+def test_text_has_a_new_model_of_a_configuration(tmp_path: Path) -> None:
+    settings = new(of_text(tmp_path), tmp_path)
+    start = AutoModelForCausalLM.from_pretrained(pretrain.planned(settings).backbone.path)
+    # 258 tokens of the tokenizer and 32 places; a layer: 12 d^2 + 13 d; the last norm: 2 d
+    assert start.num_parameters() == (258 + 32) * 8 + 2 * (12 * 8 * 8 + 13 * 8) + 2 * 8
+    assert (start.config.bos_token_id, start.config.eos_token_id) == (0, 1)
+    out = made(settings, tmp_path / "gpt2")
+    after = AutoModelForCausalLM.from_pretrained(out)
+    assert not torch.equal(start.lm_head.weight, after.lm_head.weight)
+    settings = replace(settings, backbone=replace(settings.backbone, path=str(out)))
+    assert {name.rpartition(".")[2] for name in build(settings).task.model.leaf_shapes()} == {
+        "lora_A",
+        "lora_B",
+    }
+
+
+def test_a_new_model_is_the_same_on_every_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, found = new(of_text(tmp_path), tmp_path), []
+    tokenizer = replace(settings.backbone, path=str(backbones.find(settings.backbone)))
+    for cache in ("one", "two"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
+        folder = outline.fresh(str(tmp_path), tokenizer)
+        found.append((folder.name, backbones.digest([folder / "model.safetensors"])))
+    assert found[0] == found[1]
+
+
+def test_a_new_model_needs_a_configuration_and_a_tokenizer(tmp_path: Path) -> None:
+    settings = of_text(tmp_path)
+    (tmp_path / "empty").mkdir()
+    empty = replace(settings.backbone, path=str(tmp_path / "empty"))
+    for wrong, said in (
+        (replace(settings, pretrain=replace(settings.pretrain, config="gpt5")),
+         "pretrain.config='gpt5' is no model that is known"),
+        (replace(new(settings, tmp_path), backbone=empty), "has no tokenizer for a new model"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=said):
+            pretrain.begin(wrong, tmp_path / "gpt2")
+    assert not [*tmp_path.glob("gpt2*")]
 
 
 def test_public_text_is_asked_for_with_its_share_and_its_labels(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A backbone trained on the public part of the data, by the same loop as a run.
 
-Pictures have one made from nothing; text is trained on from a backbone that is there. Either way it
-is full-model FedAvg with one client, so checkpoints and exact resume are those of a run.
+Pictures have one made from nothing; of text one that is there is trained on, or a new one. It is
+full-model FedAvg with one client, so checkpoints and exact resume are those of a run.
 """
 
 import json
@@ -31,6 +31,7 @@ from fedgen_edge.experiments.models import reopen
 from fedgen_edge.experiments.provenance import origin
 from fedgen_edge.experiments.records import locked
 from fedgen_edge.experiments.run import Event, create
+from fedgen_edge.tasks.outline import fresh
 from fedgen_edge.tasks.task import shape_learnt, untrained
 
 STAGE = "pretraining"
@@ -74,6 +75,8 @@ def planned(settings: Settings) -> Settings:
         shape = shape_learnt(settings, tuple(held.pixels.shape[1:]))
         folder = untrained(settings.task, p.size, shape, len(held.classes))
         backbone, public = replace(backbone, path=str(folder)), replace(public, names=held.classes)
+    elif p.config is not None:
+        backbone = replace(backbone, path=str(fresh(p.config, backbone)))
     return replace(
         settings,
         backbone=backbone,

@@ -4,6 +4,7 @@ On torch's meta device, or under fake tensors, it has every shape and no values:
 is outlined in a second. On a processor its weights are random.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,13 +18,15 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
+from fedgen_edge import files
 from fedgen_edge.adapters.lora import Lora, Site
 from fedgen_edge.config import Adapter, Backbone
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.seeds import seeded
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import adapt
 from fedgen_edge.tasks.attention import quicken
@@ -36,8 +39,12 @@ STRICT = (StrictDataclassError,)
 WAYS = "give a config.json, its folder, a hub id, or one of " + ", ".join(FAMILIES)
 
 
-def config_of(settings: Backbone) -> Any:
+def config_of(settings: Backbone, setting: str = "backbone.path") -> Any:
     """The configuration of a backbone; its weights are neither looked for nor read.
+
+    Args:
+        settings: where it is.
+        setting: that says so, by its dotted name.
 
     Raises:
         ConfigError: there is none, it is not one of transformers', or it is no causal language
@@ -45,22 +52,23 @@ def config_of(settings: Backbone) -> Any:
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    told = family(settings.path) or _written(_file(settings), settings.path)
+    said = f"{setting}={settings.path!r}"
+    told = family(settings.path) or _written(_file(settings, said), said)
     kind = told.get("model_type")
     try:
         config = made_of(told)
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, *STRICT) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"backbone.path={settings.path!r} has model_type={kind!r}, or values with it, that "
-            f"cannot be read ({reason}): {WAYS}"
+            f"{said} has model_type={kind!r}, or values with it, that cannot be read ({reason}): "
+            f"{WAYS}"
         ) from None
     made_for = [str(name) for name in told.get("architectures") or []]
     causal = not made_for or any("CausalLM" in n or "LMHead" in n for n in made_for)
     if type(config) not in AutoModelForCausalLM._model_mapping or not causal:
         raise ConfigError(
-            f"backbone.path={settings.path!r}, a {kind} for {made_for or 'other tasks'}, is no "
-            "causal language model: take another"
+            f"{said}, a {kind} for {made_for or 'other tasks'}, is no causal language model: take "
+            "another"
         )
     return config
 
@@ -70,10 +78,10 @@ def made_of(shape: Mapping[str, Any]) -> Any:
     return AutoConfig.for_model(**shape)
 
 
-def _file(settings: Backbone) -> Path:
+def _file(settings: Backbone, said: str) -> Path:
     path = Path(settings.path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"backbone.path={settings.path!r} has no config.json: {WAYS}")
+        raise ConfigError(f"{said} has no config.json: {WAYS}")
     if path.is_file() and path.suffix == ".json":
         return path
     if settings.path == "tiny" or settings.path.startswith("package:") or path.suffix == ".gguf":
@@ -81,26 +89,63 @@ def _file(settings: Backbone) -> Path:
     if path.is_dir():
         return path / "config.json"
     if "/" not in settings.path or path.is_absolute() or settings.path.startswith("."):
-        raise ConfigError(f"backbone.path={settings.path!r} is no model that is known: {WAYS}")
+        raise ConfigError(f"{said} is no model that is known: {WAYS}")
     try:
         return Path(hf_hub_download(settings.path, "config.json", revision=settings.revision))
     except (HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise ConfigError(
-            f"backbone.path={settings.path!r} was not found ({reason}): {WAYS}"
-        ) from None
+        raise ConfigError(f"{said} was not found ({reason}): {WAYS}") from None
 
 
-def _written(file: Path, path: str) -> Mapping[str, Any]:
+def _written(file: Path, said: str) -> Mapping[str, Any]:
     try:
         told = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigError(f"backbone.path={path!r}: {file} is no JSON ({error}): mend it") from None
+        raise ConfigError(f"{said}: {file} is no JSON ({error}): mend it") from None
     if not isinstance(told, dict) or "model_type" not in told:
-        raise ConfigError(
-            f"backbone.path={path!r}: {file} names no model_type, so it is no model's: {WAYS}"
-        )
+        raise ConfigError(f"{said}: {file} names no model_type, so it is no model's: {WAYS}")
     return told
+
+
+def fresh(path: str, backbone: Backbone) -> Path:
+    """The folder of a language model that has learnt nothing, equal on every machine.
+
+    Args:
+        path: of its configuration, as `fedgen plan` takes one; its vocabulary and its marks are
+            the tokenizer's, whatever it says.
+        backbone: whose tokenizer it has; that one's weights are not read.
+
+    Raises:
+        ConfigError: it is no causal language model's, or the backbone has no tokenizer.
+    """
+    config = config_of(Backbone(path=path), "pretrain.config")
+    folder = backbones.find(backbone)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"backbone.path={backbone.path!r} has no tokenizer for a new model ({reason}): give a "
+            "folder or a hub id with one"
+        ) from None
+    marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in MARKS}
+    config.update({"vocab_size": len(tokenizer), **marks})
+    read = [file for file in sorted(folder.iterdir()) if file.suffix in READ]
+    told = [config.to_json_string(use_diff=False), *map(files.digest, read)]
+    name = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+    return backbones.cached(f"fresh-{name}", partial(_write_fresh, config, tokenizer))
+
+
+MARKS = ("bos", "eos", "pad")
+READ = {".json", ".model", ".txt"}
+"""What a tokenizer's files end in."""
+
+
+def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
+    with seeded("fresh"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def layers(config: Any) -> int:
