@@ -19,7 +19,7 @@ from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, fin
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.measure import Measure
 from items import ROOT, Row
-from views import BEFORE, called, columns, divided, of, of_item, values
+from views import BEFORE, by_client, called, columns, divided, of, of_item, values
 
 FIGURES = ROOT / "docs" / "figures"
 CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}
@@ -98,6 +98,19 @@ def grid(item: Row, rows: Sequence[Row]) -> Figure:
     return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
 
 
+def clients(item: Row, rows: Sequence[Row]) -> Figure:
+    """What clients gain over what is varied, a line a division."""
+    figure, axes = figure_of()
+    variants = list(dict.fromkeys(row["variant"] for row in rows))
+    for (division, held), look in zip(by_client(item, rows).items(), _looks(), strict=False):
+        found = [[gain.mean for gain in held[variant]] for variant in variants]
+        _marked(axes, found, look, division, range(len(variants)))
+    axes.set_xticks(range(len(variants)), variants)
+    name = Measure(*rows[0]["measure"]).name
+    y = f"test {name} below {item['models'][0]}, mean of clients, %"
+    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", y)
+
+
 def convergence(item: Row, rows: Sequence[Row]) -> Figure:
     """Validation against rounds, bytes and seconds."""
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
@@ -161,6 +174,7 @@ def _whole(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
 
 
 VIEWS: dict[str, Callable[[Row, Sequence[Row]], Figure]] = {
+    "clients": clients,
     "convergence": convergence,
     "curve": curve,
     "drift": drift,

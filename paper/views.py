@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from fedgen_edge.experiments.gains import Gain
 from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
 from items import Row, tried, worded
@@ -441,6 +442,69 @@ def drift(item: Row, rows: Sequence[Row]) -> Lines:
     return [*tabled(heads, body), "", about]
 
 
+def clients(item: Row, rows: Sequence[Row]) -> Lines:
+    """A row a division and value: what each client has of the item's last model over its first.
+
+    The first model is that of the first division, whatever the others did before their last one.
+    """
+    first, last = item["models"][0], item["models"][-1]
+    name = called("pooled", rows[0])
+    heads = [
+        "",
+        item["axis"],
+        "chosen",
+        f"{first}: {name}",
+        f"{last}: {name}",
+        f"below {first}, mean of clients, %",
+        "clients that gain, %",
+        "that are hurt, %",
+    ]
+    body, told, base = [], [""], next(iter(divided(rows).values()))
+    for division, held in by_client(item, rows).items():
+        for variant, found in held.items():
+            start, own = of(base, variant), of(divided(rows)[division], variant)
+            cells = [
+                linked(spread(values(start, first, "pooled")), item, start),
+                linked(spread(values(own, last, "pooled")), item, own),
+                linked(between([gain.mean for gain in found]), item, own),
+                *(linked(spread([100 * share for share in shares]), item, own)
+                  for shares in ([g.gained for g in found], [g.lost for g in found])),
+            ]  # fmt: skip
+            chosen = f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
+            body.append([division, variant, chosen, *cells])
+        told.append(f"- {division}: {paying(held)}.")
+    return [*tabled(heads, body), *told]
+
+
+def by_client(item: Row, rows: Sequence[Row]) -> dict[str, dict[str, list[Gain]]]:
+    """By division and variant, a seed each, what clients have over the first division's model."""
+    held, (first, *_, last) = divided(rows), item["models"]
+    base = next(iter(held.values()))
+
+    def gain(ours: Row, theirs: Row) -> Gain:
+        each = gains(ours["test"][last]["each"], theirs["test"][first]["each"])
+        return Gain(last, first, newcomers=False, each={str(c): g for c, g in enumerate(each)})
+
+    return {
+        division: {
+            variant: list(map(gain, of(own, variant), of(base, variant)))
+            for variant in dict.fromkeys(row["variant"] for row in own)
+        }
+        for division, own in held.items()
+    }
+
+
+def paying(held: dict[str, list[Gain]]) -> str:
+    """Where the mean of the clients' gains is settled above zero, and where below."""
+    ends = {v: paired_interval([gain.mean for gain in found])[1:] for v, found in held.items()}
+    ways = {
+        "pays": [v for v, (low, _) in ends.items() if low > 0],
+        "costs": [v for v, (_, high) in ends.items() if high < 0],
+        "is not settled": [v for v, (low, high) in ends.items() if low <= 0 <= high],
+    }
+    return "; ".join(f"{way} with {', '.join(own)}" for way, own in ways.items() if own)
+
+
 BEFORE = 5
 """Rounds whose drift is told: one round's clients are few."""
 
@@ -466,6 +530,7 @@ def thirds(row: Row) -> list[float]:
 
 VIEWS: dict[str, View] = {
     "methods": each_division(methods),
+    "clients": clients,
     "convergence": each_division(convergence),
     "curve": each_division(curve),
     "grid": grid,

@@ -74,12 +74,12 @@ def test_an_item_that_repeats_another_says_whether_its_outcome_is_found_again() 
     models = ["global", "backbone"]
     here, there = item(models=models), item(models=models, name="first", records="first")
     # the backbone's 80 is 20 % below 100 and 100 % above 40, in every seed
-    again = views.repeated(here, rows([100] * 3, [90] * 3), there, rows([40] * 3, [60] * 3))
+    again = views.repeated(here, rows([100.0] * 3, [90.0] * 3), there, rows([40.0] * 3, [60.0] * 3))
     assert "- global: rank a, the best of `first`, is not the best here." in again
     assert "- backbone below global, with rank a, %: [-100.00 (-100.00 to -100.00)](" in again
     assert "first-small.jsonl#L1-L3) in `first`, [+20.00 (+20.00 to +20.00)](" in again
-    for own, holds in (([1, 2, 3], "is"), ([5, 1, 6], "may be")):
-        again = views.repeated(here, rows(own, [4, 3, 3]), there, rows([1] * 3, [2] * 3))
+    for own, holds in (([1.0, 2, 3], "is"), ([5.0, 1, 6], "may be")):
+        again = views.repeated(here, rows(own, [4, 3, 3]), there, rows([1.0] * 3, [2.0] * 3))
         assert f"- global: rank a, the best of `first`, {holds} the best here." in again
 
 
@@ -198,11 +198,60 @@ def test_a_grid_tells_how_much_of_what_a_backbone_lost_is_made_good() -> None:
     assert line.startswith("| far | [66.7](../paper/results/toy-small.jsonl#L7-L9) |")
 
 
+def tuned() -> list[dict[str, Any]]:
+    """Records of two divisions of two variants, with each of four clients' numbers."""
+    found = []
+    told = {"kept": ([90, 80, 100], 100), "always": ([90, 80, 110], 120)}
+    for division, (own, last) in told.items():
+        for line, (variant, seed) in enumerate((v, s) for v in "ab" for s in (0, 1, 2)):
+            each = [*own, last - seed * (division == "always")]
+            each = each if variant == "a" else [50 + seed] * 4
+            test = {
+                "global": {"pooled": 100.0, "word": 1.0, "each": [100, 100, 100, 100]},
+                "personal": {"pooled": 90.0, "word": 1.0, "each": each},
+            }
+            at = line + 1 if division == "kept" else line + 7
+            found.append(record(at, variant, seed, 1.0, division=division, test=test))
+    return found
+
+
+def test_clients_gains_are_told_and_who_is_hurt() -> None:
+    asked = item(table="clients", models=["global", "personal"])
+    table = views.table(asked, tuned())
+    link = "](../paper/results/toy-small.jsonl#L"
+    # gains of 10, 20, 0 and 0 %; and of 10, 20, -10 and -20, -19 or -18 %, whose means are 0, 0.25
+    # and 0.5: s = 0.25, so the interval reaches 4.3027 * 0.25 / 3^.5 = 0.62 to both sides
+    cells = f"[+7.50 (+7.50 to +7.50){link}1-L3) | [50.0{link}1-L3) | [0.00{link}1-L3) |"
+    assert f"| kept | a |  | [100.0{link}1-L3) | [90.0{link}1-L3) | {cells}" in table
+    cells = f"[+0.25 (-0.37 to +0.87){link}7-L9) | [50.0{link}7-L9) | [50.0{link}7-L9) |"
+    assert f"| always | a |  | [100.0{link}1-L3) | [90.0{link}7-L9) | {cells}" in table
+    # b gains 50, 49 and 48 %: 49, and 4.3027 / 3^.5 around it
+    assert "[+49.00 (+46.52 to +51.48)](" in table
+    assert "- kept: pays with a, b." in table
+    assert "- always: pays with b; is not settled with a." in table
+
+
+def test_what_costs_clients_is_told() -> None:
+    found = tuned()
+    for row in found[6:9]:
+        row["test"]["personal"]["each"] = [101 + row["seed"]] * 4
+    held = views.by_client(item(models=["global", "personal"]), found)
+    assert [gain.mean for gain in held["always"]["a"]] == pytest.approx([-1, -2, -3])
+    # the interval of -2 with s = 1 reaches 4.3027 / 3^.5 = 2.48 to both sides
+    assert views.paying(held["always"]) == "pays with b; is not settled with a"
+    for row in found[6:9]:
+        row["test"]["personal"]["each"] = [120 + row["seed"]] * 4
+    held = views.by_client(item(models=["global", "personal"]), found)
+    assert views.paying(held["always"]) == "pays with b; costs with a"
+
+
 @pytest.mark.parametrize("view", figures.VIEWS)
 def test_figures_name_their_lines_units_and_seeds(view: str) -> None:
-    asked = item(figure=view, rows=shown()[1:], models=["global", "backbone"])
-    svg = figures.drawn(asked, rows([40, 50, 60], [20, 30, 40]))
-    names = {"curve": ("global", "backbone", "perplexity per word"),
+    models = ["global", "personal" if view == "clients" else "backbone"]
+    asked = item(figure=view, rows=shown()[1:], models=models)
+    svg = figures.drawn(asked, tuned() if view == "clients" else rows([40, 50, 60], [20, 30, 40]))
+    names = {"clients": ("kept", "always", "perplexity below global, mean of clients, %"),
+             "curve": ("global", "backbone", "perplexity per word"),
              "convergence": ("A", "B", "perplexity per token", "sent by all clients"),
              "drift": ("A", "B", "cosine between clients"),
              "grid": ("A", "B", "perplexity per word")}  # fmt: skip

@@ -145,6 +145,9 @@ class Data:
     """Share of each client's examples for validation (where the source has no such split)."""
     test: Share = 0.1
     """Share of each client's examples for the test (where the source has no such split)."""
+    train_limit: Count | None = None
+    """Most training examples of a client, drawn from its own: a lower limit's are among them, and
+    what is held out stays the same. None is all."""
     split_seed: Whole = 0
     """Seeds which of a client's examples are held out; apart from federation.seed, so that
     several seeds of a natural client are tested on the same text."""

@@ -239,6 +239,22 @@ def test_what_is_held_out_of_natural_clients_does_not_go_by_the_runs_seed() -> N
     assert [own.test for own in again] != [own.test for own in one]
 
 
+def test_fewer_training_examples_leave_what_is_held_out_as_it_is() -> None:
+    told = config.Partition(by="iid", minimum=1)
+
+    def held(limit: int | None) -> list[Holding]:
+        data = config.Data(validation=0.1, test=0.2, train_limit=limit)
+        return partition(corpus_of(40), data, told, 2, seed=0)
+
+    # of 20 examples 2 and 4 are held out
+    few, more, whole = held(3), held(8), held(None)
+    counts = [{len(own.train) for own in each} for each in (few, more, whole)]
+    assert counts == [{3}, {8}, {14}]
+    for one, two, three in zip(few, more, whole, strict=True):
+        assert {*one.train} < {*two.train} < {*three.train}
+        assert (one.validation, one.test) == (three.validation, three.test)
+
+
 def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
     # Shares are all but 0 and 1; of such draws, only a topic for each gives each client 29.
     texts, kinds = two_topics(60)

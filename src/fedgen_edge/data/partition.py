@@ -247,7 +247,7 @@ def hold(name: str, examples: list[int], corpus: Corpus, data: config.Data) -> H
         if share and split not in corpus.fixed:
             cut = max(1, round(share * count))
             held[split], rest = rest[:cut], rest[cut:]
-    held["train"] = rest
+    held["train"] = rest[: data.train_limit]
     for split, share in {"train": 1.0, **shares}.items():
         if share and not held[split]:
             raise DataError(

@@ -63,7 +63,8 @@ def begin(settings: Settings, out: Path) -> Experiment:
 
 def planned(settings: Settings) -> Settings:
     """The settings of the run that makes the backbone of these."""
-    public = replace(settings.data, part="public", validation=HELD_OUT, test=HELD_OUT)
+    shares = {"validation": HELD_OUT, "test": HELD_OUT, "train_limit": None}
+    public = replace(settings.data, part="public", **shares)
     held, p, backbone = sources.read(public).examples, settings.pretrain, settings.backbone
     if isinstance(held, Images) == (settings.task == "language"):
         kind = "text" if isinstance(held, Texts) else "pictures"
