@@ -482,8 +482,9 @@ def by_client(item: Row, rows: Sequence[Row]) -> dict[str, dict[str, list[Gain]]
     base = next(iter(held.values()))
 
     def gain(ours: Row, theirs: Row) -> Gain:
-        each = gains(ours["test"][last]["each"], theirs["test"][first]["each"])
-        return Gain(last, first, newcomers=False, each={str(c): g for c, g in enumerate(each)})
+        found = enumerate(gains(ours["test"][last]["each"], theirs["test"][first]["each"]))
+        least = sorted(found, key=lambda client: client[1])
+        return Gain(last, first, newcomers=False, each={str(c): gain for c, gain in least})
 
     return {
         division: {

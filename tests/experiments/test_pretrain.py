@@ -198,6 +198,10 @@ def test_a_new_model_needs_a_configuration_and_a_tokenizer(tmp_path: Path) -> No
     for wrong, said in (
         (replace(settings, pretrain=replace(settings.pretrain, config="gpt5")),
          "pretrain.config='gpt5' is no model that is known"),
+        (replace(settings, pretrain=replace(settings.pretrain, config="shapes/none.json")),
+         "pretrain.config='shapes/none.json': .* No such file"),
+        (replace(SETTINGS, pretrain=replace(SETTINGS.pretrain, config="gpt2")),
+         "pretrain.config='gpt2' is of a language model"),
         (replace(new(settings, tmp_path), backbone=empty), "has no tokenizer for a new model"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):

@@ -72,6 +72,11 @@ def planned(settings: Settings) -> Settings:
             f"data.source={settings.data.source!r} has {kind}, which task={settings.task!r} does "
             "not learn: set the one, or the other"
         )
+    if isinstance(held, Images) and p.config is not None:
+        raise ConfigError(
+            f"pretrain.config={p.config!r} is of a language model, and task={settings.task!r} has "
+            "networks of its own: leave it out, and set pretrain.size"
+        )
     if isinstance(held, Images):
         shape = shape_learnt(settings, tuple(held.pixels.shape[1:]))
         folder = untrained(settings.task, p.size, shape, len(held.classes))

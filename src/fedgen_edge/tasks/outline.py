@@ -82,7 +82,7 @@ def _file(settings: Backbone, said: str) -> Path:
     path = Path(settings.path)
     if path.is_dir() and not (path / "config.json").is_file():
         raise ConfigError(f"{said} has no config.json: {WAYS}")
-    if path.is_file() and path.suffix == ".json":
+    if path.suffix == ".json" and not path.is_dir():
         return path
     if settings.path == "tiny" or settings.path.startswith("package:") or path.suffix == ".gguf":
         return backbones.find(settings) / "config.json"
