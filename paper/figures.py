@@ -107,7 +107,7 @@ def clients(item: Row, rows: Sequence[Row]) -> Figure:
         _marked(axes, found, look, division, range(len(variants)))
     axes.set_xticks(range(len(variants)), variants)
     name = Measure(*rows[0]["measure"]).name
-    y = f"test {name} below {item['models'][0]}, mean of clients, %"
+    y = f"test {name} below {item['models'][0]}, %"
     return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", y)
 
 

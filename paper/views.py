@@ -473,7 +473,7 @@ def clients(item: Row, rows: Sequence[Row]) -> Lines:
             chosen = f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
             body.append([division, variant, chosen, *cells])
         told.append(f"- {division}: {paying(held)}.")
-    return [*tabled(heads, body), *told]
+    return ["", *tabled(heads, body), *told]
 
 
 def by_client(item: Row, rows: Sequence[Row]) -> dict[str, dict[str, list[Gain]]]:

@@ -250,7 +250,7 @@ def test_figures_name_their_lines_units_and_seeds(view: str) -> None:
     models = ["global", "personal" if view == "clients" else "backbone"]
     asked = item(figure=view, rows=shown()[1:], models=models)
     svg = figures.drawn(asked, tuned() if view == "clients" else rows([40, 50, 60], [20, 30, 40]))
-    names = {"clients": ("kept", "always", "perplexity below global, mean of clients, %"),
+    names = {"clients": ("kept", "always", "test perplexity below global, %"),
              "curve": ("global", "backbone", "perplexity per word"),
              "convergence": ("A", "B", "perplexity per token", "sent by all clients"),
              "drift": ("A", "B", "cosine between clients"),
