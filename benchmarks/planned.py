@@ -2,8 +2,8 @@
 
     python benchmarks/planned.py --data ../shared/data --out benchmarks/results/planned-2-cores.json
 
-First this machine is calibrated, as `fedgen plan --calibrate` does; none of the models timed here is
-one that it times. Then, for each model and each type of arithmetic, the same step is counted
+First this machine is calibrated, as `fedgen plan --calibrate` does; none of the models timed here
+is one that it times. Then, for each model and each type of arithmetic, the same step is counted
 without values, and done with random ones. Bytes are those by which a fresh process grows while it
 trains (`tests/planning/grown.py`), beside the frozen weights.
 """
@@ -37,7 +37,9 @@ CPU = torch.device("cpu")
 
 def main() -> None:
     """Measure, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="a folder with stories260K in it")
     parser.add_argument("--out", type=Path, required=True)
     told = parser.parse_args()
