@@ -171,7 +171,8 @@ def planned() -> str:
     )
     about = (
         "Tokens of the step that is timed, and of the one whose bytes are taken: "
-        f"{', '.join(steps)}. {told['hardware']}, {told['threads']} threads, torch {told['torch']}, load before "
+        f"{', '.join(steps)}. {told['hardware']}, {told['threads']} threads, "
+        f"torch {told['torch']}, load before "
         f"{told['load_before']:.1f}."
     )
     return "\n".join([*rows, "", about])
