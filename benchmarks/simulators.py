@@ -25,6 +25,8 @@ tuning a language model loads the backbone in each call: that is measured too, o
 count. `fedgen run` does all that it does besides: bytes, records, commits, the test of every
 client, the report; of personalisation there is none.
 
+`importing` is the seconds of a process that imports what all of them use, and does nothing.
+
 Perplexity is that of the last global adapter on all clients' test blocks, by one program for all.
 The others' blocks have one label fewer than ours, as their loss shifts within a block, and
 documents in them see each other.
@@ -78,6 +80,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 OURS = "fedgen run"
 LIBRARIES = ["torch", "transformers", "peft", "accelerate", "flwr", "ray", "blazefl", "fedgen-edge"]
+IMPORTING = "import peft, torch, transformers.models.llama.modeling_llama"
 Runs = dict[str, list[dict[str, float]]]
 """Of each way its runs: seconds of the process and of its rounds, perplexity, load before."""
 
@@ -208,6 +211,12 @@ def measured(
     return found
 
 
+def importing(repeats: int) -> float:
+    """Seconds of a process that imports the libraries, at the median."""
+    command = [sys.executable, "-c", IMPORTING]
+    return statistics.median(timed(command, Path(os.devnull)) for _ in range(repeats))
+
+
 def versions(python: str) -> dict[str, str]:
     """Of what an environment has."""
     ask = (
@@ -270,6 +279,7 @@ def main() -> None:
         "seed": federation.seed,
         "perplexity_of_backbone": round(perplexity(experiment, None), 3),
         **summary(runs),
+        "importing": round(importing(told.repeats), 2),
         "all_runs": runs,
     }
     print(json.dumps(result, indent=1))

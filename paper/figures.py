@@ -83,7 +83,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Figure:
             _marked(axes, found, next(looks), label, joined)
     axes.set_xticks(range(len(variants)), variants)
     name = called(item["measures"][0], rows[0])
-    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
+    return _whole(figure, axes, f"{item['axis']}\n({_seeds(item)})", f"test {name}")
 
 
 def grid(item: Row, rows: Sequence[Row]) -> Figure:
@@ -95,7 +95,7 @@ def grid(item: Row, rows: Sequence[Row]) -> Figure:
         _marked(axes, found, look, one.name, range(len(held)))
     axes.set_xticks(range(len(held)), list(held))
     name = called(measure, rows[0])
-    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", f"test {name}")
+    return _whole(figure, axes, f"{item['axis']}\n({_seeds(item)})", f"test {name}")
 
 
 def clients(item: Row, rows: Sequence[Row]) -> Figure:

@@ -37,6 +37,15 @@ def _benchmarks(kind: str) -> dict[str, Any]:
     return {p.stem.removeprefix(f"{kind}-"): json.loads(p.read_text()) for p in paths}
 
 
+def _columns(found: dict[str, Any], rows: dict[str, Callable[[Any], object]]) -> list[str]:
+    """A column a result, a row a number of it."""
+    out = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    return out + [
+        f"| {name} | {' | '.join(str(get(r)) for r in found.values())} |"
+        for name, get in rows.items()
+    ]
+
+
 def speed() -> str:
     """The benchmark's ratios, a column a backbone."""
     found = _benchmarks("speed")
@@ -55,11 +64,7 @@ def speed() -> str:
             for case in next(iter(found.values()))["tokens_per_second"]
         },
     }
-    out = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
-    out += [
-        f"| {n} | {' | '.join(str(get(r)) for r in found.values())} |" for n, get in rows.items()
-    ]
-    return "\n".join(out)
+    return "\n".join(_columns(found, rows))
 
 
 def compiled() -> str:
@@ -71,11 +76,7 @@ def compiled() -> str:
         "compiled over stacked": lambda r: r["compiled_over_stacked"],
         "seconds of compiling": lambda r: r["processor_seconds_of_compiling"],
     }
-    out = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
-    out += [
-        f"| {n} | {' | '.join(str(get(r)) for r in found.values())} |" for n, get in rows.items()
-    ]
-    return "\n".join(out)
+    return "\n".join(_columns(found, rows))
 
 
 def peak() -> str:
@@ -88,8 +89,7 @@ def peak() -> str:
         "measured peak, bf16, GFLOP/s": lambda r: f"{r['peak_gigaflops']:.0f}",
         "share of it, 4 N FLOPs a token": lambda r: f"{100 * r['share_of_peak']:.0f} %",
     }
-    out = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
-    out += [f"| {n} | {' | '.join(get(r) for r in found.values())} |" for n, get in rows.items()]
+    out = _columns(found, rows)
     for kind in next(iter(found.values()))["time_by_kind"]:
         shares = (f"{100 * told['time_by_kind'].get(kind, 0):.1f} %" for told in found.values())
         out.append(f"| time in {kind} | {' | '.join(shares)} |")
@@ -129,6 +129,12 @@ def simulators() -> str:
             f"{told['hardware']}, load before runs {min(loads)} to "
             f"{max(loads)}; the backbone's perplexity is {told['perplexity_of_backbone']:.2f}."
         )
+        if "importing" in told:
+            fifth = whole["fedgen run"] * told["flower_over_ours"] / 5
+            about[-1] += (
+                f" A fifth of Flower's time is {fifth:.1f} s: to import the libraries takes "
+                f"{told['importing']:.1f} s, and our rounds {told['rounds']['fedgen run']:.1f} s."
+            )
     return "\n".join([*rows, "", *about])
 
 
@@ -141,6 +147,35 @@ def overhead() -> str:
         out.append(f"| {part} | {own} |")
     shares = " | ".join(f"{100 * told['overhead']:.1f} %" for told in found.values())
     return "\n".join([*out, f"| not training, without validation | {shares} |"])
+
+
+def planned() -> str:
+    """What `fedgen plan` says of a step beside what it took, a row a model and type."""
+    heads = "seconds said | taken | said / taken | MB said | grown by | said / grown by"
+    rows = [f"| model | arithmetic | {heads} |", "|---" * 8 + "|"]
+    (told,) = _benchmarks("planned").values()
+    for name, kinds in told["models"].items():
+        for kind, r in kinds.items():
+            cells = (
+                f"{r['seconds_said']:.4f}",
+                f"{r['seconds']:.4f}",
+                f"{r['seconds_said'] / r['seconds']:.2f}",
+                f"{r['bytes_said'] / 1e6:.0f}",
+                f"{r['bytes'] / 1e6:.0f}",
+                f"{r['bytes_said'] / r['bytes']:.2f}",
+            )
+            rows.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    steps = (
+        f"{name} {r['rows']} x {r['length']} and {r['rows_for_bytes']} x {r['length_for_bytes']}"
+        for name, r in ((name, kinds["float32"]) for name, kinds in told["models"].items())
+    )
+    about = (
+        "Tokens of the step that is timed, and of the one whose bytes are taken: "
+        f"{', '.join(steps)}. {told['hardware']}, {told['threads']} threads, "
+        f"torch {told['torch']}, load before "
+        f"{told['load_before']:.1f}."
+    )
+    return "\n".join([*rows, "", about])
 
 
 def network() -> str:
@@ -240,6 +275,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "memory": memory,
     "simulators": simulators,
     "overhead": overhead,
+    "planned": planned,
     "network": network,
     "codes": codes,
     "settings": settings,

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fedgen_edge.adapters import lora
 from fedgen_edge.algorithms.factors import Pair, pairs
 from fedgen_edge.algorithms.laws import Laws
+from fedgen_edge.algorithms.merge import in_common
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.algorithms.share import nothing
 from fedgen_edge.config import Method
@@ -191,6 +192,33 @@ def test_to_have_nothing_is_an_error_where_clients_are_weighed(name: str) -> Non
     else:
         others = after(name, state, cohort(name, state, Case()))
         assert gap(after(name, state, updates), others) == 0
+
+
+SUMMED = [name for name in MERGING if made(name).sums]
+
+
+@each
+@given(case=cases)
+@pytest.mark.parametrize("name", SUMMED)
+def test_means_of_those_alike_stand_for_each_of_them(name: str, case: Case) -> None:
+    state, summed = begun(name, case.seed, case.rounds), made(name).sums
+    assert summed
+    steps = (2, 5, 2)
+    updates = [
+        replace(u, weight=u.weight or 3.0, steps=steps[i])
+        for i, u in enumerate(cohort(name, state, case))
+    ]
+    parted = [updates[i] for i in case.order]
+    workers = (parted[:2], parted[2:]) if case.which else (parted, [])
+    common = [u for own in workers for u in in_common(own, summed)]
+    assert gap(seen(after(name, state, common)), seen(after(name, state, updates))) < NEAR
+    for one, other in zip(common, parted, strict=True):
+        assert one == replace(other, delta=one.delta, moved=one.moved)
+
+
+def test_rules_that_are_sums_are_summed_but_where_rounds_or_versions_differ() -> None:
+    # IFCA's first round looks at every change, and fedbuff's cohorts are no worker's
+    assert {*SUMMED} == {*declared("sums", True)} - {"ifca"}
 
 
 # --- the suite itself

@@ -128,7 +128,7 @@ def test_whole_models_which_no_stack_holds_are_trained_one_by_one(fleet: Fleet) 
     assert same(found.state.adapter, expected.state.adapter)
 
 
-@pytest.mark.parametrize("name", ["fedgen-edge", "fedadam", "fedper"])
+@pytest.mark.parametrize("name", ["fedgen-edge", "fedadam", "fedper", "scaffold"])
 def test_with_sums_rounds_end_as_without(fleet: Fleet, name: str) -> None:
     task = make("language")
     expected, memory = run(task, name, stacked(2))

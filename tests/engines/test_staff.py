@@ -1,6 +1,7 @@
 """How work is shared out among workers, and what travels; without any."""
 
 import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -12,7 +13,7 @@ from torch.optim import SGD
 
 from conftest import Line, line_shard
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.merge import in_common, mean
+from fedgen_edge.algorithms.merge import Summed, in_common, mean
 from fedgen_edge.client import Patience, Recipe
 from fedgen_edge.data.batches import Budget
 from fedgen_edge.engines.staff import asked, dealt, done, heard
@@ -93,7 +94,7 @@ def update(client: int, weight: float, change: float) -> Update:
 def test_a_mean_in_each_ones_place_leaves_the_mean_and_tells_who_moved_how_far() -> None:
     some, other = [update(0, 1.0, 1.0), update(1, 3.0, 3.0)], [update(2, 4.0, -10.0)]
     # of the first two (1 + 9) / 4 = 2.5; of all (1 + 9 - 40) / 8 = -3.75
-    found = [*in_common(some), *in_common(other)]
+    found = [*in_common(some, Summed()), *in_common(other, Summed())]
     assert [float(u.delta["w"][0]) for u in found] == [2.5, 2.5, -10.0]
     assert [u.moved for u in found] == [1.0, 3.0, 10.0]
     assert mean({}, found)["w"].tolist() == mean({}, [*some, *other])["w"].tolist() == [-3.75, 0.0]
@@ -105,17 +106,18 @@ def test_with_sums_a_worker_sends_one_change_for_all_its_clients() -> None:
     job = trains()
     work, adapters = asked("any", job, [given], stacked=True, sums=True)
 
-    class Large:
+    class Large(Train):
         """The job, whose clients' changes have many values."""
 
-        def __call__(self, asked: list[Order], *, stacked: bool) -> list[Update]:
+        def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Update]:
             wide = torch.ones(size)
-            return [
-                replace(u, delta={"w": wide * u.delta["w"]}) for u in job(asked, stacked=stacked)
-            ]
+            found = super().__call__(orders, stacked=stacked)
+            return [replace(u, delta={"w": wide * u.delta["w"]}) for u in found]
+
+    large = Large(job.clients, job.budget, job.recipe)
 
     def sent(sums: bool) -> int:
-        said = done(lambda *_: Large(), work._replace(sums=sums), [encode(a) for a in adapters])  # pyright: ignore[reportArgumentType]
+        said = done(lambda *_: large, work._replace(sums=sums), [encode(a) for a in adapters])
         return len(pickle.dumps(said))
 
     one = 4 * size

@@ -52,7 +52,7 @@ def test_what_is_of_workers_is_refused_where_there_are_none(
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("method", ["flexlora", "fedbuff", "fednova"])
+@pytest.mark.parametrize("method", ["flexlora", "fedbuff", "ifca"])
 def test_sums_are_refused_to_a_method_that_needs_more(method: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"method.name='{method}' .*engine.sums=true: leave"):
         create(told({"name": "ray", "sums": True}, method), tmp_path / "run")

@@ -31,10 +31,11 @@ def train(settings: Settings, task: Language, work: Work) -> None:
         pass
 
 
-def main(rows: int, length: int, clients: int, again: int) -> int:
+def main(rows: int, length: int, clients: int, again: int, kind: str = "float32") -> int:
     torch.set_num_threads(1)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     settings = from_table({"adapter": {"rank": 4}})
-    task = outlined(made_of(json.load(sys.stdin)), settings.adapter, torch.float32)
+    task = outlined(made_of(json.load(sys.stdin)), settings.adapter, dtype)
     task = checkpointed(task) if again else task
     train(settings, task, Work(1, 8, min(clients, 1), bool(again)))  # what libraries keep
     gc.collect()
@@ -46,4 +47,4 @@ def main(rows: int, length: int, clients: int, again: int) -> int:
 
 
 if __name__ == "__main__":
-    print(main(*map(int, sys.argv[1:])))
+    print(main(*map(int, sys.argv[1:5]), *sys.argv[5:]))

@@ -48,6 +48,8 @@ class Algorithm:
     tells: Tells = tell.nothing
     learns: Learns = tell.nothing_learnt
     merges: Merges = merge.mean
+    summed: merge.Summed | None = None
+    """How workers may sum for a rule of its own; none is not at all."""
     steps: Steps = step.add
     groups: Groups = share.each_alone
     adapts: Literal["lora", "full"] = "lora"
@@ -73,9 +75,11 @@ class Algorithm:
         return self.groups is not share.each_alone
 
     @property
-    def averages(self) -> bool:
-        """Whether the server needs no more of a cohort's changes than their mean by examples."""
-        return self.merges is merge.mean and not self.buffer
+    def sums(self) -> merge.Summed | None:
+        """How one change may stand for those of many clients; none where the server needs each."""
+        if self.buffer:
+            return None
+        return merge.Summed() if self.merges is merge.mean else self.summed
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""

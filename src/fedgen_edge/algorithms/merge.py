@@ -1,12 +1,28 @@
 """Slots that make one change of many updates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from operator import attrgetter
+from typing import NamedTuple
 
 import torch
 
 from fedgen_edge import leaves
 from fedgen_edge.types import AVERAGE, Leaves, Update
+
+
+def anyone(update: Update) -> Hashable:
+    """Every client is like every other."""
+    del update
+
+
+class Summed(NamedTuple):
+    """How one change stands for those of many clients, in a rule that is a sum over them."""
+
+    alike: Callable[[Update], Hashable] = anyone
+    """What clients have in common whose mean stands for each of them."""
+    weight: Callable[[Update], float] = attrgetter("weight")
+    """What each counts in that mean."""
 
 
 def mean(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
@@ -20,14 +36,22 @@ def mean(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     return leaves.mean([u.delta for u in updates], weights)
 
 
-def in_common(updates: Sequence[Update]) -> list[Update]:
-    """The same, each with their mean in its own change's place: `mean` makes the same of them.
+def in_common(updates: Sequence[Update], summed: Summed) -> list[Update]:
+    """The same, each with the mean of those alike in its own change's place: sums are the same.
 
     So of many clients one change is enough, whoever else there is. What each moved by is noted.
     """
-    common = mean({}, updates)
+    groups: dict[Hashable, list[Update]] = {}
+    for update in updates:
+        groups.setdefault(summed.alike(update), []).append(update)
+    means = {}
+    for kind, own in groups.items():
+        weights = torch.tensor([summed.weight(u) for u in own], dtype=torch.float64)
+        means[kind] = leaves.mean([u.delta for u in own], weights)
     return [
-        replace(u, delta=common, moved=float(leaves.norm(u.delta)) if u.delta else 0.0)
+        replace(
+            u, delta=means[summed.alike(u)], moved=float(leaves.norm(u.delta)) if u.delta else 0.0
+        )
         for u in updates
     ]
 

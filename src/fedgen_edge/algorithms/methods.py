@@ -8,6 +8,7 @@ to this table.
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from operator import attrgetter
 from typing import NamedTuple
 
 from torch import Tensor
@@ -27,7 +28,7 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.beside import Beside
 from fedgen_edge.algorithms.correct import proximal, towards_shared
 from fedgen_edge.algorithms.laws import Laws
-from fedgen_edge.algorithms.merge import by_agreement, by_steps
+from fedgen_edge.algorithms.merge import Summed, by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Adapter, Method, Settings
 from fedgen_edge.errors import ConfigError
@@ -116,7 +117,9 @@ METHODS: dict[str, Entry] = {
     ),
     "rbla": Entry(
         "clients of any ranks, each term's mean over those that hold it (arXiv:2408.08699)",
-        lambda _: Algorithm(merges=unequal.over_holders),
+        lambda _: Algorithm(
+            merges=unequal.over_holders, summed=Summed(alike=attrgetter("order.rank"))
+        ),
         unequal=True,
         needs=needs.whole_start,
     ),
@@ -155,6 +158,7 @@ METHODS: dict[str, Entry] = {
             trains=bases.trains,
             sends=bases.sends,
             merges=bases.merges,
+            summed=Summed(),
         ),
         needs=needs.bases,
         laws=Laws(splits=True, exact=True),
@@ -170,6 +174,7 @@ METHODS: dict[str, Entry] = {
             tells=variates.tells,
             learns=variates.learns,
             merges=variates.merges,
+            summed=Summed(alike=attrgetter("steps"), weight=lambda _: 1.0),
             steps=variates.steps,
         ),
         needs=needs.plain_sgd,
@@ -197,7 +202,7 @@ METHODS: dict[str, Entry] = {
     ),
     "fednova": Entry(
         "each client's change counts by step, whatever its number of steps (arXiv:2007.07481)",
-        lambda _: Algorithm(merges=by_steps),
+        lambda _: Algorithm(merges=by_steps, summed=Summed(alike=attrgetter("steps"))),
     ),
     "fedbuff": Entry(
         "a commit for every few updates, whoever sends them, and no rounds (arXiv:2106.06639)",

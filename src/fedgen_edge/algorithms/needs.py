@@ -100,13 +100,10 @@ def epochs(algorithm: Algorithm, settings: Settings) -> str | None:
 
 
 def sums(algorithm: Algorithm, settings: Settings) -> str | None:
-    """What workers add up is a mean by examples."""
-    if algorithm.averages or settings.engine.name != "ray" or not settings.engine.sums:
+    """Workers add up what the server would."""
+    if algorithm.sums or settings.engine.name != "ray" or not settings.engine.sums:
         return None
-    return (
-        "needs more than the mean of clients' changes, and cannot with engine.sums=true: leave it "
-        "out"
-    )
+    return "needs each client's change by itself, and cannot with engine.sums=true: leave it out"
 
 
 Need = Callable[[Algorithm, Settings], str | None]

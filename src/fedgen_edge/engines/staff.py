@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
+from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.merge import in_common
 from fedgen_edge.jobs import Engine, Job, Train, Tuned
 from fedgen_edge.personal import Personalise
@@ -75,8 +76,8 @@ def done(jobs: Jobs, work: Work, received: Sequence[bytes]) -> list[list[Said]]:
         job([replace(order, received=adapters[at]) for order, at in stack], stacked=work.stacked)
         for stack in work.stacks
     ]
-    if work.sums and work.kind is Train:
-        found = _in_common(found)
+    if work.sums and isinstance(job, Train):
+        found = _in_common(found, job.clients.algorithm)
     payloads: dict[int, bytes] = {}
     return [[_said(result, payloads) for result in results] for results in found]
 
@@ -137,6 +138,7 @@ def _said(result: Update | Tuned, payloads: dict[int, bytes]) -> Said:
     return Said(clients, bare, {k: payloads[id(v)] for k, v in found.items()})
 
 
-def _in_common(found: list[list]) -> list[list]:
-    updates = iter(in_common([update for results in found for update in results]))
+def _in_common(found: list[list], algorithm: Algorithm) -> list[list]:
+    assert algorithm.sums, "sums are asked of methods that have some"
+    updates = iter(in_common([u for results in found for u in results], algorithm.sums))
     return [[next(updates) for _ in results] for results in found]

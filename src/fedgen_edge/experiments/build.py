@@ -82,7 +82,7 @@ class Experiment:
         """The engine of the settings; a method whose leaves cannot be stacked runs serially."""
         settings, able = self.settings.engine, self.task.model.stackable
         if self.staff:
-            sums = settings.sums and self.algorithm.averages
+            sums = settings.sums and self.algorithm.sums is not None
             stack = (settings.stack or 1) if able else None
             return self.staff.engine(self.settings.method.name, stack, sums=sums)
         if settings.name == "serial" or not able:
