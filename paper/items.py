@@ -37,7 +37,8 @@ KEYS = {
     "paths",
     "overrides": "settings of all runs",
     "divisions": "settings of the data's division, each of which all variants have",
-    "tuning": "a seed, a division, and the trials of each variant",
+    "tuning": "a seed, a division, the trials of each variant, and the tunings that are tried "
+    "after them where clients tune",
     "table": "a view of views.py",
     "figure": "a view of figures.py",
     "models": "the run's models that are shown, where variants are values of something",
@@ -48,8 +49,12 @@ KEYS = {
     "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
 }
 """What an item's file may say, and each [scale.NAME] over it."""
-TRIAL = {"personal": {"epochs": 0}, "evaluation": {"test_blocks": 1}}
+TRIAL = {"evaluation": {"test_blocks": 1}}
 """Trials are judged by validation alone."""
+LISTS = ("trials", "tunings")
+"""Of what is tried, in a variant or for all of them."""
+SHARED = {"personal": {"epochs": 0}}
+"""Most of them by the shared model's, so that nothing is tuned."""
 MADE = "made:"
 """Begins the path of a backbone that is made first, by its name in the item's `backbones`."""
 Row = dict[str, Any]
@@ -179,25 +184,41 @@ def cases(claim: Row, chosen: Mapping[str, Row]) -> Iterator[Case]:
 
 def trials(claim: Row) -> Iterator[Case]:
     """What each variant tries, on the division that is named, or the first."""
-    if "tuning" not in claim:
-        return
-    told, divisions = claim["tuning"], claim.get("divisions", {"": {}})
-    division = told.get("division", next(iter(divisions)))
     for variant in claim["variants"]:
         for trial in tried(claim, variant):
-            overrides = merged(divisions[division], settled(claim, variant), trial)
-            yield Case(division, variant, told["seed"], overrides, trial)
+            yield _trial(claim, variant, {}, trial)
 
 
-def tried(claim: Row, variant: str) -> list[Row]:
-    """A variant's own list of trials, or all variants'."""
-    own, common = claim["variants"][variant].get("trials"), claim["tuning"].get("trials")
+def tunings(claim: Row, chosen: Mapping[str, Row]) -> Iterator[Case]:
+    """What each variant whose clients tune tries of that, with what its trials chose."""
+    for variant in claim["variants"]:
+        for trial in tried(claim, variant, "tunings"):
+            case = _trial(claim, variant, chosen.get(variant, {}), trial)
+            if settings_of(claim, case).personal.epochs:
+                yield case
+
+
+def _trial(claim: Row, variant: str, chosen: Row, trial: Row) -> Case:
+    told, divisions = claim["tuning"], claim.get("divisions", {"": {}})
+    division = told.get("division", next(iter(divisions)))
+    overrides = merged(divisions[division], settled(claim, variant), chosen, trial)
+    return Case(division, variant, told["seed"], overrides, trial)
+
+
+def tunes(trial: Row) -> bool:
+    """Whether it tries how clients tune, which their own models' validation judges."""
+    return trial.keys() == {"personal"}
+
+
+def tried(claim: Row, variant: str, what: str = "trials") -> list[Row]:
+    """A variant's own list of trials, or of tunings, or all variants'."""
+    own, common = claim["variants"][variant].get(what), claim.get("tuning", {}).get(what)
     return own or common or []
 
 
 def settled(claim: Row, variant: str) -> Row:
     """What a variant overrides, whatever its trials say."""
-    return {part: told for part, told in claim["variants"][variant].items() if part != "trials"}
+    return {part: told for part, told in claim["variants"][variant].items() if part not in LISTS}
 
 
 def best(rows: Sequence[Row]) -> dict[str, Row]:
@@ -249,7 +270,9 @@ def settings_of(item: Row, case: Case, at: Places | None = None) -> Settings:
         at: where its data and backbones are; none leaves paths as the item says, and has a digest
             for a backbone that is made.
     """
-    extra = TRIAL if case.trial is not None else {}
+    extra = {}
+    if case.trial is not None:
+        extra = TRIAL if tunes(case.trial) else merged(TRIAL, SHARED)
     settings = _placed(item, merged(item.get("overrides", {}), case.overrides, extra), at)
     settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
     if case.trial is not None and settings.judging.features:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments.records import lines, write_lines
-from items import ROOT, Case, Row, best, cases, digest, key_of, trials
+from items import ROOT, Case, Row, best, cases, digest, key_of, merged, trials, tunings
 
 RESULTS = ROOT / "paper" / "results"
 
@@ -32,15 +32,27 @@ def add(item: Row, row: Row, results: Path = RESULTS) -> None:
     """Keep a record, in the place that the item's file gives it; in one step."""
     path = path_of(item, results)
     rows = {**_by_key(path), _row_key(row): row}
-    order = [_key(case) for case in (*cases(item, {}), *trials(item))]
+    order = _known(item)
     known = {key: rows[key] for key in order if key in rows}
     write_lines(path, {**known, **rows}.values())  # others are of a file that was changed since
 
 
-def chosen(item: Row, results: Path = RESULTS) -> dict[str, Row]:
-    """What each variant's trials chose."""
+def shared(item: Row, results: Path = RESULTS) -> dict[str, Row]:
+    """What each variant's trials chose by the shared model."""
     rows = _by_key(path_of(item, results))
     return best([rows[_key(case)] for case in trials(item)])
+
+
+def chosen(item: Row, results: Path = RESULTS) -> dict[str, Row]:
+    """What each variant's trials chose, those of tuning too."""
+    rows, first = _by_key(path_of(item, results)), shared(item, results)
+    then = best([rows[_key(case)] for case in tunings(item, first)])
+    return {variant: merged(own, then.get(variant, {})) for variant, own in first.items()}
+
+
+def _known(item: Row) -> list[str]:
+    """Keys of all that an item's file asks for, in its order."""
+    return [_key(case) for case in (*cases(item, {}), *trials(item), *tunings(item, {}))]
 
 
 def whole(item: Row, results: Path = RESULTS) -> list[Row]:
@@ -54,9 +66,9 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
     path = path_of(item, results)
     if not path.exists():
         raise FileNotFoundError(path)
-    for planned in (trials(item), _cases(item, results)):
-        _check(item, planned, path)
-    known = {_key(case) for case in (*cases(item, {}), *trials(item))}
+    for planned in (_trials, _tunings, _cases):
+        _check(item, planned(item, results), path)
+    known = {*_known(item)}
     rows = [{**row, "line": number} for number, row in enumerate(lines(path), 1)]
     for row in rows:
         if _row_key(row) not in known:
@@ -64,6 +76,15 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
                 f"{path.name}, line {row['line']}: the item's file has no {_row_key(row)} any more"
             )
     return [row for row in rows if "trial" not in row]
+
+
+def _trials(item: Row, results: Path) -> Iterator[Case]:
+    del results
+    yield from trials(item)
+
+
+def _tunings(item: Row, results: Path) -> Iterator[Case]:
+    yield from tunings(item, shared(item, results))
 
 
 def _cases(item: Row, results: Path) -> Iterator[Case]:

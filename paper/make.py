@@ -34,6 +34,8 @@ from items import (
     read,
     settings_of,
     trials,
+    tunes,
+    tunings,
 )
 from pool import workers
 
@@ -75,10 +77,14 @@ def make(told: argparse.Namespace) -> None:
 def carried(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
     """Run what is missing of an item: its backbones, its trials, and then what they chose.
 
+    Trials of tuning come after the others, which they rest on.
+
     Returns:
         A line for each run that failed.
     """
     failed = prepare(item, told, pool) or carry_out(item, list(trials(item)), told, pool)
+    if not failed and (then := list(tunings(item, kept.shared(item, told.results)))):
+        failed = carry_out(item, then, told, pool)
     if failed:
         return failed
     return carry_out(item, list(cases(item, kept.chosen(item, told.results))), told, pool)
@@ -164,7 +170,7 @@ def _shown(case: Case, row: Row) -> Row:
     if "failed" in row:
         return {"failed": row["failed"], "validation": None}
     facts = {key: row[key] for key in ("hardware", "precision", "versions", "seconds")}
-    return {**facts, "validation": row["way"][-1][-1]}
+    return {**facts, "validation": row["tuned"] if tunes(case.trial) else row["way"][-1][-1]}
 
 
 def main() -> None:

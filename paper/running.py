@@ -74,6 +74,7 @@ def record(folder: Path) -> Row:
         "cohort": max(len(row["cohort"]) for row in run.rounds),
         "examples": [row["train"] for row in run.clients if not row["newcomer"]],
         "test": judged(run),
+        "tuned": tuned(run),
         "way": way(run),
         "drift": [_apart(row) for row in run.rounds if row["clients"]],
         "findings": [finding.title for finding in diagnose(run) if finding.severity != "good"],
@@ -96,6 +97,12 @@ def way(run: RunFiles) -> list[list[float]]:
             loss = own["total"] / own["count"]
             found.append([row["round"], up, down, round(seconds, 2), loss])
     return found
+
+
+def tuned(run: RunFiles) -> float | None:
+    """Mean over clients of the validation loss of what each keeps; none where nobody tuned."""
+    kept = [row["validation"][row["chosen"]] for row in run.personal]
+    return fmean(kept) if kept else None
 
 
 def judged(run: RunFiles) -> dict[str, Row]:

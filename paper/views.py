@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fedgen_edge.experiments.gains import Gain
 from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
-from items import Row, tried, worded
+from items import LISTS, Row, merged, tried, worded
 
 Form = Callable[[Number], str]
 Lines = list[str]
@@ -54,6 +54,11 @@ def caption(item: Row, rows: Sequence[Row]) -> str:
             f" Each variant has the best of {len(tuning['trials'])} trials by validation, on seed "
             f"{tuning['seed']}."
         )
+        if then := {len(told) for v in item["variants"] if (told := tried(item, v, "tunings"))}:
+            out += (
+                f" Then how clients tune has the best of {max(then)}, by the mean validation loss "
+                "of what they keep."
+            )
     if at_end := [variant for variant in item["variants"] if _chose_end(item, rows, variant)]:
         out += f" The choice is the end of what was tried: {', '.join(at_end)}."
     return out
@@ -61,8 +66,9 @@ def caption(item: Row, rows: Sequence[Row]) -> str:
 
 def _chose_end(item: Row, rows: Sequence[Row], variant: str) -> bool:
     """Whether more trials might do better: rates are tried in their order."""
-    told = tried(item, variant) if "tuning" in item else []
-    return len(told) > 1 and of(rows, variant)[0]["chosen"] in (told[0], told[-1])
+    own, lists = of(rows, variant)[0]["chosen"], (tried(item, variant, w) for w in LISTS)
+    ends = (end for told in lists if len(told) > 1 for end in (told[0], told[-1]))
+    return bool(own) and any(merged(own, end) == own for end in ends)
 
 
 def _range(rows: Sequence[Row], key: str) -> str:

@@ -115,6 +115,34 @@ def test_a_record_is_in_the_place_that_the_file_gives_it(done: Path) -> None:
     assert not any("test" in row for row in rows[4:])
 
 
+def test_how_clients_tune_is_tried_with_what_the_trials_chose(tmp_path: Path) -> None:
+    rates = [{"personal": {"lr": rate}} for rate in (1e-4, 1e-2)]
+    variants = {"one": {}, "alone": {"method": {"name": "local-only"}, "personal": {"epochs": 0}}}
+    tuning = {**ITEM["tuning"], "tunings": rates}
+    pool, failed = carried(tmp_path, variants=variants, tuning=tuning, seeds=[0])
+    assert not failed
+    assert len(pool.given) == 4 + 2 + 2  # nobody tunes alone
+    rows = lines(tmp_path / "results" / "toy-try.jsonl")
+    assert [(row["variant"], row.get("trial")) for row in rows] == [
+        ("one", None), ("alone", None),
+        *((v, {"training": {"lr": rate}}) for v in ("one", "alone") for rate in (1e-3, 1e-2)),
+        *(("one", rate) for rate in rates),
+    ]  # fmt: skip
+    one, alone, *tried, low, high = rows
+    best = min(tried[:2], key=lambda row: row["validation"])["trial"]
+    # random weights learn next to nothing at a hundredth of the rate
+    assert high["validation"] < low["validation"]
+    assert one["chosen"] == {**best, **high["trial"]}
+    assert one["tuned"] > 0
+    assert alone["tuned"] is None
+    assert "personal" not in alone["chosen"]
+    item = items.read("toy", "try", tmp_path / "items")
+    assert len(kept.whole(item, tmp_path / "results")) == 2
+    assert "the best of 2, by the mean" in views.table(item | {"models": ["global"]}, rows[:1])
+    pool, _ = carried(tmp_path, variants=variants, tuning=tuning, seeds=[0])
+    assert pool.given == []
+
+
 def test_what_has_a_record_is_not_run_again(done: Path, tmp_path: Path) -> None:
     pool, failed = carried(copied(done, tmp_path))
     assert (pool.given, failed) == ([], [])
