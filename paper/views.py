@@ -402,8 +402,9 @@ def drift(item: Row, rows: Sequence[Row]) -> Lines:
         body.append([one.name, *(linked(cell, item, own) for cell in cells)])
     about = (
         "The loss is, seed by seed, the lowest that all of these reach. Drift is how far a client "
-        "moves in a round, over how far their mean change goes: 1 where all agree. Both are means "
-        f"over the {BEFORE} rounds up to there."
+        "moves in a round, over how far their mean change goes: 1 where all agree. Changes are of "
+        "effective weights: of an adapter's layer, that of B A, and of a full model's, that of the "
+        f"weight. Both are means over the {BEFORE} rounds up to there."
     )
     return [*tabled(heads, body), "", about]
 
@@ -416,9 +417,20 @@ def pulled(row: Row, loss: float) -> list[float]:
     """The round that reaches a loss, drift over the mean change, and cosine between clients."""
     at = reached(row, loss)
     assert at, "the goal is what all of them reach"
-    told = [d for d in row["drift"] if at["round"] - BEFORE < d[0] <= at["round"]]
+    told = [d for d in moves(row) if at["round"] - BEFORE < d[0] <= at["round"]]
     cosines = [cosine for *_, cosine in told if cosine is not None]
     return [at["round"], fmean(own / mean for _, own, mean, _ in told), fmean(cosines)]
+
+
+def moves(row: Row) -> list[list]:
+    """What a record says of each round's drift.
+
+    Raises:
+        FileNotFoundError: it is older than the measurement.
+    """
+    if "moves" not in row:
+        raise FileNotFoundError(f"{row['item']}: line {row['line']} does not tell drift")
+    return row["moves"]
 
 
 THIRDS = ("a third of the rounds", "two thirds", "all")

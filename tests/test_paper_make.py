@@ -125,7 +125,7 @@ def test_only_what_is_missing_is_run(done: Path, tmp_path: Path) -> None:
     pool, _ = carried(copied(done, tmp_path, lambda rows: rows[:2] + rows[3:]))
     assert len(pool.given) == 1
     again = lines(tmp_path / "results" / "toy-try.jsonl")
-    told_ = [{k: row[k] for k in ("digest", "test", "drift")} for row in (whole[2], again[2])]
+    told_ = [{k: row[k] for k in ("digest", "test", "moves")} for row in (whole[2], again[2])]
     assert told_[0] == told_[1]
     assert [row["digest"] for row in again] == [row["digest"] for row in whole]
 

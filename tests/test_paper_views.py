@@ -31,7 +31,7 @@ def record(line: int, variant: str, seed: int, word: float, **other: Any) -> dic
              "way": way, "chosen": {}, "measure": list(MEASURE), "versions": VERSIONS,
              "hardware": "H", "precision": "float32", "clients": 20, "cohort": 5, "rounds": 3,
              "bytes_up": 30, "bytes_down": 60, "bytes_full": 1000,
-             "drift": [[1, 2.0, 1.0, 0.5], [2, 2.0, 1.0, None]],
+             "moves": [[1, 2.0, 1.0, 0.5], [2, 2.0, 1.0, None]],
              "seconds": {"federation": 3.0}}  # fmt: skip
     return {**usual, **other}
 
@@ -155,13 +155,21 @@ def test_drift_is_told_where_the_loss_is_reached() -> None:
     found = rows([1, 2, 3], [1, 2, 3], way=[[1, 1, 1, 1.0, 2.5], [3, 1, 1, 1.0, 2.75]])
     for row in found:
         # in rounds 1, 2 and 3, once, twice and four times as far as the mean change
-        row["drift"] = [[1, 9.0, 9.0, 1.0], [2, 4.0, 2.0, 0.5], [3, 4.0, 1.0, 0.0]]
+        row["moves"] = [[1, 9.0, 9.0, 1.0], [2, 4.0, 2.0, 0.5], [3, 4.0, 1.0, 0.0]]
     assert views.pulled(found[0], 1.0) == [3, pytest.approx((1 + 2 + 4) / 3), 0.5]
     assert views.pulled(found[0], 2.5) == [2, 1.5, 0.75]
     table = views.table(item(table="drift", rows=shown()[1:]), found)
     link = "](../paper/results/toy-small.jsonl#L"
     assert f"| A | [2.00{link}1-L3) | [1.50{link}1-L3) | [0.750{link}1-L3) |" in table
     assert f"| B | [1.00{link}4-L6) | [1.00{link}4-L6) | [1.00{link}4-L6) |" in table
+
+
+def test_a_record_that_is_older_than_drift_is_as_good_as_none() -> None:
+    old = [{k: v for k, v in row.items() if k != "moves"} for row in rows([1, 2, 3], [1, 2, 3])]
+    for row in old:
+        row["item"] = "toy"
+    with pytest.raises(FileNotFoundError, match="toy: line 1 does not tell drift"):
+        views.table(item(table="drift", rows=shown()[1:]), old)
 
 
 def test_a_grid_has_a_row_a_division() -> None:

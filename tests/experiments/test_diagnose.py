@@ -41,6 +41,7 @@ def trained(losses: Sequence[float], validation: Sequence[float], tokens: int = 
             "bytes_down": 400,
             "clients": [{"client": c, **update} for c in CLIENTS],
             "update_norm": 0.5,
+            "mean_norm": 0.5,
         }
         for number, (loss, nats) in enumerate(zip(losses, validation, strict=True), 1)
     ]
@@ -182,7 +183,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "pulled apart": (  # |mean|^2 = 0.01 = 4/16 + 12/16 cos: cos = -0.32
         "Clients pull the adapter apart",
-        {"rounds": of_all("update_norm", 0.1)},
+        {"rounds": of_all("mean_norm", 0.1)},
         "moves by 1.00, their mean by 0.100: two clients' updates have a cosine of about -0.32",
     ),
     "rank collapse": (

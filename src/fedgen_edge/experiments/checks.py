@@ -147,7 +147,7 @@ def pulled_apart(run: RunFiles) -> str | None:
     if not rows or (typical := median(cosine for _, cosine in rows)) >= AGREEMENT:
         return None
     drift = median(fmean(c["drift"] for c in row["clients"]) for row, _ in rows)
-    merged = median(row.get("mean_norm", row["update_norm"]) for row, _ in rows)
+    merged = median(row["mean_norm"] for row, _ in rows)
     return (
         f"In a round a client moves by {number(drift)}, their mean by {number(merged)}: two "
         f"clients' updates have a cosine of about {typical:.2f}."
