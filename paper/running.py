@@ -77,7 +77,7 @@ def record(folder: Path) -> Row:
         "test": judged(run),
         "way": way(run),
         "moves": [_apart(row) for row in run.rounds if row["clients"]],
-        "findings": [finding.title for finding in diagnose(run) if finding.severity != "good"],
+        "findings": {f.title: f.evidence for f in diagnose(run) if f.severity != "good"},
     }
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
-from items import Row, tried, worded
+from items import Row, settled, tried, worded
 
 Form = Callable[[Number], str]
 Lines = list[str]
@@ -433,6 +433,32 @@ def moves(row: Row) -> list[list]:
     return row["moves"]
 
 
+def signatures(item: Row, rows: Sequence[Row]) -> Lines:
+    """How often the diagnosis names each failure where it is provoked, and where it is not."""
+    heads = ["provoked", "by", "finding", "named", "where it was not provoked", "for example"]
+    body = []
+    for failure in item["failures"]:
+        ours = of(rows, failure["variant"])
+        others = [row for row in rows if row["variant"] != failure["variant"]]
+        for title in failure["findings"]:
+            told = [row for row in ours if title in row["findings"]]
+            cells = [counted(title, own, item) for own in (ours, others)]
+            by = worded(settled(item, failure["variant"]))
+            evidence = told[0]["findings"][title] if told else NONE
+            body.append([failure["name"], f"`{by}`", title, *cells, evidence])
+    sound = [v for v in item["variants"] if v not in {f["variant"] for f in item["failures"]}]
+    healthy = [row for variant in sound for row in of(rows, variant)]
+    found = dict.fromkeys(title for row in healthy for title in row["findings"])
+    alarms = "; ".join(f"{title} ({counted(title, healthy, item)})" for title in found)
+    about = f"Where nothing was provoked, the diagnosis says: {alarms or 'nothing'}."
+    return [*tabled(heads, body), "", about]
+
+
+def counted(title: str, rows: Sequence[Row], item: Row) -> str:
+    """In how many of the runs a finding is named."""
+    return linked(f"{sum(title in row['findings'] for row in rows)} of {len(rows)}", item, rows)
+
+
 THIRDS = ("a third of the rounds", "two thirds", "all")
 
 
@@ -449,5 +475,6 @@ VIEWS: dict[str, View] = {
     "curve": each_division(curve),
     "grid": grid,
     "drift": each_division(drift),
+    "signatures": signatures,
 }
 """Ways to show an item's records as a table."""

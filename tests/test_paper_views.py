@@ -203,3 +203,20 @@ def test_figures_name_their_lines_units_and_seeds(view: str) -> None:
              "grid": ("A", "B", "perplexity per word")}  # fmt: skip
     for name in (*names[view], "mean and 95 % interval of 3 seeds"):
         assert name in svg
+
+
+def test_signatures_count_where_a_failure_is_named_and_where_it_was_not_provoked() -> None:
+    failures = [{"name": "too much", "variant": "b", "findings": ["It swings"]}]
+    variants = {"a": {}, "b": {"training": {"lr": 0.5}}}
+    asked = item(table="signatures", failures=failures, variants=variants)
+    found = rows([1, 2, 3], [1, 2, 3], findings={"It swings": "by 7 %"})
+    for row, said in zip(found, ({}, {"It swings": "a little"}, {"Odd": "!"}), strict=False):
+        row["findings"] = said
+    found[3]["findings"] = {"Odd": "!"}
+    table = views.table(asked, found)
+    a, b = (f"](../paper/results/toy-small.jsonl#{lines})" for lines in ("L1-L3", "L4-L6"))
+    # of the second variant's seeds the last two; of the first's, the second
+    cells = ["too much", "`training.lr=0.5`", "It swings", f"[2 of 3{b}", f"[1 of 3{a}", "by 7 %"]
+    assert f"| {' | '.join(cells)} |" in table
+    said = f"It swings ([1 of 3{a}); Odd ([1 of 3{a})."
+    assert table.endswith(f"Where nothing was provoked, the diagnosis says: {said}")
