@@ -459,5 +459,6 @@ def test_an_items_file_says_what_can_be_run(name: str, scale: str) -> None:
         drawn = figures.drawn(item, rows) if "figure" in item else ""
     except FileNotFoundError:
         pytest.skip("not measured yet")
-    if drawn and drawn.splitlines()[:1] == figure.read_text().splitlines()[:1]:  # the same matplotlib
+    # by the same matplotlib
+    if drawn and drawn.splitlines()[:1] == figure.read_text().splitlines()[:1]:
         assert drawn == figure.read_text()
