@@ -19,7 +19,7 @@ from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, fin
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.measure import Measure
 from items import ROOT, Row
-from views import BEFORE, by_client, called, columns, divided, of, of_item, values
+from views import BEFORE, by_client, called, columns, divided, moves, of, of_item, values
 
 FIGURES = ROOT / "docs" / "figures"
 CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}
@@ -161,7 +161,7 @@ def drift(item: Row, rows: Sequence[Row]) -> Figure:
 def _cosines(row: Row) -> dict[int, float]:
     """Means over as many rounds as a table has, by the last of them."""
     found: dict[int, list[float]] = {}
-    for number, *_, cosine in row["drift"]:
+    for number, *_, cosine in moves(row):
         if cosine is not None:
             found.setdefault(math.ceil(number / BEFORE) * BEFORE, []).append(cosine)
     return {last: fmean(each) for last, each in found.items()}

@@ -11,6 +11,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -311,9 +312,10 @@ def filled(text: str, *, above: bool = False) -> str:
 def draw() -> None:
     """Draw every figure that there are records for."""
     for item in (read(name, scale) for name, scale in shown()):
-        if "figure" in item and kept.path_of(item).exists():
-            svg = figures.drawn(item, kept.whole(item))
-            files.write(figures.path_of(item), svg.encode())
+        with suppress(FileNotFoundError):
+            if "figure" in item:
+                svg = figures.drawn(item, kept.whole(item))
+                files.write(figures.path_of(item), svg.encode())
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ KEYS = {
     "beside": "variants that are none of those values, to be shown beside them",
     "paper": "the value that the paper finds best",
     "rows": "the models that are shown, where variants are methods: see views.Shown",
+    "failures": "what is provoked: its variant, and the diagnosis' findings that are right for it",
     "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
 }
 """What an item's file may say, and each [scale.NAME] over it."""
@@ -131,13 +132,22 @@ def _parsed(name: str, folder: Path) -> Row:
 
 
 def _check(name: str, scale: str, item: Row) -> None:
-    where, tuning = f"paper item {name!r} at scale {scale!r}:", item.get("tuning")
+    where = f"paper item {name!r} at scale {scale!r}:"
     if unknown := sorted({*item} - {*KEYS}):
         raise ConfigError(f"{where} unknown key {unknown[0]!r}: {', '.join(KEYS)} are known")
     if missing := [key for key in NEEDED if key not in item]:
         raise ConfigError(f"{where} {missing[0]} is missing: say it in paper/items/{name}.toml")
-    if item["reference"] not in item["variants"]:
-        raise ConfigError(f"{where} reference={item['reference']!r} is no variant: name one")
+    for told in (item["reference"], *(failure["variant"] for failure in item.get("failures", ()))):
+        if told not in item["variants"]:
+            raise ConfigError(f"{where} {told!r} is no variant: name one of them")
+    _check_tuning(where, item)
+    if scale in SCALES:
+        _check_least(where, item)
+
+
+def _check_tuning(where: str, item: Row) -> None:
+    """Refuse trials that give no equal chances, or use a seed of the claims."""
+    tuning = item.get("tuning")
     if tuning is not None and "seed" not in tuning:
         raise ConfigError(f"{where} tuning.seed is missing: give one that is not in seeds")
     if tuning and tuning.get("division", "") not in {"", *item.get("divisions", {})}:
@@ -152,8 +162,6 @@ def _check(name: str, scale: str, item: Row) -> None:
         raise ConfigError(f"{where} tuning.trials is missing, and some variant has none of its own")
     if len(numbers) > 1:
         raise ConfigError(f"{where} variants have unequal numbers of trials: give each as many")
-    if scale in SCALES:
-        _check_least(where, item)
 
 
 def _check_least(where: str, item: Row) -> None:

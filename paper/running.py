@@ -56,8 +56,9 @@ def record(folder: Path) -> Row:
     """What a finished run's files say: on what, at what cost, by what way, to what end.
 
     `way` has a list for each judged round: its number, bytes up and down and seconds so far, and
-    the validation loss. `drift` has one for each round: its number, the clients' mean drift, the
-    norm of their mean change, and the mean cosine between two clients' changes.
+    the validation loss. `moves` has one for each round, of effective weights: its number, the
+    clients' mean drift, the norm of their mean change, and the mean cosine between two clients'
+    changes.
     """
     run = read(folder)
     told = run.facts
@@ -76,15 +77,15 @@ def record(folder: Path) -> Row:
         "test": judged(run),
         "tuned": tuned(run),
         "way": way(run),
-        "drift": [_apart(row) for row in run.rounds if row["clients"]],
-        "findings": [finding.title for finding in diagnose(run) if finding.severity != "good"],
+        "moves": [_apart(row) for row in run.rounds if row["clients"]],
+        "findings": {f.title: f.evidence for f in diagnose(run) if f.severity != "good"},
     }
 
 
 def _apart(row: Row) -> list[float | None]:
     """How the clients of a round moved, and how far together."""
-    own, together = fmean(c["drift"] for c in row["clients"]), row.get("mean_norm")
-    return [row["round"], own, row["update_norm"] if together is None else together, agreement(row)]
+    own = fmean(c["drift"] for c in row["clients"])
+    return [row["round"], own, row["mean_norm"], agreement(row)]
 
 
 def way(run: RunFiles) -> list[list[float]]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fedgen_edge.experiments.gains import Gain
 from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure, Number
-from items import LISTS, Row, merged, tried, worded
+from items import LISTS, Row, merged, settled, tried, worded
 
 Form = Callable[[Number], str]
 Lines = list[str]
@@ -442,8 +442,9 @@ def drift(item: Row, rows: Sequence[Row]) -> Lines:
         body.append([one.name, *(linked(cell, item, own) for cell in cells)])
     about = (
         "The loss is, seed by seed, the lowest that all of these reach. Drift is how far a client "
-        "moves in a round, over how far their mean change goes: 1 where all agree. Both are means "
-        f"over the {BEFORE} rounds up to there."
+        "moves in a round, over how far their mean change goes: 1 where all agree. Changes are of "
+        "effective weights: of an adapter's layer, that of B A, and of a full model's, that of the "
+        f"weight. Both are means over the {BEFORE} rounds up to there."
     )
     return [*tabled(heads, body), "", about]
 
@@ -520,9 +521,46 @@ def pulled(row: Row, loss: float) -> list[float]:
     """The round that reaches a loss, drift over the mean change, and cosine between clients."""
     at = reached(row, loss)
     assert at, "the goal is what all of them reach"
-    told = [d for d in row["drift"] if at["round"] - BEFORE < d[0] <= at["round"]]
+    told = [d for d in moves(row) if at["round"] - BEFORE < d[0] <= at["round"]]
     cosines = [cosine for *_, cosine in told if cosine is not None]
     return [at["round"], fmean(own / mean for _, own, mean, _ in told), fmean(cosines)]
+
+
+def moves(row: Row) -> list[list]:
+    """What a record says of each round's drift.
+
+    Raises:
+        FileNotFoundError: it is older than the measurement.
+    """
+    if "moves" not in row:
+        raise FileNotFoundError(f"{row['item']}: line {row['line']} does not tell drift")
+    return row["moves"]
+
+
+def signatures(item: Row, rows: Sequence[Row]) -> Lines:
+    """How often the diagnosis names each failure where it is provoked, and where it is not."""
+    heads = ["provoked", "by", "finding", "named", "where it was not provoked", "for example"]
+    body = []
+    for failure in item["failures"]:
+        ours = of(rows, failure["variant"])
+        others = [row for row in rows if row["variant"] != failure["variant"]]
+        for title in failure["findings"]:
+            told = [row for row in ours if title in row["findings"]]
+            cells = [counted(title, own, item) for own in (ours, others)]
+            by = worded(settled(item, failure["variant"]))
+            evidence = told[0]["findings"][title] if told else NONE
+            body.append([failure["name"], f"`{by}`", title, *cells, evidence])
+    sound = [v for v in item["variants"] if v not in {f["variant"] for f in item["failures"]}]
+    healthy = [row for variant in sound for row in of(rows, variant)]
+    found = dict.fromkeys(title for row in healthy for title in row["findings"])
+    alarms = "; ".join(f"{title} ({counted(title, healthy, item)})" for title in found)
+    about = f"Where nothing was provoked, the diagnosis says: {alarms or 'nothing'}."
+    return [*tabled(heads, body), "", about]
+
+
+def counted(title: str, rows: Sequence[Row], item: Row) -> str:
+    """In how many of the runs a finding is named."""
+    return linked(f"{sum(title in row['findings'] for row in rows)} of {len(rows)}", item, rows)
 
 
 THIRDS = ("a third of the rounds", "two thirds", "all")
@@ -542,5 +580,6 @@ VIEWS: dict[str, View] = {
     "curve": each_division(curve),
     "grid": grid,
     "drift": each_division(drift),
+    "signatures": signatures,
 }
 """Ways to show an item's records as a table."""

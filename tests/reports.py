@@ -71,6 +71,7 @@ def a_round(number: int, each: int) -> dict[str, Any]:
         "bytes_down": 3 * each,
         "clients": [{"client": c, **told} for c in CLIENTS],
         "update_norm": 0.9,
+        "mean_norm": 0.9,
         "layers": {
             name: {"error": error / number, "rank": 3.0, "a": 2.0, "b": number}
             for name, error in (("plain", 0.1), (HOSTILE, 0.2))

@@ -110,6 +110,8 @@ def test_a_record_is_in_the_place_that_the_file_gives_it(done: Path) -> None:
         assert row["test"].keys() == {"backbone", "global", "personal"}
         assert [way[0] for way in row["way"]] == [1, 2]
         assert row["way"][-1][1] == row["bytes_up"]
+        assert [moves[0] for moves in row["moves"]] == [1, 2]
+        assert all(row["findings"].values())
         tried = [r for r in rows[4:] if r["variant"] == row["variant"]]
         assert row["chosen"] == min(tried, key=lambda r: r["validation"])["trial"]
     assert not any("test" in row for row in rows[4:])
@@ -134,7 +136,6 @@ def test_how_clients_tune_is_tried_with_what_the_trials_chose(tmp_path: Path) ->
     assert high["validation"] < low["validation"]
     assert one["chosen"] == {**best, **high["trial"]}
     assert one["tuned"] > 0
-    assert alone["tuned"] is None
     assert "personal" not in alone["chosen"]
     item = items.read("toy", "try", tmp_path / "items")
     assert len(kept.whole(item, tmp_path / "results")) == 2
@@ -153,7 +154,7 @@ def test_only_what_is_missing_is_run(done: Path, tmp_path: Path) -> None:
     pool, _ = carried(copied(done, tmp_path, lambda rows: rows[:2] + rows[3:]))
     assert len(pool.given) == 1
     again = lines(tmp_path / "results" / "toy-try.jsonl")
-    told_ = [{k: row[k] for k in ("digest", "test", "drift")} for row in (whole[2], again[2])]
+    told_ = [{k: row[k] for k in ("digest", "test", "moves")} for row in (whole[2], again[2])]
     assert told_[0] == told_[1]
     assert [row["digest"] for row in again] == [row["digest"] for row in whole]
 
@@ -221,7 +222,8 @@ def test_what_an_item_may_not_say_is_one_line(tmp_path: Path) -> None:
     wrong = {
         r"tuning.seed=0 is one of seeds=\[0, 1\]": {"tuning": {**ITEM["tuning"], "seed": 0}},
         "unknown key 'colour'": {"colour": "red"},
-        "reference='three' is no variant": {"reference": "three"},
+        "'three' is no variant": {"reference": "three"},
+        "'four' is no variant": {"failures": [{"variant": "four"}]},
         "unequal numbers of trials": {"variants": {**ITEM["variants"], "one": {"trials": [{}]}}},
         r"has no \[scale.try\]": {"scale": {"small": {}}},
     }
@@ -479,11 +481,11 @@ def test_an_items_file_says_what_can_be_run(name: str, scale: str) -> None:
     assert {case.seed for case in items.trials(item)} <= {11}
     assert json.dumps([items.digest(item, case) for case in items.cases(item, {})])
     figure = figures.path_of(item)
-    if not kept.path_of(item).exists():
+    try:
+        rows = kept.whole(item)
+        drawn = figures.drawn(item, rows) if "figure" in item else ""
+    except FileNotFoundError:
         pytest.skip("not measured yet")
-    rows = kept.whole(item)
-    if "figure" not in item:
-        return
-    drawn = figures.drawn(item, rows)
-    if drawn.splitlines()[:1] == figure.read_text().splitlines()[:1]:  # the same matplotlib
+    # by the same matplotlib
+    if drawn and drawn.splitlines()[:1] == figure.read_text().splitlines()[:1]:
         assert drawn == figure.read_text()

@@ -31,7 +31,7 @@ def record(line: int, variant: str, seed: int, word: float, **other: Any) -> dic
              "way": way, "chosen": {}, "measure": list(MEASURE), "versions": VERSIONS,
              "hardware": "H", "precision": "float32", "clients": 20, "cohort": 5, "rounds": 3,
              "bytes_up": 30, "bytes_down": 60, "bytes_full": 1000,
-             "drift": [[1, 2.0, 1.0, 0.5], [2, 2.0, 1.0, None]],
+             "moves": [[1, 2.0, 1.0, 0.5], [2, 2.0, 1.0, None]],
              "seconds": {"federation": 3.0}}  # fmt: skip
     return {**usual, **other}
 
@@ -168,13 +168,21 @@ def test_drift_is_told_where_the_loss_is_reached() -> None:
     found = rows([1, 2, 3], [1, 2, 3], way=[[1, 1, 1, 1.0, 2.5], [3, 1, 1, 1.0, 2.75]])
     for row in found:
         # in rounds 1, 2 and 3, once, twice and four times as far as the mean change
-        row["drift"] = [[1, 9.0, 9.0, 1.0], [2, 4.0, 2.0, 0.5], [3, 4.0, 1.0, 0.0]]
+        row["moves"] = [[1, 9.0, 9.0, 1.0], [2, 4.0, 2.0, 0.5], [3, 4.0, 1.0, 0.0]]
     assert views.pulled(found[0], 1.0) == [3, pytest.approx((1 + 2 + 4) / 3), 0.5]
     assert views.pulled(found[0], 2.5) == [2, 1.5, 0.75]
     table = views.table(item(table="drift", rows=shown()[1:]), found)
     link = "](../paper/results/toy-small.jsonl#L"
     assert f"| A | [2.00{link}1-L3) | [1.50{link}1-L3) | [0.750{link}1-L3) |" in table
     assert f"| B | [1.00{link}4-L6) | [1.00{link}4-L6) | [1.00{link}4-L6) |" in table
+
+
+def test_a_record_that_is_older_than_drift_is_as_good_as_none() -> None:
+    old = [{k: v for k, v in row.items() if k != "moves"} for row in rows([1, 2, 3], [1, 2, 3])]
+    for row in old:
+        row["item"] = "toy"
+    with pytest.raises(FileNotFoundError, match="toy: line 1 does not tell drift"):
+        views.table(item(table="drift", rows=shown()[1:]), old)
 
 
 def test_a_grid_has_a_row_a_division() -> None:
@@ -257,3 +265,20 @@ def test_figures_name_their_lines_units_and_seeds(view: str) -> None:
              "grid": ("A", "B", "perplexity per word")}  # fmt: skip
     for name in (*names[view], "mean and 95 % interval of 3 seeds"):
         assert name in svg
+
+
+def test_signatures_count_where_a_failure_is_named_and_where_it_was_not_provoked() -> None:
+    failures = [{"name": "too much", "variant": "b", "findings": ["It swings"]}]
+    variants = {"a": {}, "b": {"training": {"lr": 0.5}}}
+    asked = item(table="signatures", failures=failures, variants=variants)
+    found = rows([1, 2, 3], [1, 2, 3], findings={"It swings": "by 7 %"})
+    for row, said in zip(found, ({}, {"It swings": "a little"}, {"Odd": "!"}), strict=False):
+        row["findings"] = said
+    found[3]["findings"] = {"Odd": "!"}
+    table = views.table(asked, found)
+    a, b = (f"](../paper/results/toy-small.jsonl#{lines})" for lines in ("L1-L3", "L4-L6"))
+    # of the second variant's seeds the last two; of the first's, the second
+    cells = ["too much", "`training.lr=0.5`", "It swings", f"[2 of 3{b}", f"[1 of 3{a}", "by 7 %"]
+    assert f"| {' | '.join(cells)} |" in table
+    said = f"It swings ([1 of 3{a}); Odd ([1 of 3{a})."
+    assert table.endswith(f"Where nothing was provoked, the diagnosis says: {said}")

@@ -41,6 +41,7 @@ def trained(losses: Sequence[float], validation: Sequence[float], tokens: int = 
             "bytes_down": 400,
             "clients": [{"client": c, **update} for c in CLIENTS],
             "update_norm": 0.5,
+            "mean_norm": 0.5,
         }
         for number, (loss, nats) in enumerate(zip(losses, validation, strict=True), 1)
     ]
@@ -62,8 +63,8 @@ HEALTHY = RunFiles(
 )
 
 
-def judged(**change: Any) -> dict[str, Any]:
-    """One model's samples, which are as good as real pictures but for the change."""
+def judged(backbone: Row | None = None, **change: Any) -> dict[str, Any]:
+    """Samples of two models, which are as good as real pictures but for the changes."""
     row = {
         "model": "global",
         "client": None,
@@ -80,7 +81,7 @@ def judged(**change: Any) -> dict[str, Any]:
         "shares": {"0": 0.5, "1": 0.5},
         "real_shares": {"0": 0.5, "1": 0.5},
     }
-    return {"distances": [{**row, "model": "backbone", "recall": 0.0}, {**row, **change}]}
+    return {"distances": [{**row, "model": "backbone", **(backbone or {})}, {**row, **change}]}
 
 
 def ranked(layers: Mapping[str, Sequence[float]]) -> list[Row]:
@@ -150,6 +151,16 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
         judged(shares={"0": 0.9, "1": 0.1}),
         "the classes' shares are 40 % off",
     ),
+    "a half of what little there was is lost": (
+        "Samples are too much alike (mode collapse)",
+        judged({"diversity": {"0": 0.6}}, diversity={"0": 0.29}),
+        "two of a class lie 0.290 times as far apart as real.",
+    ),
+    "poor from the start": (  # 0.4 is more than a half of 0.6; few kinds, as before
+        "The backbone's own samples are too much alike",
+        judged({"recall": 0.01, "diversity": {"0": 0.6}}, recall=0.02, diversity={"0": 0.4}),
+        "Of its samples, 80 % look real, and reach 1 % of the real pictures.",
+    ),
     "few pictures": (
         "The samples' distance rests on few pictures",
         {"distances": [{**judged()["distances"][0], "few": "64 are too few"}]},
@@ -182,7 +193,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "pulled apart": (  # |mean|^2 = 0.01 = 4/16 + 12/16 cos: cos = -0.32
         "Clients pull the adapter apart",
-        {"rounds": of_all("update_norm", 0.1)},
+        {"rounds": of_all("mean_norm", 0.1)},
         "moves by 1.00, their mean by 0.100: two clients' updates have a cosine of about -0.32",
     ),
     "rank collapse": (

@@ -1,10 +1,13 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
+from fedgen_edge.algorithms.clusters import labelled
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.algorithms.products import sizes
 from fedgen_edge.config import Method
-from fedgen_edge.experiments.federate import layers
+from fedgen_edge.experiments.federate import drifts, layers
 from fedgen_edge.types import Commit, Order, ServerState, Update
 
 START = {
@@ -69,3 +72,37 @@ def test_what_stands_between_two_factors_is_part_of_their_product() -> None:
 
 def test_nothing_sent_is_nothing_known() -> None:
     assert told("local-only") == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "round_", "own", "together"),
+    [
+        ("fedgen-edge", 0, [8, 20], 14),  # B A is 1 x 4 and 2 x 5, of each of four directions
+        ("ffa-lora", 0, [6, 12], 9),  # 1 x 3 and 2 x 3: the server knows the A that nobody sends
+        ("rolora", 0, [6, 12], 9),
+        ("rolora", 1, [0, 0], 0),  # A alone, while B is zero
+        ("fedsa-lora", 0, [2, 4], 3),  # B is the clients' own: A as it is
+        ("fedper", 0, [4 * 2**0.5, 10 * 2**0.5], 7 * 2**0.5),  # one of two layers
+        ("local-only", 0, [0, 0], 0),
+    ],
+)
+def test_drift_is_of_products(name: str, round_: int, own: list[float], together: float) -> None:
+    found = drifts(method(Method(name=name)), commit(name, round_), START)
+    assert found
+    assert found.own == pytest.approx(own)
+    assert found.together == pytest.approx(together)
+
+
+def test_drift_of_clusters_is_of_what_each_client_took() -> None:
+    algorithm = method(Method(name="ifca"))
+    server = algorithm.begins(START)
+    told = commit("fedgen-edge", 0).updates
+    orders = [replace(u.order, received=server) for u in told]
+    updates = [
+        replace(u, order=order, delta=labelled(u.delta, at))
+        for at, (u, order) in enumerate(zip(told, orders, strict=True))
+    ]
+    found = drifts(algorithm, Commit(ServerState(1, server), updates, 1), server)
+    assert found
+    assert found.own == pytest.approx([8, 20])
+    assert found.together == pytest.approx(14)

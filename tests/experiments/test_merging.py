@@ -15,26 +15,28 @@ from fedgen_edge.experiments.summary import Row, RunFiles
 from fedgen_edge.tasks.language import MEASURE
 
 UNIT: Row = {"weight": 5.0, "drift": 1.0}
-ROW: Row = {"bytes_up": 1, "update_norm": 0.5, "clients": [{"client": c, **UNIT} for c in "abcd"]}
+ROW: Row = {"bytes_up": 1, "mean_norm": 0.5, "clients": [{"client": c, **UNIT} for c in "abcd"]}
 
 
 @pytest.mark.parametrize(("norm", "cosine"), [(0.0, -1.0), (math.sqrt(0.5), 0.0), (1.0, 1.0)])
 def test_agreement_is_the_cosine_that_the_norms_imply(norm: float, cosine: float) -> None:
     # Two unit updates, halved and added: opposite ones cancel, orthogonal ones leave sqrt(1/2).
     clients = [{"client": c, "weight": 5.0, "drift": 1.0} for c in "ab"]
-    row = {"bytes_up": 1, "update_norm": norm, "clients": clients}
+    row = {"bytes_up": 1, "mean_norm": norm, "clients": clients}
     assert agreement(row) == pytest.approx(cosine, abs=1e-12)
 
 
 def test_agreement_minds_the_weights() -> None:
     # 3/4 (1, 0) + 1/4 (0, 1) has norm sqrt(10)/4, and the two are orthogonal.
     clients = [{"client": c, "weight": w, "drift": 1.0} for c, w in (("a", 3.0), ("b", 1.0))]
-    row = {"bytes_up": 1, "update_norm": math.sqrt(10) / 4, "clients": clients}
+    row = {"bytes_up": 1, "mean_norm": math.sqrt(10) / 4, "clients": clients}
     assert agreement(row) == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize("change", [{"clients": ROW["clients"][:1]}, {"bytes_up": 0}])
-def test_nothing_merged_has_no_agreement(change: Row) -> None:
+@pytest.mark.parametrize(
+    "change", [{"clients": ROW["clients"][:1]}, {"bytes_up": 0}, {"mean_norm": None}]
+)
+def test_nothing_merged_or_known_has_no_agreement(change: Row) -> None:
     assert agreement({**ROW, **change}) is None
 
 
@@ -72,6 +74,10 @@ def test_a_layer_without_a_number_is_left_out() -> None:
 
 
 def test_drift_is_told_by_the_clients_mean_and_range_where_something_was_sent() -> None:
-    row = {"bytes_up": 1, "clients": [{"drift": 1.0}, {"drift": 2.0}, {"drift": 6.0}]}
+    row = {
+        "bytes_up": 1,
+        "mean_norm": 1.0,
+        "clients": [{"drift": 1.0}, {"drift": 2.0}, {"drift": 6.0}],
+    }
     rounds = [{"round": 1, **row}, {"round": 2, **row, "bytes_up": 0}]
     assert drifts(rounds) == [Spread(1, 3, 1, 6)]

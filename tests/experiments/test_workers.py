@@ -112,8 +112,13 @@ def test_with_sums_a_run_tells_all_but_what_merging_missed(tmp_path: Path) -> No
             pass
         told.append(json.loads((tmp_path / str(sums) / "rounds.jsonl").read_text()))
     plain, sums = told
+    # how far a product moved is not in the mean of its factors
+    assert all(client.pop("drift") for client in plain["clients"])
+    assert not any(client.pop("drift") for client in sums["clients"])
+    assert plain["mean_norm"] > 0
+    assert sums["mean_norm"] is None
     assert sums["clients"] == plain["clients"]
-    assert len({client["drift"] for client in plain["clients"]}) == 3
+    assert len({client["norm"] for client in plain["clients"]}) == 3
     assert sums["update_norm"] == pytest.approx(plain["update_norm"], rel=1e-5)
     for layer, found in plain["layers"].items():
         assert found.pop("error") > 0

@@ -96,6 +96,15 @@ def plain(delta: Leaves) -> Leaves:
     return next(iter(parts(delta).values()), delta)
 
 
+def bare(update: Update) -> Update:
+    """The same under the names of training: its cluster's change, and what it began with."""
+    if not (own := parts(update.delta)):
+        return update
+    (cluster,) = own
+    received = parts(update.order.received)[cluster]
+    return replace(update, order=replace(update.order, received=received), delta=own[cluster])
+
+
 def alike(adapter: Leaves) -> bool:
     """Whether all clusters are equal, bit for bit."""
     first, *others = parts(adapter).values()

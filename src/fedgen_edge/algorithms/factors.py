@@ -14,6 +14,10 @@ from torch.nn import functional as F
 
 from fedgen_edge.types import CORE, PAIRS, RESIDUAL, Leaves
 
+WIDE = 2
+"""A side of fewer times as many values as there are columns: QR costs more there than the product,
+and two factors have as many values."""
+
 
 class Pair(NamedTuple):
     """The names of two factors of one product."""
@@ -67,6 +71,14 @@ def pairs(names: Iterable[str]) -> list[Pair]:
 def product(adapter: Leaves, pair: Pair) -> Product:
     """A pair's product."""
     return Product(adapter[pair.b].double().flatten(1), adapter[pair.a].double().flatten(1))
+
+
+def cored(adapter: Leaves, pair: Pair) -> Product:
+    """A pair's product with what stands between its factors, where anything does."""
+    own = product(adapter, pair)
+    if pair.core in adapter:
+        own = own._replace(b=own.b @ adapter[pair.core].double())
+    return own
 
 
 def residual(adapter: Leaves, pair: Pair) -> Product:
@@ -143,15 +155,25 @@ def turned(whole: Product, towards: Product) -> Product:
     return Product(whole.b @ left @ right, (left @ right).mT @ whole.a)
 
 
+def narrowed(whole: Product) -> Product:
+    """The same product with one side's columns where that is the smaller way to hold it."""
+    out, in_ = len(whole.b), whole.a.shape[1]
+    if WIDE * len(whole.a) <= min(out, in_):
+        return whole
+    dense = whole.b @ whole.a
+    one = torch.eye(min(out, in_), dtype=dense.dtype)
+    return Product(one, dense) if out <= in_ else Product(dense, one)
+
+
 def norm(whole: Product) -> float:
     """Frobenius norm; by QR, as sums of small Gram matrices lose half of the digits."""
     return float(torch.linalg.matrix_norm(_turned(whole.b) @ _turned(whole.a.mT).mT))
 
 
 def _turned(factor: Float[Tensor, "side rank"]) -> Float[Tensor, "less rank"]:
-    """The same lengths and angles in no more rows than columns: a wide factor as it is."""
+    """The same lengths and angles in as many rows as columns; a factor that is wide as it is."""
     side, rank = factor.shape
-    return factor if side <= rank else torch.linalg.qr(factor, mode="r").R
+    return factor if side <= WIDE * rank else torch.linalg.qr(factor, mode="r").R
 
 
 def effective_rank(whole: Product) -> float:

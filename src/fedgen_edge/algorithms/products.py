@@ -286,7 +286,7 @@ def errors(updates: Sequence[Update], after: Leaves) -> dict[str, float]:
     shares, found = _shares(updates), {}
     for pair in pairs(updates[0].delta):
         sent = factors.total(_clients(updates, pair), shares)
-        ideal = factors.total([sent, _beside_them(updates, pair, shares)])
+        ideal = factors.narrowed(factors.total([sent, _beside_them(updates, pair, shares)]))
         off = factors.norm(factors.total([_whole(after, pair), ideal], [1.0, -1.0]))
         size = factors.norm(ideal)
         found[pair.layer] = off / (size or 1.0)
@@ -305,7 +305,4 @@ def _beside_them(updates: Sequence[Update], pair: Pair, shares: Sequence[float])
 
 def _whole(adapter: Leaves, pair: Pair) -> Product:
     """A pair's product, with what stands between its factors, and its residual."""
-    own = product(adapter, pair)
-    if pair.core in adapter:
-        own = own._replace(b=own.b @ adapter[pair.core].double())
-    return factors.total([own, factors.residual(adapter, pair)])
+    return factors.total([factors.cored(adapter, pair), factors.residual(adapter, pair)])

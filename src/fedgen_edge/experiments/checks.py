@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
-from fedgen_edge.experiments.apart import distances
+from fedgen_edge.experiments.apart import DistanceRow, distances
 from fedgen_edge.experiments.merging import agreement, by_layer
 from fedgen_edge.experiments.summary import (
+    BACKBONE,
     GLOBAL,
     PERSONAL,
     Number,
@@ -147,7 +148,7 @@ def pulled_apart(run: RunFiles) -> str | None:
     if not rows or (typical := median(cosine for _, cosine in rows)) >= AGREEMENT:
         return None
     drift = median(fmean(c["drift"] for c in row["clients"]) for row, _ in rows)
-    merged = median(row.get("mean_norm", row["update_norm"]) for row, _ in rows)
+    merged = median(row["mean_norm"] for row, _ in rows)
     return (
         f"In a round a client moves by {number(drift)}, their mean by {number(merged)}: two "
         f"clients' updates have a cosine of about {typical:.2f}."
@@ -210,25 +211,37 @@ def idle_rounds(run: RunFiles) -> str | None:
 
 
 def collapsed(run: RunFiles) -> str | None:
-    """Samples are of fewer kinds than real pictures are."""
-    for row in distances(run):
-        if row.model not in {GLOBAL, PERSONAL}:
-            continue
-        signs = []
-        if row.diversity < ALIKE:
-            signs.append(f"two of a class lie {number(row.diversity)} times as far apart as real")
-        if row.precision > 0.5 and row.recall < MISSED:
-            signs.append(
-                f"{100 * row.precision:.0f} % look real, and reach {100 * row.recall:.0f} % of the "
-                "real pictures"
-            )
-        if row.misplaced > MISPLACED:
-            signs.append(
-                f"the classes' shares are {100 * row.misplaced:.0f} % off those of real ones"
-            )
-        if signs:
-            return f"Of the {row.model} samples, {'; '.join(signs)}."
-    return None
+    """Samples are of fewer kinds than real pictures are, and than the backbone's were.
+
+    What a poor backbone lacks, training did not lose: of its diversity, half must be gone.
+    """
+    found = distances(run)
+    began = next((row for row in found if row.model == BACKBONE), None)
+    told = {row.model: signs for row in found if (signs := _alike(row, began))}
+    model = next((name for name in told if name in {GLOBAL, PERSONAL}), None)
+    return f"Of the {model} samples, {'; '.join(told[model])}." if model else None
+
+
+def began_alike(run: RunFiles) -> str | None:
+    """The backbone's own samples are of fewer kinds than real pictures are."""
+    began = next((row for row in distances(run) if row.model == BACKBONE), None)
+    signs = _alike(began) if began else []
+    return f"Of its samples, {'; '.join(signs)}." if signs else None
+
+
+def _alike(row: DistanceRow, began: DistanceRow | None = None) -> list[str]:
+    """The signs that a model's samples show, and those of what it began from did not."""
+    signs = []
+    if row.diversity < ALIKE * min(1.0, began.diversity if began else 1.0):
+        signs.append(f"two of a class lie {number(row.diversity)} times as far apart as real")
+    if row.precision > 0.5 and row.recall < MISSED and not (began and began.recall < MISSED):
+        signs.append(
+            f"{100 * row.precision:.0f} % look real, and reach {100 * row.recall:.0f} % of the "
+            "real pictures"
+        )
+    if row.misplaced > MISPLACED and not (began and began.misplaced > MISPLACED):
+        signs.append(f"the classes' shares are {100 * row.misplaced:.0f} % off those of real ones")
+    return signs
 
 
 def too_few_pictures(run: RunFiles) -> str | None:

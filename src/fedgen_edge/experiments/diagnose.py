@@ -89,6 +89,9 @@ SIGNATURES: tuple[Signature, ...] = (
     ("warning", "Samples are too much alike (mode collapse)", checks.collapsed,
      "Look at the grids. Of a GAN, penalise the critic more ([gan.r1]) or slow it down "
      "([gan.critic_rate]); of another model, train longer, or take [evaluation.sample_steps] up."),
+    ("note", "The backbone's own samples are too much alike", checks.began_alike,
+     "What is trained on it begins there: train it for longer ([pretrain.rounds], "
+     "[pretrain.steps]), or take another."),
     ("note", "The samples' distance rests on few pictures", checks.too_few_pictures,
      "Raise [judging.samples], or choose [judging.features] of fewer numbers."),
     ("note", "One client outweighs all others", checks.lopsided,

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedgen_edge import leaves
 from fedgen_edge.algorithms import clusters, variates
 from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.algorithms.effective import Moves, moves
 from fedgen_edge.algorithms.factors import pairs
-from fedgen_edge.algorithms.merge import mean
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.algorithms.products import errors, sizes
 from fedgen_edge.algorithms.step import add
@@ -132,7 +132,7 @@ def _finite(experiment: Federated, orders: Sequence[Order], job: Job) -> Iterato
 
 
 def _check_finite(update: Update, names: Sequence[str]) -> None:
-    sizes = (update.loss, drift(update), *map(_size, update.memory.values()))
+    sizes = (update.loss, sent_norm(update), *map(_size, update.memory.values()))
     if not all(map(math.isfinite, sizes)):
         who = "+".join(names[c] for c in update.order.clients)
         raise TrainingError(
@@ -153,8 +153,8 @@ def _ways_out(experiment: Federated) -> str:
     return ", ".join(way for way, there in ways.items() if there)
 
 
-def drift(update: Update) -> float:
-    """How far a client moved."""
+def sent_norm(update: Update) -> float:
+    """How large a client's change is, leaf by leaf as it was sent."""
     if update.moved is not None:
         return update.moved
     return float(leaves.norm(update.delta)) if update.delta else 0.0
@@ -169,6 +169,8 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
     names, t = experiment.names, done.timing
     algorithm = experiment.algorithm
     taken = clusters.taken(before, done.updates) if algorithm.clusters and done.updates else None
+    moved = drifts(algorithm, done, before)
+    own = moved.own if moved else [None] * len(done.updates)
     clients = [
         {
             "client": "+".join(names[c] for c in u.order.clients),
@@ -176,17 +178,15 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
             "steps": u.steps,
             "weight": u.weight,
             "bytes_up": u.bytes_up,
-            "drift": drift(u),
+            "norm": sent_norm(u),
+            "drift": own[at],
             **({"rank": u.order.rank} if u.order.rank else {}),
             **({"cluster": taken[at]} if taken else {}),
         }
         for at, u in enumerate(done.updates)
     ]
     change = leaves.norm(leaves.subtract(done.state.adapter, before))
-    plain = algorithm.merges is mean and algorithm.steps is add and not algorithm.buffer
-    other = {} if plain else {"mean_norm": _mean_norm(done)}
     return {
-        **other,
         **_timed(experiment, done),
         "round": done.state.round,
         "cohort": [names[c] for u in done.updates for c in u.order.clients],
@@ -196,6 +196,7 @@ def _line(experiment: Federated, done: Commit, before: Leaves) -> records.Line:
         "bytes_down": done.bytes_down,
         "clients": clients,
         "update_norm": float(change),
+        "mean_norm": moved and moved.together,
     }
 
 
@@ -217,8 +218,8 @@ def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
     sent, adapter = [update for update in done.updates if update.delta], done.state.adapter
     if not sent:
         return {}
-    shared, round_ = algorithm.sends(list(adapter), None), done.state.round - 1
-    own = {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
+    round_ = done.state.round - 1
+    own = _own(algorithm, adapter, round_)
     fresh = all(u.order.round == round_ and u.moved is None for u in sent)
     fresh = fresh and not algorithm.clusters
     missed = errors(sent, adapter) if fresh and pairs(sent[0].delta) else {}
@@ -230,10 +231,19 @@ def layers(algorithm: Algorithm, done: Commit) -> dict[str, dict[str, float]]:
     }
 
 
-def _mean_norm(done: Commit) -> float:
-    """Of the cohort's mean change, where the method made something else of it."""
-    sent = [replace(u, delta=clusters.plain(u.delta)) for u in done.updates if u.delta]
-    return float(leaves.norm(mean({}, sent))) if sent else 0.0
+def drifts(algorithm: Algorithm, done: Commit, before: Leaves) -> Moves | None:
+    """How far the round's clients moved in effective weights; none where nobody can tell."""
+    if not done.updates:
+        return None
+    own = _own(algorithm, before, done.state.round - 1)
+    known = leaves.select(before, lambda name: name not in own)
+    return moves([clusters.bare(update) for update in done.updates], known)
+
+
+def _own(algorithm: Algorithm, adapter: Leaves, round_: int) -> set[str]:
+    """Leaves that each client trains and keeps: the server's are nobody's."""
+    shared = algorithm.sends(list(adapter), None)
+    return {k for k in adapter if k not in shared and algorithm.trains(k, round_, 0)}
 
 
 def _size(leaf: Tensor) -> float:

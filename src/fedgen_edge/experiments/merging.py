@@ -54,7 +54,7 @@ def over_layers(rounds: Iterable[Row], what: str) -> list[Spread]:
 
 def drifts(rounds: Iterable[Row]) -> list[Spread]:
     """Mean and range over clients of how far they moved, where they sent it."""
-    each = [(row["round"], [c["drift"] for c in row["clients"]]) for row in rounds if _sent(row)]
+    each = [(row["round"], [c["drift"] for c in row["clients"]]) for row in rounds if _told(row)]
     whole = [(at, found) for at, found in each if found and all(map(math.isfinite, found))]
     return [Spread(at, fmean(found), min(found), max(found)) for at, found in whole]
 
@@ -72,18 +72,19 @@ def layer_rows(run: RunFiles) -> list[LayerRow]:
 
 
 def agreement(row: Row) -> Number | None:
-    """Mean cosine between two clients' updates, from norms alone; none where nothing is merged.
+    """Mean cosine between two clients' updates, from norms alone; none where nobody can tell.
 
     |sum w d|^2 is sum w^2 |d|^2 plus the products of pairs, so the rest is the pairs' share.
     """
+    if not _told(row):
+        return None
     total = sum(c["weight"] for c in row["clients"]) or 1.0
     pulls = [c["weight"] / total * c["drift"] for c in row["clients"]]
     alone = sum(pull * pull for pull in pulls)
     pairs = sum(pulls) ** 2 - alone
-    if not _sent(row) or not pairs > 1e-9 * alone:
-        return None
-    return (row.get("mean_norm", row["update_norm"]) ** 2 - alone) / pairs
+    return (row["mean_norm"] ** 2 - alone) / pairs if pairs > 1e-9 * alone else None
 
 
-def _sent(row: Row) -> bool:
-    return bool(row["bytes_up"])
+def _told(row: Row) -> bool:
+    """Whether changes were sent, of which one knows how far they go."""
+    return bool(row["bytes_up"]) and row.get("mean_norm") is not None

@@ -53,11 +53,13 @@ CAPTIONS = {
     "norms": ("A against B", "Frobenius norms: medians over layers; the bands span them."),
     "drift": (
         "Client drift",
-        "How far clients move in a round: mean over the cohort; the band spans the run's clients.",
+        "How far clients move in a round, in effective weights (of a layer, its product B A): mean "
+        "over the cohort; the band spans the run's clients.",
     ),
     "cosine": (
         "Do clients agree?",
-        "Mean cosine between the changes of two clients; below zero they cancel in the mean.",
+        "Mean cosine between two clients' changes of effective weights; below zero they cancel in "
+        "the mean.",
     ),
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
 }
