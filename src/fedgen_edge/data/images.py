@@ -124,7 +124,7 @@ def cifar10(settings: config.Data) -> Found:
 def _sized(settings: config.Data, part: Part) -> Part:
     """The same pictures, scaled to `data.size` if it is given."""
     side = settings.size
-    if side in {None, part.pixels.shape[-1]}:
+    if side is None or side == part.pixels.shape[-1]:
         return part
     return part._replace(
         pixels=F.interpolate(part.pixels, (side, side), mode="bilinear", antialias=True)
