@@ -267,8 +267,19 @@ def measured(name: str, scale: str) -> str:
     return f"{made}\n\n![{item['title']}](figures/{figures.path_of(item).name})"
 
 
+def across(axis: str, scale: str) -> str:
+    """The best values of every measured item that varies the same, and has runs of its own."""
+    items = [read(name, own) for name, own in shown() if own == scale]
+    same = [item for item in items if item.get("axis") == axis and "of" not in item]
+    there = [item for item in same if kept.path_of(item).exists()]
+    if not there:
+        raise FileNotFoundError(axis)
+    return views.bests([(item, kept.whole(item)) for item in there])
+
+
 PARTS: dict[str, Callable[[], str]] = {
     **{f"{name}-{scale}": partial(measured, name, scale) for name, scale in shown()},
+    "ranks": partial(across, "rank", "small"),
     **{mark: partial(table, name) for mark, name in TABLES.items()},
     "speed": speed,
     "compiled": compiled,

@@ -59,9 +59,22 @@ def caption(item: Row, rows: Sequence[Row]) -> str:
                 f" Then how clients tune has the best of {max(then)}, by the mean validation loss "
                 "of what they keep."
             )
+    out += _judged(rows)
     if at_end := [variant for variant in item["variants"] if _chose_end(item, rows, variant)]:
         out += f" The choice is the end of what was tried: {', '.join(at_end)}."
     return out
+
+
+def _judged(rows: Sequence[Row]) -> str:
+    """By how many samples models are judged, where any are, and what that number alone does."""
+    found = [test for row in rows for test in row["test"].values() if "seen_by" in test]
+    if not found:
+        return ""
+    made, real, floor = (_range(found, key) for key in ("made", "real", "floor"))
+    return (
+        f" {found[0]['seen_by']}: {made} samples of a model against {real} test pictures, two "
+        f"halves of which lie {floor} apart."
+    )
 
 
 def _chose_end(item: Row, rows: Sequence[Row], variant: str) -> bool:
@@ -73,14 +86,19 @@ def _chose_end(item: Row, rows: Sequence[Row], variant: str) -> bool:
 
 def _range(rows: Sequence[Row], key: str) -> str:
     found = {row[key] for row in rows}
-    return str(*found) if len(found) == 1 else f"{min(found)} to {max(found)}"
+    ends = dict.fromkeys(number(v) if isinstance(v, float) else v for v in (min(found), max(found)))
+    return " to ".join(map(str, ends))
+
+
+SAMPLED = {"distance": "", "distance_of_clients": ", mean of clients"}
+"""Measures of samples, and what is said beside the distance's name."""
 
 
 def called(measure: str, row: Row) -> str:
     """What a measure's number is."""
     told = Measure(*row["measure"])
-    if measure == "distance":
-        return next(test["seen_by"] for test in row["test"].values())
+    if measure in SAMPLED:
+        return next(test["seen_by"] for test in row["test"].values()) + SAMPLED[measure]
     per = f"{told.name} per {told.items.removesuffix('s')}" if told.exponential else told.name
     return {
         "word": f"{told.name} per word",
@@ -282,14 +300,16 @@ def verdict(told: float, measured: Sequence[float]) -> str:
 
 def curve(item: Row, rows: Sequence[Row]) -> Lines:
     """A row a value of what is varied, its models beside each other."""
-    measure, models = item["measures"][0], item["models"]
+    (measure, *others), models = item["measures"], item["models"]
     name = called(measure, rows[0])
+    beside = [(model, other) for other in others for model in models]
     heads = [
         item["axis"],
         "chosen",
         *(f"{model}: {name}" for model in models),
         f"{models[0]} less that of {item['reference']}",
         *(f"{model} less {models[0]}" for model in models[1:]),
+        *(f"{model}: {called(other, rows[0])}" for model, other in beside),
         "sent by clients",
         "uplink saved, %",
         "seconds of the rounds",
@@ -303,34 +323,64 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
             *map(spread, found),
             "" if variant == item["reference"] else between(apart(found[0], theirs)),
             *(between(apart(each, found[0])) for each in found[1:]),
+            *(spread(values(own, *pair)) for pair in beside),
             spread([row["bytes_up"] for row in own], size),
             _saved(own),
             spread([row["seconds"]["federation"] for row in own]),
         ]
         chosen = f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
         body.append([variant, chosen, *(linked(c, item, own) if c else "" for c in cells)])
-    return [*tabled(heads, body), "", *(knee(item, rows, model) for model in models)]
+    knees = (knee(item, rows, model, each) for each in item["measures"] for model in models)
+    return [*tabled(heads, body), "", *knees]
 
 
-def lowest(item: Row, rows: Sequence[Row], model: str) -> tuple[str, Lines]:
-    """The value whose mean is lowest, and those that are not settled above it."""
-    measure, variants = item["measures"][0], dict.fromkeys(row["variant"] for row in rows)
+class Best(NamedTuple):
+    """Of what is varied."""
+
+    least: str
+    """The value with the lowest mean."""
+    near: list[str]
+    """Those that are not settled above it."""
+
+
+def best(item: Row, rows: Sequence[Row], model: str, measure: str) -> Best:
+    """Which value a model does best with."""
+    variants = dict.fromkeys(row["variant"] for row in rows)
     on_it = [variant for variant in variants if variant not in item.get("beside", ())]
     found = {v: values(of(rows, v), model, measure) for v in on_it}
     least = min(found, key=lambda variant: fmean(found[variant]))
     lows = {v: paired_interval(apart(each, found[least]))[1] for v, each in found.items()}
-    return least, [variant for variant, low in lows.items() if variant != least and low <= 0]
+    return Best(least, [v for v, low in lows.items() if v != least and low <= 0])
 
 
-def knee(item: Row, rows: Sequence[Row], model: str) -> str:
+def knee(item: Row, rows: Sequence[Row], model: str, measure: str) -> str:
     """Where the lowest mean is, and what cannot be told from it."""
-    least, near = lowest(item, rows, model)
+    least, near = best(item, rows, model, measure)
+    name = f", {called(measure, rows[0])}" if len(item["measures"]) > 1 else ""
     also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
-    out = f"- {model}: the mean is lowest with {item['axis']} {least}; {also}."
+    out = f"- {model}{name}: the mean is lowest with {item['axis']} {least}; {also}."
     if paper := item.get("paper"):
         holds = "is" if paper == least else "may be" if paper in near else "is not"
         out += f" The paper's {paper} {holds} the best here."
     return out
+
+
+def bests(measured: Sequence[tuple[Row, Sequence[Row]]]) -> str:
+    """The best values of items that vary the same, beside each other.
+
+    Args:
+        measured: items that vary the same, with their records; no divisions.
+    """
+    axis = measured[0][0]["axis"]
+    heads = ["item", "model", "measure", f"best {axis}", "not settled from it", "the paper"]
+    body = []
+    for item, rows in measured:
+        pairs = [(model, measure) for measure in item["measures"] for model in item["models"]]
+        for model, measure in pairs:
+            least, near = best(item, rows, model, measure)
+            told = [item["name"], model, called(measure, rows[0]), least, ", ".join(near)]
+            body.append([*told, item.get("paper", "")])
+    return "\n".join(tabled(heads, body))
 
 
 def repeated(item: Row, rows: Sequence[Row], there: Row, others: Sequence[Row]) -> str:
@@ -344,9 +394,10 @@ def repeated(item: Row, rows: Sequence[Row], there: Row, others: Sequence[Row]) 
     """
     out, (first, *models) = [], item["models"]
     for model in item["models"]:
-        best, (least, near) = lowest(there, others, model)[0], lowest(item, rows, model)
-        holds = "is" if best == least else "may be" if best in near else "is not"
-        told = f"{item['axis']} {best}, the best of `{there['name']}`, {holds} the best here."
+        first_best = best(there, others, model, there["measures"][0]).least
+        least, near = best(item, rows, model, item["measures"][0])
+        holds = "is" if first_best == least else "may be" if first_best in near else "is not"
+        told = f"{item['axis']} {first_best}, the best of `{there['name']}`, {holds} the best here."
         out.append(f"- {model}: {told}")
     for model in models:
         both = []

@@ -65,7 +65,7 @@ def test_a_curves_models_are_held_against_the_first() -> None:
 
 def test_what_is_beside_the_axis_is_not_the_best_value_of_it() -> None:
     asked = item(beside=["b"], paper="a")
-    knee = views.knee(asked, rows([40, 50, 60], [20, 30, 40]), "global")
+    knee = views.knee(asked, rows([40, 50, 60], [20, 30, 40]), "global", "word")
     assert "the mean is lowest with rank a" in knee
     assert knee.endswith("The paper's a is the best here.")
 
@@ -88,9 +88,9 @@ def test_what_is_not_settled_is_told() -> None:
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8
     assert "lowest with rank b; not settled from it: a." in table
     for variant, holds in {"a": "may be", "b": "is"}.items():
-        knee = views.knee(item(paper=variant), rows([40, 50, 60], [60, 30, 50]), "global")
+        knee = views.knee(item(paper=variant), rows([40, 50, 60], [60, 30, 50]), "global", "word")
         assert knee.endswith(f" The paper's {variant} {holds} the best here.")
-    knee = views.knee(item(paper="b"), rows([1, 2, 3], [4, 5, 6]), "global")
+    knee = views.knee(item(paper="b"), rows([1, 2, 3], [4, 5, 6]), "global", "word")
     assert knee.endswith(" The paper's b is not the best here.")
 
 
@@ -103,6 +103,45 @@ def test_a_choice_at_the_end_of_the_trials_is_told() -> None:
     caption = views.caption(tuned, found)
     assert "best of 3 trials by validation, on seed 9." in caption
     assert "The choice is the end of what was tried: b." in caption
+
+
+def pictured(a: list[float], b: list[float]) -> list[dict[str, Any]]:
+    """The same records of pictures: the numbers are distances, and errors are half of them."""
+    found = rows(a, b)
+    for row in found:
+        own = row["test"]["global"]
+        told = {"seen_by": "FD", "made": 1001 + row["seed"], "real": 2000, "floor": 0.25}
+        more = {"distance": own["word"], "distance_of_clients": 2 * own["word"], **told}
+        row["test"] = {"global": {"pooled": own["word"] / 2, **more}}
+        row["measure"] = ["denoising error", "images", "squared error", "pictures", 20, 0.5]
+    return found
+
+
+def test_samples_distances_are_told_with_their_number_and_what_real_pictures_have() -> None:
+    measures = ["distance", "distance_of_clients", "pooled"]
+    table = views.table(item(measures=measures), pictured([40, 50, 60], [20, 30, 40]))
+    assert " FD: 1001 to 1003 samples of a model against 2000 test pictures" in table
+    assert "two halves of which lie 0.250 apart." in table
+    head = "global: FD | global less that of a | global: FD, mean of clients | "
+    assert f"{head}global: denoising error |" in table
+    # b: 30 on average, twice that for clients, and half of it as an error
+    link = "](../paper/results/toy-small.jsonl#L4-L6)"
+    assert f"[60.0 ± 49.7{link} | [15.0 ± 12.4{link}" in table
+    assert "- global, FD: the mean is lowest with rank b; all others are settled above it." in table
+    assert "- global, denoising error: the mean is lowest with rank b" in table
+    assert "perplexity" not in table
+    assert "perplexity" not in figures.drawn(
+        item(measures=measures, figure="curve"), pictured([40, 50, 60], [20, 30, 40])
+    )
+
+
+def test_best_values_of_several_items_lie_beside_each_other() -> None:
+    text = (item(name="text", paper="b"), rows([40, 50, 60], [20, 30, 40]))
+    drawn = item(name="pictures", measures=["distance"]), pictured([40, 60, 50], [60, 30, 50])
+    assert views.bests([text, drawn]).splitlines()[2:] == [
+        "| text | global | perplexity per word | b |  | b |",
+        "| pictures | global | FD | b | a |  |",
+    ]
 
 
 def shown() -> list[dict[str, Any]]:

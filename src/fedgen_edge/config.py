@@ -127,8 +127,8 @@ class Data:
     length: Annotated[int, Number, Field(ge=8)] = 64
     """Tokens in a training block."""
     size: Count | None = None
-    """Pixels of a side to which pictures are cut and scaled (images); none takes them as they
-    are."""
+    """Pixels of a side to which pictures are cut and scaled (images, cifar10); none takes them as
+    they are."""
     names: Words = ()
     """Classes of pictures in the order of their numbers, which a backbone knows them by; none is
     the source's order."""

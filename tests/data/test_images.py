@@ -1,3 +1,5 @@
+import io
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -75,6 +77,24 @@ def test_cifars_pickles_and_binaries_are_the_same_pictures(tmp_path: Path) -> No
     assert pixels_of(one)[0, 0, 0, :3].tolist() == [7, 8, 9]
     assert (one.labels, one.splits) == (["cat", "truck"] * 2, ["test"] * 2 + ["train"] * 2)
     assert (two.labels, two.splits) == (one.labels, one.splits)
+
+
+def test_cifar_is_scaled_to_the_size_that_is_asked_for(tmp_path: Path) -> None:
+    planes = np.repeat(np.uint8([10, 20, 30]), 1024)  # one colour stays what it is at any size
+    (tmp_path / "test_batch.bin").write_bytes(b"\x03" + planes.tobytes())
+    pictures = pixels_of(read(settings("cifar10", tmp_path, size=16)))
+    colour = torch.tensor([10, 20, 30], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert torch.equal(pictures, colour.expand(1, 3, 16, 16))
+
+
+def test_packed_cifar_that_was_changed_is_read_again(tmp_path: Path) -> None:
+    for when, value in enumerate((5, 9), 1):
+        drawn = io.BytesIO()
+        Image.new("RGB", (32, 32), (value,) * 3).save(drawn, "webp", lossless=True)
+        blob = np.frombuffer(drawn.getvalue(), np.uint8)
+        np.savez(tmp_path / "test.npz", webp=blob, offsets=[0, len(blob)], labels=[0])
+        os.utime(tmp_path / "test.npz", (when, when))
+        assert pixels_of(read(settings("cifar10", tmp_path))).unique().tolist() == [value]
 
 
 class Evil:

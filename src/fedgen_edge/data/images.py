@@ -8,6 +8,7 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedgen_edge import config
 from fedgen_edge.data.corpus import Corpus, Images, shared_out
@@ -111,7 +113,7 @@ def cifar10(settings: config.Data) -> Found:
     for layout in (_packed, _pickles, _binaries):
         parts = list(layout(settings, root))
         if parts:
-            return Found(parts, CIFAR10)
+            return Found([_sized(settings, part) for part in parts], CIFAR10)
     raise _fault(
         settings,
         " holds no CIFAR-10: give a folder with train.npz and test.npz, with data_batch_1 to 5 and "
@@ -119,21 +121,35 @@ def cifar10(settings: config.Data) -> Found:
     )
 
 
+def _sized(settings: config.Data, part: Part) -> Part:
+    """The same pictures, scaled to `data.size` if it is given."""
+    side = settings.size
+    if side is None or side == part.pixels.shape[-1]:
+        return part
+    return part._replace(
+        pixels=F.interpolate(part.pixels, (side, side), mode="bilinear", antialias=True)
+    )
+
+
 def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
     for path in sorted(root.glob("*t*.npz")):
         split = "test" if "test" in path.stem else "train"
         try:
-            held = np.load(path, allow_pickle=False)
-            blob, ends, numbers = held["webp"].tobytes(), held["offsets"], held["labels"]
-            pixels = np.stack(
-                [
-                    np.asarray(Image.open(io.BytesIO(blob[low:high])).convert("RGB"))
-                    for low, high in itertools.pairwise(ends)
-                ]
-            )
+            pixels, numbers = _unpacked(path, path.stat().st_mtime_ns)
         except (OSError, ValueError, KeyError) as error:
             raise _fault(settings, f": {path.name} cannot be read ({error}): mend it") from None
         yield _part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
+
+
+@lru_cache(maxsize=4)  # seconds of decoding, and a process that makes many runs reads it for each
+def _unpacked(path: Path, changed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, `[images, height, width, 3]`, and their numbers, of a file as it is since then."""
+    del changed
+    held = np.load(path, allow_pickle=False)
+    blob, ends = held["webp"].tobytes(), held["offsets"]
+    each = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))
+    opened = (Image.open(one, formats=("WEBP",)).convert("RGB") for one in each)
+    return np.stack([np.asarray(one) for one in opened]), held["labels"]
 
 
 def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
