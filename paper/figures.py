@@ -15,11 +15,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from cells import called, divided, of, of_item, values
+from comparing import BEFORE, moves
 from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, finished, to_svg
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.measure import Measure
 from items import ROOT, Row
-from views import BEFORE, by_client, called, columns, divided, moves, of, of_item, values
+from varying import columns
+from views import by_client
 
 FIGURES = ROOT / "docs" / "figures"
 CARD: dict[Any, Any] = {**STYLE, "figure.facecolor": "#ffffff", "axes.facecolor": "#ffffff"}

@@ -17,6 +17,7 @@ from typing import Any
 
 import figures
 import kept
+import varying
 import views
 from fedgen_edge import files
 from fedgen_edge.errors import FedGenError
@@ -261,7 +262,7 @@ def measured(name: str, scale: str) -> str:
     item = read(name, scale)
     made = views.table(item, rows := kept.whole(item))
     if "repeats" in item and kept.path_of(there := read(item["repeats"], scale)).exists():
-        made += "\n" + views.repeated(item, rows, there, kept.whole(there))
+        made += "\n" + varying.repeated(item, rows, there, kept.whole(there))
     if "figure" not in item:
         return made
     return f"{made}\n\n![{item['title']}](figures/{figures.path_of(item).name})"
@@ -274,7 +275,7 @@ def across(axis: str, scale: str) -> str:
     there = [item for item in same if kept.path_of(item).exists()]
     if not there:
         raise FileNotFoundError(axis)
-    return views.bests([(item, kept.whole(item)) for item in there])
+    return varying.bests([(item, kept.whole(item)) for item in there])
 
 
 PARTS: dict[str, Callable[[], str]] = {

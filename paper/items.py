@@ -45,7 +45,7 @@ KEYS = {
     "axis": "what those are values of",
     "beside": "variants that are none of those values, to be shown beside them",
     "paper": "the value that the paper finds best",
-    "rows": "the models that are shown, where variants are methods: see views.Shown",
+    "rows": "the models that are shown, where variants are methods: see cells.Shown",
     "failures": "what is provoked: its variant, and the diagnosis' findings that are right for it",
     "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
 }

@@ -19,12 +19,12 @@ from pathlib import Path
 from statistics import fmean
 
 import running
+from cells import reached
 from fedgen_edge.experiments.records import lines, write_lines
 from fedgen_edge.experiments.summary import paired_interval, size
 from fedgen_edge.machine import steady_allocations
 from items import Case, Row, best, cases, merged, of_recipe, trials, worded
 from kept import RESULTS
-from views import reached
 
 
 def target(claim: Row, rows: Sequence[Row], row: Row) -> float:

@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+import cells
+import comparing
 import figures
+import varying
 import views
 from fedgen_edge.tasks.language import MEASURE
 
@@ -65,7 +68,7 @@ def test_a_curves_models_are_held_against_the_first() -> None:
 
 def test_what_is_beside_the_axis_is_not_the_best_value_of_it() -> None:
     asked = item(beside=["b"], paper="a")
-    knee = views.knee(asked, rows([40, 50, 60], [20, 30, 40]), "global", "word")
+    knee = varying.knee(asked, rows([40, 50, 60], [20, 30, 40]), "global", "word")
     assert "the mean is lowest with rank a" in knee
     assert knee.endswith("The paper's a is the best here.")
 
@@ -74,12 +77,14 @@ def test_an_item_that_repeats_another_says_whether_its_outcome_is_found_again() 
     models = ["global", "backbone"]
     here, there = item(models=models), item(models=models, name="first", records="first")
     # the backbone's 80 is 20 % below 100 and 100 % above 40, in every seed
-    again = views.repeated(here, rows([100.0] * 3, [90.0] * 3), there, rows([40.0] * 3, [60.0] * 3))
+    again = varying.repeated(
+        here, rows([100.0] * 3, [90.0] * 3), there, rows([40.0] * 3, [60.0] * 3)
+    )
     assert "- global: rank a, the best of `first`, is not the best here." in again
     assert "- backbone below global, with rank a, %: [-100.00 (-100.00 to -100.00)](" in again
     assert "first-small.jsonl#L1-L3) in `first`, [+20.00 (+20.00 to +20.00)](" in again
     for own, holds in (([1.0, 2, 3], "is"), ([5.0, 1, 6], "may be")):
-        again = views.repeated(here, rows(own, [4, 3, 3]), there, rows([1.0] * 3, [2.0] * 3))
+        again = varying.repeated(here, rows(own, [4, 3, 3]), there, rows([1.0] * 3, [2.0] * 3))
         assert f"- global: rank a, the best of `first`, {holds} the best here." in again
 
 
@@ -88,9 +93,9 @@ def test_what_is_not_settled_is_told() -> None:
     # b less a: 20, -20 and -10: its mean is -3.3, and s = 20.8
     assert "lowest with rank b; not settled from it: a." in table
     for variant, holds in {"a": "may be", "b": "is"}.items():
-        knee = views.knee(item(paper=variant), rows([40, 50, 60], [60, 30, 50]), "global", "word")
+        knee = varying.knee(item(paper=variant), rows([40, 50, 60], [60, 30, 50]), "global", "word")
         assert knee.endswith(f" The paper's {variant} {holds} the best here.")
-    knee = views.knee(item(paper="b"), rows([1, 2, 3], [4, 5, 6]), "global", "word")
+    knee = varying.knee(item(paper="b"), rows([1, 2, 3], [4, 5, 6]), "global", "word")
     assert knee.endswith(" The paper's b is not the best here.")
 
 
@@ -138,7 +143,7 @@ def test_samples_distances_are_told_with_their_number_and_what_real_pictures_hav
 def test_best_values_of_several_items_lie_beside_each_other() -> None:
     text = (item(name="text", paper="b"), rows([40, 50, 60], [20, 30, 40]))
     drawn = item(name="pictures", measures=["distance"]), pictured([40, 60, 50], [60, 30, 50])
-    assert views.bests([text, drawn]).splitlines()[2:] == [
+    assert varying.bests([text, drawn]).splitlines()[2:] == [
         "| text | global | perplexity per word | b |  | b |",
         "| pictures | global | FD | b | a |  |",
     ]
@@ -184,21 +189,21 @@ def test_methods_are_held_against_what_the_paper_reports() -> None:
     ],
 )
 def test_a_verdict_is_by_the_interval(measured: list[float], said: str) -> None:
-    assert said in views.verdict(-1.0, measured)
+    assert said in comparing.verdict(-1.0, measured)
 
 
 def test_the_goal_is_what_all_federated_methods_reach() -> None:
     found = rows([1, 2, 3], [1, 2, 3], way=[[1, 1, 1, 1.0, 2.5], [3, 1, 1, 1.0, 2.75]])
-    methods = [views.Shown(**one) for one in shown()]
-    assert views.common(methods, found) == dict.fromkeys((0, 1, 2), 2.5)
+    methods = [cells.Shown(**one) for one in shown()]
+    assert comparing.common(methods, found) == dict.fromkeys((0, 1, 2), 2.5)
     alone = [one._replace(costs=one.variant == "a") for one in methods]
-    assert views.common(alone, found) == dict.fromkeys((0, 1, 2), 1.0)
+    assert comparing.common(alone, found) == dict.fromkeys((0, 1, 2), 1.0)
 
 
 def test_convergence_tells_what_the_last_third_changed() -> None:
     asked = item(table="convergence", rows=shown()[1:])
     found = rows([1, 2, 3], [1, 2, 3])
-    assert views.thirds(found[0]) == pytest.approx([math.exp(nats) for nats in (3, 2, 1)])
+    assert comparing.thirds(found[0]) == pytest.approx([math.exp(nats) for nats in (3, 2, 1)])
     # e^1 is 1 - 1 / e below e^2
     assert f"{100 * (1 - 1 / math.e):+.2f} (" in views.table(asked, found)
 
@@ -208,8 +213,8 @@ def test_drift_is_told_where_the_loss_is_reached() -> None:
     for row in found:
         # in rounds 1, 2 and 3, once, twice and four times as far as the mean change
         row["moves"] = [[1, 9.0, 9.0, 1.0], [2, 4.0, 2.0, 0.5], [3, 4.0, 1.0, 0.0]]
-    assert views.pulled(found[0], 1.0) == [3, pytest.approx((1 + 2 + 4) / 3), 0.5]
-    assert views.pulled(found[0], 2.5) == [2, 1.5, 0.75]
+    assert comparing.pulled(found[0], 1.0) == [3, pytest.approx((1 + 2 + 4) / 3), 0.5]
+    assert comparing.pulled(found[0], 2.5) == [2, 1.5, 0.75]
     table = views.table(item(table="drift", rows=shown()[1:]), found)
     link = "](../paper/results/toy-small.jsonl#L"
     assert f"| A | [2.00{link}1-L3) | [1.50{link}1-L3) | [0.750{link}1-L3) |" in table
