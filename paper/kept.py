@@ -1,11 +1,13 @@
 """The records of an item: added as runs end, and refused where its file says something else now."""
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedgen_edge.config import to_table
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.experiments.records import lines, write_lines
-from items import ROOT, Case, Row, best, cases, digest, key_of, merged, trials, tunings
+from items import ROOT, Case, Row, best, cases, digest, key_of, merged, settings_of, trials, tunings
 
 RESULTS = ROOT / "paper" / "results"
 
@@ -61,7 +63,8 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
     Raises:
         FileNotFoundError: there is none yet.
         ConfigError: one is missing, of another scale, of other settings than the item's file says
-            now, or of nothing that it says.
+            now, of other data or of another backbone than one with the same settings of these, or
+            of nothing that the file says.
     """
     path = path_of(item, results)
     if not path.exists():
@@ -75,7 +78,9 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
             raise ConfigError(
                 f"{path.name}, line {row['line']}: the item's file has no {_row_key(row)} any more"
             )
-    return [row for row in rows if "trial" not in row]
+    found = [row for row in rows if "trial" not in row]
+    _check_alike(item, found, results)
+    return found
 
 
 def _trials(item: Row, results: Path) -> Iterator[Case]:
@@ -97,6 +102,26 @@ def _check(item: Row, planned: Iterator[Case], path: Path) -> None:
         if wrong := _wrong(item, case, rows.get(_key(case))):
             again = f"make paper ITEMS={item['records']} SCALE={item['scale']}"
             raise ConfigError(f"{path.name}: the record of {case} {wrong}: run `{again}`")
+
+
+HELD = {"data_sha256": ("data", "partition", "federation"), "backbone_sha256": ("backbone",)}
+"""What a record has of all that its run held, and the settings that decide it."""
+
+
+def _check_alike(item: Row, rows: Sequence[Row], results: Path) -> None:
+    """Refuse records whose data or backbones differ where their settings do not."""
+    of_key = {_row_key(row): row for row in rows}
+    for what, parts in HELD.items():
+        seen: dict[str, Row] = {}
+        for case in _cases(item, results):
+            row, told = of_key[_key(case)], to_table(settings_of(item, case))
+            first = seen.setdefault(json.dumps([told[part] for part in parts]), row)
+            if row[what] != first[what]:
+                raise ConfigError(
+                    f"{path_of(item, results).name}, lines {first['line']} and {row['line']}: "
+                    f"{what} differs, and the settings do not: delete what is of older files, and "
+                    f"run `make paper ITEMS={item['records']} SCALE={item['scale']}`"
+                )
 
 
 def _wrong(item: Row, case: Case, row: Row | None) -> str:

@@ -176,6 +176,19 @@ def test_a_record_of_other_settings_is_refused(done: Path) -> None:
     assert {case.variant for case in left} == {"two"}
 
 
+@pytest.mark.parametrize("what", ["data_sha256", "backbone_sha256"])
+def test_records_of_other_data_or_backbones_are_not_shown_beside_each_other(
+    what: str, done: Path, tmp_path: Path
+) -> None:
+    def stale(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*rows[:2], {**rows[2], what: "0"}, *rows[3:]]
+
+    # both variants have the data and the backbone of the recipe, at each seed
+    here = copied(done, tmp_path, stale)
+    with pytest.raises(ConfigError, match=f"lines 1 and 3: {what} differs, and the settings"):
+        kept.whole(toy(here), here / "results")
+
+
 def test_a_record_of_another_choice_is_refused(done: Path, tmp_path: Path) -> None:
     def swapped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         first, second = rows[4]["validation"], rows[5]["validation"]
