@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fedgen_edge.experiments.drawing import (
     COLOURS,
@@ -43,6 +43,8 @@ from fedgen_edge.experiments.summary import (
 
 MOST = 30
 """Clients in one picture."""
+SHORT = 16
+"""Letters of a label of which three stand in a row."""
 Draw = Callable[[RunFiles], Figure | None]
 
 
@@ -103,6 +105,7 @@ def quality_for_bytes(run: RunFiles) -> Figure | None:
             line(axes, points, label, colour)
     held = f"validation {run.measure.name}"
     drawn = finished(figure, axes, "sent by all clients so far", held)
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # sizes are long words
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     return drawn
 
@@ -169,7 +172,8 @@ def who_holds_what(run: RunFiles) -> Figure | None:
         axes.barh(range(len(rows)), widths, 0.7, left, color=colour, label=kind)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     _label(axes, [_name(row["client"], row.get("newcomer", False)) for row in rows])
-    return finished(figure, axes, "training examples" if len(held) > 1 else items, "")
+    name = "training examples" if len(held) > 1 else items
+    return finished(figure, axes, name, "", columns=3 if max(map(len, held)) <= SHORT else 2)
 
 
 PICTURES: dict[str, Draw] = {
