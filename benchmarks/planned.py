@@ -33,6 +33,7 @@ WORKS = {
 }
 """Of each model, the step that is timed, and the larger one whose bytes are taken."""
 CPU = torch.device("cpu")
+SETTINGS = from_table({"adapter": {"rank": 4}})  # as grown.py trains
 
 
 def main() -> None:
@@ -43,8 +44,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="a folder with stories260K in it")
     parser.add_argument("--out", type=Path, required=True)
     told = parser.parse_args()
-    settings = from_table({"adapter": {"rank": 8}})
-    speeds = {name: calibrate(settings, dtype, CPU) for name, dtype in TYPES.items()}
+    load = os.getloadavg()[0]
+    speeds = {name: calibrate(SETTINGS, dtype, CPU) for name, dtype in TYPES.items()}
     found = {}
     for name in WORKS:
         path = str(told.data / name) if (told.data / name).is_dir() else name
@@ -54,7 +55,7 @@ def main() -> None:
         "hardware": hardware(CPU),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "load_before": os.getloadavg()[0],
+        "load_before": load,
         "models": found,
     }
     told.out.write_text(json.dumps(result, indent=1) + "\n")
@@ -62,10 +63,10 @@ def main() -> None:
 
 def beside(name: str, config: Any, kind: str, speed: Speed) -> dict[str, Any]:
     """What is said, and what is so."""
-    settings, (timed, weighed) = from_table({"adapter": {"rank": 8}}), WORKS[name]
-    said = speed.seconds(training_step(settings, config, timed, TYPES[kind]).cost)
-    so = step_seconds(settings, config, timed, TYPES[kind], CPU)
-    grows = training_step(settings, config, weighed, TYPES[kind]).peak
+    timed, weighed = WORKS[name]
+    said = speed.seconds(training_step(SETTINGS, config, timed, TYPES[kind]).cost)
+    so = step_seconds(SETTINGS, config, timed, TYPES[kind], CPU)
+    grows = training_step(SETTINGS, config, weighed, TYPES[kind]).peak
     grown = growth(config, weighed, kind)
     return {
         "rows": timed.rows,

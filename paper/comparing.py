@@ -91,15 +91,22 @@ def _claims(item: Row, rows: Sequence[Row]) -> Lines:
             out.append(_saving(claim, item, of(rows, shown[claim["saved"]].variant)))
             continue
         ours, theirs = pair = shown[claim["better"]], shown[claim["worse"]]
-        reported = claim.get("paper", (ours.paper, theirs.paper))
         own, other = [values(of(rows, one.variant), one.model, item["measures"][0]) for one in pair]
-        (told,), measured = ratios(*([value] for value in reported)), ratios(own, other)
+        told, reported = _reported(claim.get("paper", (ours.paper, theirs.paper)))
+        measured = ratios(own, other)
         out.append(
-            f"- **{ours.name} over {theirs.name}.** The paper: {number(math.exp(told))} "
-            f"({reported[0]:g} against {reported[1]:g}). Here: "
+            f"- **{ours.name} over {theirs.name}.** The paper: {reported}. Here: "
             f"{linked(over(measured), item, of(rows, ours.variant))}. {verdict(told, measured)}"
         )
     return out
+
+
+def _reported(paper: float | Sequence[float]) -> tuple[float, str]:
+    """The logarithm of the paper's ratio, and its words; it may give the ratio alone."""
+    if isinstance(paper, int | float):
+        return math.log(paper), number(paper)
+    ours, theirs = paper
+    return math.log(ours / theirs), f"{number(ours / theirs)} ({ours:g} against {theirs:g})"
 
 
 def _saving(claim: Row, item: Row, own: Sequence[Row]) -> str:

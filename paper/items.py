@@ -162,6 +162,12 @@ def _check_tuning(where: str, item: Row) -> None:
         raise ConfigError(f"{where} tuning.trials is missing, and some variant has none of its own")
     if len(numbers) > 1:
         raise ConfigError(f"{where} variants have unequal numbers of trials: give each as many")
+    for variant, what in itertools.product(item["variants"], LISTS):
+        if wrong := [one for one in tried(item, variant, what) if tunes(one) == (what == "trials")]:
+            raise ConfigError(
+                f"{where} {what} of {variant!r} has {worded(wrong[0])}: settings of personal alone "
+                "are tunings, and all others trials"
+            )
 
 
 def _check_least(where: str, item: Row) -> None:
@@ -255,8 +261,8 @@ def merged(*tables: Mapping[str, Any]) -> Row:
 def worded(trial: Row) -> str:
     """Overrides as a command line has them."""
     each = ((f"{part}.{key}", value) for part, own in trial.items() for key, value in own.items())
-    numbers = (int, float)
-    return ", ".join(f"{k}={v:g}" if isinstance(v, numbers) else f"{k}={v}" for k, v in each)
+    plain = (bool, str, list)
+    return ", ".join(f"{k}={v}" if isinstance(v, plain) else f"{k}={v:g}" for k, v in each)
 
 
 def of_recipe(claim: Row, root: Path = ROOT) -> Settings:
@@ -354,6 +360,8 @@ def digest(item: Row, case: Case) -> str:
 def _digest(settings: Settings) -> str:
     told, usual = to_table(settings), to_table(Settings())
     del told["engine"]
+    if (shape := ROOT / (settings.pretrain.config or "")).is_file():
+        told["pretrain"]["config"] = shape.read_text("utf-8")
     kept = {part: _apart(held, usual[part]) for part, held in told.items()}
     toml = tomli_w.dumps({part: held for part, held in kept.items() if held})
     return hashlib.sha256(toml.encode()).hexdigest()

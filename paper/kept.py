@@ -76,7 +76,8 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
     for row in rows:
         if _row_key(row) not in known:
             raise ConfigError(
-                f"{path.name}, line {row['line']}: the item's file has no {_row_key(row)} any more"
+                f"{path.name}, line {row['line']}: the item's file has no {_row_key(row)} any "
+                "more: delete that line"
             )
     found = [row for row in rows if "trial" not in row]
     _check_alike(item, found, results)

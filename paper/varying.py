@@ -87,8 +87,8 @@ def knee(item: Row, rows: Sequence[Row], model: str, measure: str) -> str:
     also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
     out = f"- {model}{name}: the mean is lowest with {item['axis']} {least}; {also}."
     if paper := item.get("paper"):
-        holds = "is" if paper == least else "may be" if paper in near else "is not"
-        out += f" The paper's {paper} {holds} the best here."
+        holds = "has it" if paper == least else "may have it" if paper in near else "has not"
+        out += f" The paper's {paper} {holds}."
     return out
 
 

@@ -44,7 +44,7 @@ def caption(item: Row, rows: Sequence[Row]) -> str:
     if tuning := item.get("tuning"):
         out += (
             f" Each variant has the best of {len(tuning['trials'])} trials by validation, on seed "
-            f"{tuning['seed']}."
+            f"{tuning['seed']}{f', {told}' if (told := tuning.get('division')) else ''}."
         )
         if then := {len(told) for v in item["variants"] if (told := tried(item, v, "tunings"))}:
             out += (
@@ -158,7 +158,7 @@ def signatures(item: Row, rows: Sequence[Row]) -> Lines:
     found = dict.fromkeys(title for row in healthy for title in row["findings"])
     alarms = "; ".join(f"{title} ({counted(title, healthy, item)})" for title in found)
     about = f"Where nothing was provoked, the diagnosis says: {alarms or 'nothing'}."
-    return [*tabled(heads, body), "", about]
+    return ["", *tabled(heads, body), "", about]
 
 
 def counted(title: str, rows: Sequence[Row], item: Row) -> str:

@@ -139,7 +139,7 @@ def test_how_clients_tune_is_tried_with_what_the_trials_chose(tmp_path: Path) ->
     assert "personal" not in alone["chosen"]
     item = items.read("toy", "try", tmp_path / "items")
     assert len(kept.whole(item, tmp_path / "results")) == 2
-    assert "the best of 2, by the mean" in views.table(item | {"models": ["global"]}, rows[:1])
+    assert "the best of 2, by the mean" in views.caption(item, rows[:2])
     pool, _ = carried(tmp_path, variants=variants, tuning=tuning, seeds=[0])
     assert pool.given == []
 
@@ -386,6 +386,14 @@ def test_a_backbone_is_trained_on_from_another_one_which_is_made_before_it(
         ({"tuning": {"trials": []}}, "tuning.seed is missing"),
         ({"tuning": {"seed": 7, "division": "far", "trials": [{}]}}, "'far' is no division"),
         ({"tuning": {"seed": 7}}, "tuning.trials is missing"),
+        (
+            {"tuning": {"seed": 7, "trials": [{"personal": {"lr": 0.1}}]}},
+            "trials of 'one' has personal.lr=0.1: settings of personal alone are tunings",
+        ),
+        (
+            {"tuning": {**ITEM["tuning"], "tunings": [{"gan": {"r1": 1.0}}]}},
+            "tunings of 'one' has gan.r1=1",
+        ),
     ],
 )
 def test_a_mistake_in_an_items_file_is_told(

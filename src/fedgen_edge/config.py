@@ -388,7 +388,7 @@ class Engine:
     accelerator each, or `threads` cores."""
     sums: bool = False
     """Have each worker send the mean of its clients' changes, and not every change, where the
-    server takes their mean (ray): records lack the error of merging then."""
+    server adds them up (ray): records lack the error of merging, and drift, then."""
 
 
 @dataclass(frozen=True, config=STRICT)

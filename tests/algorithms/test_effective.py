@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fedgen_edge.algorithms.effective import moves
-from fedgen_edge.algorithms.merge import in_common
+from fedgen_edge.algorithms.merge import Summed, in_common
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Order, Update
 
@@ -142,10 +142,10 @@ def test_of_means_alone_only_weights_that_are_no_product_tell() -> None:
     plain = [
         update(c, start, {"norm.weight": v["norm.weight"]}) for c, v in enumerate(map(drawn, "abc"))
     ]
-    whole, common = moves(plain, start), moves(in_common(plain), start)
+    whole, common = moves(plain, start), moves(in_common(plain, Summed()), start)
     assert whole
     assert common
     assert common.own == pytest.approx(whole.own)
     assert common.together == pytest.approx(whole.together)
     factors = [replace(u, delta=drawn(at)) for at, u in enumerate(plain)]
-    assert moves(in_common(factors), start) is None
+    assert moves(in_common(factors, Summed()), start) is None

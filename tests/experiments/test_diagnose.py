@@ -144,7 +144,7 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     "kinds are missing": (
         "Samples are too much alike (mode collapse)",
         judged(recall=0.05),
-        "80 % look real, and reach 5 % of the real pictures",
+        "they reach 5 % of the real pictures",
     ),
     "classes are missing": (
         "Samples are too much alike (mode collapse)",
@@ -159,7 +159,12 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
     "poor from the start": (  # 0.4 is more than a half of 0.6; few kinds, as before
         "The backbone's own samples are too much alike",
         judged({"recall": 0.01, "diversity": {"0": 0.6}}, recall=0.02, diversity={"0": 0.4}),
-        "Of its samples, 80 % look real, and reach 1 % of the real pictures.",
+        "Of its samples, they reach 1 % of the real pictures.",
+    ),
+    "poor from the start, and unreal": (
+        "The backbone's own samples are too much alike",
+        judged({"recall": 0.01, "precision": 0.1}, recall=0.01),
+        "Of its samples, they reach 1 % of the real pictures.",
     ),
     "few pictures": (
         "The samples' distance rests on few pictures",
@@ -275,3 +280,15 @@ def test_advice_names_a_setting_with_its_value() -> None:
 def test_an_empty_run_is_only_unfinished() -> None:
     empty = RunFiles(Path("run"), {}, {}, MEASURE, [], [], {}, [], [], [], [])
     assert [finding.title for finding in diagnose(empty)] == ["The run has not finished"]
+
+
+@pytest.mark.parametrize(("share", "lost"), [(0.9, True), (0.75, False)])
+def test_of_classes_that_a_backbone_misplaced_half_of_the_rest_must_be_lost(
+    share: float, lost: bool
+) -> None:
+    # the backbone is 40 % off, so more than 70 % off is a half of what it had right: 80 and 65 here
+    real = {"0": 0.1, "1": 0.9}
+    run = judged({"real_shares": real}, shares={"0": share, "1": 1 - share}, real_shares=real)
+    found = [finding.title for finding in diagnose(replace(HEALTHY, **run))]
+    assert ("Samples are too much alike (mode collapse)" in found) == lost
+    assert "The backbone's own samples are too much alike" in found

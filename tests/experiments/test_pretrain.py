@@ -2,6 +2,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -156,10 +157,12 @@ def test_text_is_trained_on_from_a_backbone_and_no_client_holds_it(tmp_path: Pat
     assert not {*held} & {*public.examples.texts}
 
 
-def new(settings: Settings, folder: Path) -> Settings:
+def new(settings: Settings, folder: Path, **other: Any) -> Settings:
     """The same with a GPT-2 of two layers, 8 wide, that is made."""
     shape = {"model_type": "gpt2", "n_embd": 8, "n_layer": 2, "n_head": 2, "n_positions": 32}
-    (folder / "config.json").write_text(json.dumps(shape))
+    folder = folder / "-".join(["shape", *other])
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(shape | other))
     return replace(settings, pretrain=replace(settings.pretrain, config=str(folder)))
 
 
@@ -186,7 +189,7 @@ def test_a_new_model_is_the_same_on_every_machine(
     tokenizer = replace(settings.backbone, path=str(backbones.find(settings.backbone)))
     for cache in ("one", "two"):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / cache))
-        folder = outline.fresh(str(tmp_path), tokenizer)
+        folder = outline.fresh(str(tmp_path / "shape"), tokenizer)
         found.append((folder.name, backbones.digest([folder / "model.safetensors"])))
     assert found[0] == found[1]
 
@@ -203,6 +206,8 @@ def test_a_new_model_needs_a_configuration_and_a_tokenizer(tmp_path: Path) -> No
         (replace(SETTINGS, pretrain=replace(SETTINGS.pretrain, config="gpt2")),
          "pretrain.config='gpt2' is of a language model"),
         (replace(new(settings, tmp_path), backbone=empty), "has no tokenizer for a new model"),
+        (new(settings, tmp_path, n_head=3), r"pretrain.config: no gpt2 has this shape .*: mend it"),
+        (new(settings, tmp_path, activation_function="none"), "pretrain.config: no gpt2 has"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             pretrain.begin(wrong, tmp_path / "gpt2")

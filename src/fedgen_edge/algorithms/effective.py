@@ -78,6 +78,8 @@ def _of_layer(
     """
     squares, parts = torch.zeros(len(updates), dtype=torch.float64), list[Product]()
     total = sum(update.weight for update in updates)
+    if not total > 0:
+        raise ValueError("a mean needs at least one member with a positive weight")
     for received, places in _by_start(updates):
         start, own = {**adapter, **received}, [updates[at] for at in places]
         (a0, da), (b0, db) = (_begun(start, own, name) for name in pair)

@@ -8,7 +8,6 @@ import io
 import itertools
 import pickle
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,16 +134,14 @@ def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
     for path in sorted(root.glob("*t*.npz")):
         split = "test" if "test" in path.stem else "train"
         try:
-            pixels, numbers = _unpacked(path, path.stat().st_mtime_ns)
+            pixels, numbers = _unpacked(path)
         except (OSError, ValueError, KeyError) as error:
             raise _fault(settings, f": {path.name} cannot be read ({error}): mend it") from None
         yield _part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
 
 
-@lru_cache(maxsize=4)  # seconds of decoding, and a process that makes many runs reads it for each
-def _unpacked(path: Path, changed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, `[images, height, width, 3]`, and their numbers, of a file as it is since then."""
-    del changed
+def _unpacked(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures, `[images, height, width, 3]`, and their numbers."""
     held = np.load(path, allow_pickle=False)
     blob, ends = held["webp"].tobytes(), held["offsets"]
     each = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))

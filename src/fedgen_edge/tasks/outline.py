@@ -128,6 +128,11 @@ def fresh(path: str, backbone: Backbone) -> Path:
             f"backbone.path={backbone.path!r} has no tokenizer for a new model ({reason}): give a "
             "folder or a hub id with one"
         ) from None
+    if not tokenizer("a word")["input_ids"]:
+        raise ConfigError(
+            f"backbone.path={backbone.path!r} has no tokenizer that tells words: give a folder or "
+            "a hub id with one"
+        )
     marks = {f"{mark}_token_id": getattr(tokenizer, f"{mark}_token_id") for mark in MARKS}
     config.update({"vocab_size": len(tokenizer), **marks})
     read = [file for file in sorted(folder.iterdir()) if file.suffix in READ]
@@ -142,8 +147,14 @@ READ = {".json", ".model", ".txt"}
 
 
 def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
-    with seeded("fresh"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    try:
+        with seeded("fresh"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise ConfigError(
+            f"pretrain.config: no {config.model_type} has this shape ({reason}): mend it"
+        ) from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
