@@ -439,11 +439,16 @@ def begun(here: Path) -> subprocess.Popen[str]:
     told_ = ["toy", "--scale", "try", "--jobs", "1", "--data", str(here)]
     folders = {"from": here / "items", "runs": here / "runs", "results": here / "results"}
     told_ += [word for name, path in folders.items() for word in (f"--{name}", str(path))]
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "paper" / "make.py"), *told_],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    # tests that a script began in the background are deaf to Ctrl-C, and so is what they begin
+    was = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return subprocess.Popen(
+            [sys.executable, str(ROOT / "paper" / "make.py"), *told_],
+            env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+    finally:
+        signal.signal(signal.SIGINT, was)
 
 
 def peopled(group: int) -> bool:
