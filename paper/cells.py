@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fedgen_edge.experiments.summary import number, paired_interval
 from fedgen_edge.measure import Measure, Number
-from items import Row
+from items import Row, worded
 
 Form = Callable[[Number], str]
 Lines = list[str]
@@ -100,6 +100,11 @@ def between(found: Sequence[Number]) -> str:
     """The mean, and its 95 % interval, with signs."""
     mean, low, high = (f"{end:+.2f}" for end in paired_interval(found))
     return f"{mean} ({low} to {high})"
+
+
+def chosen(own: Sequence[Row]) -> str:
+    """What a variant's trials chose, as code; nothing without trials."""
+    return f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
 
 
 def tabled(heads: Sequence[str], body: Iterable[Sequence[str]]) -> Lines:

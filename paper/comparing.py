@@ -11,6 +11,7 @@ from cells import (
     Shown,
     between,
     called,
+    chosen,
     gains,
     linked,
     of,
@@ -25,7 +26,7 @@ from cells import (
 )
 from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
 from fedgen_edge.measure import Measure
-from items import Row, worded
+from items import Row
 
 
 def methods(item: Row, rows: Sequence[Row]) -> Lines:
@@ -55,7 +56,7 @@ def methods(item: Row, rows: Sequence[Row]) -> Lines:
         body.append([
             one.name,
             "" if one.paper is None else f"{one.paper:g}",
-            f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] and one.model != BACKBONE else "",
+            "" if one.model == BACKBONE else chosen(own),
             *(linked(cell, item, own) if cell not in {"", NONE} else cell for cell in cells),
         ])  # fmt: skip
     quality = (

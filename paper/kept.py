@@ -69,8 +69,8 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
     path = path_of(item, results)
     if not path.exists():
         raise FileNotFoundError(path)
-    for planned in (_trials, _tunings, _cases):
-        _check(item, planned(item, results), path)
+    for planned in (trials(item), _tunings(item, results), _cases(item, results)):
+        _check(item, planned, path)  # each asks what those before it chose, and is asked after them
     known = {*_known(item)}
     rows = [{**row, "line": number} for number, row in enumerate(lines(path), 1)]
     for row in rows:
@@ -82,11 +82,6 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
     found = [row for row in rows if "trial" not in row]
     _check_alike(item, found, results)
     return found
-
-
-def _trials(item: Row, results: Path) -> Iterator[Case]:
-    del results
-    yield from trials(item)
 
 
 def _tunings(item: Row, results: Path) -> Iterator[Case]:
@@ -112,10 +107,11 @@ HELD = {"data_sha256": ("data", "partition", "federation"), "backbone_sha256": (
 def _check_alike(item: Row, rows: Sequence[Row], results: Path) -> None:
     """Refuse records whose data or backbones differ where their settings do not."""
     of_key = {_row_key(row): row for row in rows}
+    tables = {_key(case): to_table(settings_of(item, case)) for case in _cases(item, results)}
     for what, parts in HELD.items():
         seen: dict[str, Row] = {}
-        for case in _cases(item, results):
-            row, told = of_key[_key(case)], to_table(settings_of(item, case))
+        for key, told in tables.items():
+            row = of_key[key]
             first = seen.setdefault(json.dumps([told[part] for part in parts]), row)
             if row[what] != first[what]:
                 raise ConfigError(

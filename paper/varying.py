@@ -10,6 +10,7 @@ from cells import (
     apart,
     between,
     called,
+    chosen,
     divided,
     gains,
     linked,
@@ -22,7 +23,7 @@ from cells import (
     values,
 )
 from fedgen_edge.experiments.summary import BACKBONE, paired_interval, size
-from items import Row, worded
+from items import Row
 
 
 def curve(item: Row, rows: Sequence[Row]) -> Lines:
@@ -55,8 +56,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
             saved(own),
             spread([row["seconds"]["federation"] for row in own]),
         ]
-        chosen = f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
-        body.append([variant, chosen, *(linked(c, item, own) if c else "" for c in cells)])
+        body.append([variant, chosen(own), *(linked(c, item, own) if c else "" for c in cells)])
     knees = (knee(item, rows, model, each) for each in item["measures"] for model in models)
     return [*tabled(heads, body), "", *knees]
 

@@ -8,6 +8,7 @@ from cells import (
     View,
     between,
     called,
+    chosen,
     divided,
     each_division,
     gains,
@@ -104,8 +105,7 @@ def clients(item: Row, rows: Sequence[Row]) -> Lines:
                 *(linked(spread([100 * share for share in shares]), item, own)
                   for shares in ([g.gained for g in found], [g.lost for g in found])),
             ]  # fmt: skip
-            chosen = f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
-            body.append([division, variant, chosen, *cells])
+            body.append([division, variant, chosen(own), *cells])
         told.append(f"- {division}: {paying(held)}.")
     return ["", *tabled(heads, body), *told]
 

@@ -73,14 +73,6 @@ def product(adapter: Leaves, pair: Pair) -> Product:
     return Product(adapter[pair.b].double().flatten(1), adapter[pair.a].double().flatten(1))
 
 
-def cored(adapter: Leaves, pair: Pair) -> Product:
-    """A pair's product with what stands between its factors, where anything does."""
-    own = product(adapter, pair)
-    if pair.core in adapter:
-        own = own._replace(b=own.b @ adapter[pair.core].double())
-    return own
-
-
 def residual(adapter: Leaves, pair: Pair) -> Product:
     """What is frozen beside a pair; of rank 0 where nothing is."""
     if pair.residual.a in adapter:

@@ -305,4 +305,7 @@ def _beside_them(updates: Sequence[Update], pair: Pair, shares: Sequence[float])
 
 def _whole(adapter: Leaves, pair: Pair) -> Product:
     """A pair's product, with what stands between its factors, and its residual."""
-    return factors.total([factors.cored(adapter, pair), factors.residual(adapter, pair)])
+    own = product(adapter, pair)
+    if pair.core in adapter:
+        own = own._replace(b=own.b @ adapter[pair.core].double())
+    return factors.total([own, factors.residual(adapter, pair)])
