@@ -23,7 +23,8 @@ actor a core, and one with all of them, are both tried, and the quicker one coun
 `run_simulation` starts it, without the SuperLink that `flwr run` would start first. Its example of
 tuning a language model loads the backbone in each call: that is measured too, once, and does not
 count. `fedgen run` does all that it does besides: bytes, records, commits, the test of every
-client, the report; of personalisation there is none.
+client, the report; of personalisation there is none. As a library (`library_rounds.py`), it does
+what the others do, and reads, partitions and tokenises the text on top.
 
 `importing` is the seconds of a process that imports what all of them use, and does nothing.
 
@@ -41,7 +42,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +80,11 @@ WAYS: dict[str, dict[str, Any]] = {
     "Flower, backbone loaded in each call": {"app": "flower", "cpus": 1, "kept": False},
     "BlazeFL": {"app": "blaze", "kept": True},
 }
-OURS = "fedgen run"
+OURS, LIBRARY = "fedgen run", "fedgen-edge as a library"
 LIBRARIES = ["torch", "transformers", "peft", "accelerate", "flwr", "ray", "blazefl", "fedgen-edge"]
 IMPORTING = "import peft, torch, transformers.models.llama.modeling_llama"
+Ways = dict[str, Callable[[Path], tuple[float, float, Path]]]
+"""Of each what it makes in a folder: seconds of its process and of its rounds, and an adapter."""
 Runs = dict[str, list[dict[str, float]]]
 """Of each way its runs: seconds of the process and of its rounds, perplexity, load before."""
 
@@ -159,6 +163,14 @@ def ours(settings: Settings, place: Path) -> tuple[float, float, Path]:
     return seconds, told["seconds"]["federation"], out / "adapters" / "global"
 
 
+def library(settings: Settings, place: Path) -> tuple[float, float, Path]:
+    """The same of a program that does the rounds alone."""
+    (place / "recipe.toml").write_text(to_toml(settings))
+    program = Path(__file__).with_name("library_rounds.py")
+    seconds = timed([sys.executable, str(program), str(place)], place / "log")
+    return seconds, json.loads((place / "done.json").read_text())["rounds"], place / "adapter"
+
+
 def theirs(
     pythons: Mapping[str, str], given: Path, how: Mapping[str, Any], place: Path
 ) -> tuple[float, float, Path]:
@@ -187,19 +199,19 @@ def measured(
 ) -> Runs:
     """Every run of every way, in turn."""
     found: Runs = {}
-    ways = {name: how for name, how in WAYS.items() if how["app"] in pythons}
+    ways: Ways = {OURS: partial(ours, settings), LIBRARY: partial(library, settings)}
     with tempfile.TemporaryDirectory() as given:
         lay(experiment, Path(given))
+        for name, how in WAYS.items():
+            if how["app"] in pythons:
+                ways[name] = partial(theirs, pythons, Path(given), how)
         for repeat in range(repeats):
-            once = {name: how for name, how in ways.items() if how["kept"] or not repeat}
-            for name, how in {OURS: None, **once}.items():
+            for name, way in ways.items():
+                if repeat and name in WAYS and not WAYS[name]["kept"]:
+                    continue
                 with tempfile.TemporaryDirectory() as place:
                     load_before = os.getloadavg()[0]
-                    seconds, rounds, adapter = (
-                        theirs(pythons, Path(given), how, Path(place))
-                        if how
-                        else ours(settings, Path(place))
-                    )
+                    seconds, rounds, adapter = way(Path(place))
                     told = {
                         "seconds": round(seconds, 2),
                         "rounds": round(rounds, 2),
@@ -240,8 +252,9 @@ def summary(runs: Runs) -> dict[str, Any]:
     for app in ("flower", "blaze"):
         counts = [n for n, how in WAYS.items() if n in runs and how["app"] == app and how["kept"]]
         if counts:
-            best = min(counts, key=lambda name: median(name, "seconds"))
-            found[f"{app}_over_ours"] = round(median(best, "seconds") / median(OURS, "seconds"), 2)
+            best = min(median(name, "seconds") for name in counts)
+            found[f"{app}_over_ours"] = round(best / median(OURS, "seconds"), 2)
+            found[f"{app}_over_library"] = round(best / median(LIBRARY, "seconds"), 2)
     return found
 
 

@@ -15,8 +15,9 @@ from fedgen_edge.leaves import stack
 from fedgen_edge.tasks.task import Task
 from fedgen_edge.types import Batch, Leaves
 
-CPU_TOKENS = 2048
-"""Tokens in one step beyond which a CPU gains nothing from a larger stack."""
+CPU_TOKENS = 4096
+"""Tokens in one step beyond which a CPU gains nothing from a larger stack: with as many, a round of
+stories260K was 7 % quicker than with half, and one of SmolLM2 2 to 7 %."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for them, in malloc.h."""
 
