@@ -39,6 +39,7 @@ KEYS = {
     "divisions": "settings of the data's division, each of which all variants have",
     "tuning": "a seed, a division, the trials of each variant, and the tunings that are tried "
     "after them where clients tune",
+    "jobs": "most runs at once, where more would need too much memory",
     "table": "a view of views.py",
     "figure": "a view of figures.py",
     "models": "the run's models that are shown, where variants are values of something",
@@ -137,6 +138,8 @@ def _check(name: str, scale: str, item: Row) -> None:
         raise ConfigError(f"{where} unknown key {unknown[0]!r}: {', '.join(KEYS)} are known")
     if missing := [key for key in NEEDED if key not in item]:
         raise ConfigError(f"{where} {missing[0]} is missing: say it in paper/items/{name}.toml")
+    if item.get("jobs", 1) < 1:
+        raise ConfigError(f"{where} jobs={item['jobs']} is below 1: give one or more")
     for told in (item["reference"], *(failure["variant"] for failure in item.get("failures", ()))):
         if told not in item["variants"]:
             raise ConfigError(f"{where} {told!r} is no variant: name one of them")

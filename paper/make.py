@@ -66,8 +66,11 @@ def make(told: argparse.Namespace) -> None:
         check_paths(item, told.data)
     jobs = told.jobs or (1 if told.scale == "full" else len(os.sched_getaffinity(0)))
     told.runs.mkdir(parents=True, exist_ok=True)
-    with locked(told.runs), workers(jobs) as pool:
-        failed = [line for item in found for line in carried(item, told, pool)]
+    failed: list[str] = []
+    with locked(told.runs):
+        for item in found:
+            with workers(min(jobs, item.get("jobs", jobs))) as pool:
+                failed += carried(item, told, pool)
     if failed:
         raise TrainingError("; ".join(failed))
     if told.results == kept.RESULTS and told.folder == ITEMS:

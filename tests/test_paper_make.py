@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,27 @@ def test_what_an_item_may_not_say_is_one_line(tmp_path: Path) -> None:
     for said, change in wrong.items():
         with pytest.raises(ConfigError, match=said):
             toy(tmp_path, **change)
+
+
+def test_an_item_has_no_more_runs_at_once_than_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    @contextmanager
+    def few(jobs: int) -> Iterator[Executor]:
+        asked.append(jobs)
+        yield Here()
+
+    monkeypatch.setattr(make, "workers", few)
+    monkeypatch.setattr(make, "carried", lambda *_: [])
+    folder = write(write(tmp_path / "items"), "large", jobs=2)
+    make.make(told(tmp_path, items=["toy", "large"], scale="try", jobs=3, folder=folder))
+    make.make(told(tmp_path, items=["large"], scale="try", jobs=1, folder=folder))
+    assert asked == [3, 2, 1]
+    write(folder, "large", jobs=0)
+    with pytest.raises(ConfigError, match="jobs=0 is below 1"):
+        items.read("large", "try", folder)
 
 
 def test_nothing_too_small_is_shown(tmp_path: Path) -> None:
