@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,24 @@ def test_packed_cifar_that_was_changed_is_read_again(tmp_path: Path) -> None:
         np.savez(tmp_path / "test.npz", webp=blob, offsets=[0, len(blob)], labels=[0])
         os.utime(tmp_path / "test.npz", (when, when))
         assert pixels_of(read(settings("cifar10", tmp_path))).unique().tolist() == [value]
+
+
+def test_packed_cifar_that_is_damaged_in_any_way_is_named_in_one_line(tmp_path: Path) -> None:
+    drawn, path = io.BytesIO(), tmp_path / "test.npz"
+    Image.new("RGB", (32, 32)).save(drawn, "webp", lossless=True)
+    blob = np.frombuffer(drawn.getvalue(), np.uint8)
+    np.savez_compressed(path, webp=blob, offsets=[0, len(blob)], labels=[0])
+    whole = path.read_bytes()
+    cut = [whole[:at] for at in range(len(whole))]
+    altered = [whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :] for at in range(len(whole))]
+    for damaged in (*cut, *altered):
+        path.write_bytes(damaged)
+        with suppress(DataError):  # some bytes mean nothing
+            read(settings("cifar10", tmp_path))
+    for wrong in ({"offsets": 5}, {"offsets": [0.0, 9.0]}, {"offsets": [0]}, {"labels": ["a"]}):
+        np.savez(path, **{"webp": blob, "offsets": [0, len(blob)], "labels": [0], **wrong})
+        with pytest.raises(DataError, match=r"test\.npz cannot be read"):
+            read(settings("cifar10", tmp_path))
 
 
 class Evil:

@@ -7,6 +7,8 @@ import hashlib
 import io
 import itertools
 import pickle
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,11 @@ HARMLESS = {
     ("_codecs", "encode"),
 }
 """All that a pickle of arrays calls."""
+DAMAGED = (
+    *(OSError, EOFError, KeyError, IndexError, TypeError, ValueError, RuntimeError),
+    *(zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
+)
+"""What an archive of arrays raises that is cut, altered, or none."""
 
 
 class Part(NamedTuple):
@@ -135,18 +142,19 @@ def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
         split = "test" if "test" in path.stem else "train"
         try:
             pixels, numbers = _unpacked(path)
-        except (OSError, ValueError, KeyError) as error:
+        except DAMAGED as error:
             raise _fault(settings, f": {path.name} cannot be read ({error}): mend it") from None
         yield _part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
 
 
 def _unpacked(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pictures, `[images, height, width, 3]`, and their numbers."""
-    held = np.load(path, allow_pickle=False)
-    blob, ends = held["webp"].tobytes(), held["offsets"]
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+        blob, ends = held["webp"].tobytes(), held["offsets"]
+        numbers = held["labels"].astype(np.int64).reshape(-1)
     each = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))
     opened = (Image.open(one, formats=("WEBP",)).convert("RGB") for one in each)
-    return np.stack([np.asarray(one) for one in opened]), held["labels"]
+    return np.stack([np.asarray(one) for one in opened]), numbers
 
 
 def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
@@ -157,7 +165,7 @@ def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
                 held = _Arrays(file, encoding="bytes").load()
             pixels = np.asarray(held[b"data"], np.uint8).reshape(-1, 3, 32, 32)
             numbers = np.asarray(held[b"labels"])
-        except (pickle.UnpicklingError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (pickle.UnpicklingError, AttributeError, *DAMAGED) as error:
             raise _fault(settings, f": {path.name} is no batch ({error}): mend it") from None
         yield _part(settings, path, pixels, numbers, split)
 
