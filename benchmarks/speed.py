@@ -25,7 +25,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
@@ -87,12 +86,10 @@ def ours(
         {
             "backbone": {"path": path, "precision": "bf16"},
             "adapter": {"target_modules": ["q_proj", "v_proj"]},
+            "engine": {"compile": compiled},
         }
     )
     task = language.build(settings, full=False, device=device)
-    for block in task.loaded.model.modules():
-        if compiled and isinstance(block, GradientCheckpointingLayer):
-            block.compile(dynamic=True)
     words = task.loaded.model.config.vocab_size
     adapter = {k: v.to(device) for k, v in task.init(generator("init")).items()}
     start = stack([adapter] * shape.clients) if stacked else adapter

@@ -110,8 +110,9 @@ def clients(item: Row, rows: Sequence[Row]) -> Figure:
         _marked(axes, found, look, division, range(len(variants)))
     axes.set_xticks(range(len(variants)), variants)
     name = Measure(*rows[0]["measure"]).name
+    axes.set_yscale("symlog", linthresh=1)  # one that trains alone may lose hundreds of times that
     y = f"test {name} below {item['models'][0]}, %"
-    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", y)
+    return _whole(figure, axes, f"{item['axis']} ({_seeds(item)})", y, columns=2)
 
 
 def convergence(item: Row, rows: Sequence[Row]) -> Figure:
@@ -170,8 +171,8 @@ def _cosines(row: Row) -> dict[int, float]:
     return {last: fmean(each) for last, each in found.items()}
 
 
-def _whole(figure: Figure, axes: Axes, x: str, y: str) -> Figure:
-    found = finished(figure, axes, x, y)
+def _whole(figure: Figure, axes: Axes, x: str, y: str, columns: int = 3) -> Figure:
+    found = finished(figure, axes, x, y, columns)
     assert found, "an item has records"
     return found
 

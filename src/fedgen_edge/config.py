@@ -381,6 +381,9 @@ class Engine:
     threads: Count | None = None
     """Threads of the arithmetic; none is every core. Recorded: results depend on it in the last
     bit."""
+    compile: bool = False
+    """Have torch compile a language model's blocks of layers for training with adapters: it takes a
+    part of a minute first, and then steps are shorter. For long runs."""
     address: str | None = None
     """Of the cluster, as host:port (ray); none is a cluster of this machine alone."""
     workers: Count | None = None

@@ -36,8 +36,8 @@ Port = Annotated[int, Number, Field(ge=0, le=65535)]
 """0 is any that is free."""
 OWN = frozenset(
     ("data.path", "backbone.path", "backbone.autoencoder", "adapter.initial", "judging.weights",
-     "engine.name", "engine.stack", "engine.device", "engine.threads", "engine.address",
-     "engine.workers", "engine.sums")
+     "engine.name", "engine.stack", "engine.device", "engine.threads", "engine.compile",
+     "engine.address", "engine.workers", "engine.sums")
 )  # fmt: skip
 """Settings that each machine has for itself; all others are shared, and pinned by their digest."""
 

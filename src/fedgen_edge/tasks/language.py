@@ -21,6 +21,7 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbones import Loaded
+from fedgen_edge.tasks.compiling import compiled
 from fedgen_edge.tasks.loss import TokenLoss
 from fedgen_edge.tasks.lower import NONE, ROOM, STATES, Lower, lower
 from fedgen_edge.tasks.task import Sample
@@ -225,6 +226,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     )
     module = TokenLoss(model)
     sites = adapted.adapter.sites if isinstance(adapted.adapter, Lora) else ()
+    if settings.engine.compile and sites:
+        compiled(model)
     return Language(adapted, module, loaded, settings.data.length, lower=lower(module, sites))
 
 

@@ -65,13 +65,17 @@ NONE = Lower()
 @contextmanager
 def _instead(blocks: Iterable[Any], forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within it, the blocks compute this."""
+    own = [(vars(block), vars(block).get("forward")) for block in blocks]
     try:
-        for block in blocks:
-            block.forward = forward
+        for held, _ in own:
+            held["forward"] = forward
         yield
     finally:
-        for block in blocks:
-            vars(block).pop("forward", None)
+        for held, before in own:
+            if before is None:
+                del held["forward"]
+            else:
+                held["forward"] = before
 
 
 def lower(module: TokenLoss, adapted: Iterable[str]) -> Lower:

@@ -1,0 +1,40 @@
+"""A language model's blocks of layers, compiled by torch for training."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from fedgen_edge.errors import ConfigError
+
+
+def compiled(model: nn.Module) -> None:
+    """Have torch compile each block of layers, in place, when it first trains.
+
+    Blocks of one kind share what is compiled, for batches of any size. What needs no gradients
+    (validation, tests, samples) goes on as it is: its many shapes would each be compiled.
+
+    Raises:
+        ConfigError: this machine has no compiler for its processor.
+    """
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError(
+            "engine.compile=true needs a C++ compiler, and there is neither g++ nor clang++: "
+            "install one, or leave it out"
+        )
+    for block in model.modules():
+        if isinstance(block, GradientCheckpointingLayer):
+            _compile(block)
+
+
+def _compile(block: Any) -> None:
+    plain, fast = block.forward, torch.compile(block.forward, dynamic=True)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return (fast if torch.is_grad_enabled() else plain)(*args, **kwargs)
+
+    block.forward = forward
