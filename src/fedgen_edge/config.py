@@ -383,7 +383,7 @@ class Engine:
     bit."""
     compile: bool = False
     """Have torch compile a language model's blocks of layers for training with adapters: it takes a
-    part of a minute first, and then steps are shorter. For long runs."""
+    part of a minute first, and then steps are shorter. For long runs without dropout."""
     address: str | None = None
     """Of the cluster, as host:port (ray); none is a cluster of this machine alone."""
     workers: Count | None = None

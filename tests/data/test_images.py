@@ -127,6 +127,14 @@ def test_a_pickle_that_calls_anything_is_refused_and_not_run(tmp_path: Path) -> 
         read(settings("cifar10", tmp_path))
 
 
+@pytest.mark.parametrize("labels", [["a"], 5, [[0]], [None], [0.5], [-1]])
+def test_labels_that_are_no_numbers_of_classes_are_named(tmp_path: Path, labels: Any) -> None:
+    held = {b"data": np.zeros((1, 3072), np.uint8), b"labels": labels}
+    (tmp_path / "test_batch").write_bytes(pickle.dumps(held))
+    with pytest.raises(DataError, match="test_batch"):
+        read(settings("cifar10", tmp_path))
+
+
 def test_a_short_binary_and_a_high_label_are_named(tmp_path: Path) -> None:
     path = tmp_path / "test_batch.bin"
     path.write_bytes(bytes(3072))

@@ -151,7 +151,7 @@ def _unpacked(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pictures, `[images, height, width, 3]`, and their numbers."""
     with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
         blob, ends = held["webp"].tobytes(), held["offsets"]
-        numbers = held["labels"].astype(np.int64).reshape(-1)
+        numbers = _whole(held["labels"])
     each = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))
     opened = (Image.open(one, formats=("WEBP",)).convert("RGB") for one in each)
     return np.stack([np.asarray(one) for one in opened]), numbers
@@ -164,10 +164,17 @@ def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
             with path.open("rb") as file:
                 held = _Arrays(file, encoding="bytes").load()
             pixels = np.asarray(held[b"data"], np.uint8).reshape(-1, 3, 32, 32)
-            numbers = np.asarray(held[b"labels"])
+            numbers = _whole(held[b"labels"])
         except (pickle.UnpicklingError, AttributeError, *DAMAGED) as error:
             raise _fault(settings, f": {path.name} is no batch ({error}): mend it") from None
         yield _part(settings, path, pixels, numbers, split)
+
+
+def _whole(labels: Any) -> np.ndarray:
+    found = np.asarray(labels)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ValueError("its labels are no list of whole numbers")
+    return found
 
 
 class _Arrays(pickle.Unpickler):
@@ -192,7 +199,7 @@ def _binaries(settings: config.Data, root: Path) -> Iterator[Part]:
 def _part(
     settings: config.Data, path: Path, pixels: np.ndarray, numbers: np.ndarray, split: str
 ) -> Part:
-    if len(numbers) != len(pixels) or (len(numbers) and not 0 <= numbers.max() < len(CIFAR10)):
+    if len(numbers) != len(pixels) or not set(numbers.tolist()) <= {*range(len(CIFAR10))}:
         raise _fault(
             settings,
             f": {path.name} has {len(pixels)} pictures and {len(numbers)} labels, the highest "

@@ -95,7 +95,7 @@ def begin(folder: Path) -> Home:
     deployable(recipe, len(members(folder)) + len(revoked(folder)))
     device = machine.device(recipe.engine.device)
     torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
-    task = task_of(recipe, device)
+    task = task_of(replace(recipe, engine=replace(recipe.engine, compile=False)), device)
     _check_spectrum(plan, recipe, task)
     _check_gradient(plan, recipe)
     settings, sites = _resolved(recipe, task, device), len(members(folder))

@@ -41,7 +41,11 @@ def serve(run: Path, precision: Literal["float32"] | None = None) -> Learnt:
     """
     settings, told = _began(run)
     backbone = replace(settings.backbone, precision=precision or settings.backbone.precision)
-    fresh = replace(settings, backbone=backbone, adapter=replace(settings.adapter, initial=None))
+    adapter, engine = (
+        replace(settings.adapter, initial=None),
+        replace(settings.engine, compile=False),
+    )
+    fresh = replace(settings, backbone=backbone, adapter=adapter, engine=engine)
     task = task_of(fresh, machine.device("auto"))
     _unchanged(run, told, "backbone.sha256", task.model.sha256)
     return task

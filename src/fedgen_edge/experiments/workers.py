@@ -34,7 +34,7 @@ def jobs(settings: Settings) -> Jobs:
     steady_allocations()
     told = settings.engine
     device = told.device.partition(":")[0]  # of accelerators it sees one, its own
-    alone = Engine("serial", device=device, threads=told.threads)
+    alone = Engine("serial", device=device, threads=told.threads, compile=told.compile)
     experiment = build(replace(settings, engine=alone))
     of = cache(partial(beside, experiment))
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 from typing import Any
 
 import torch
@@ -18,17 +19,21 @@ def compiled(model: nn.Module) -> None:
     (validation, tests, samples) goes on as it is: its many shapes would each be compiled.
 
     Raises:
-        ConfigError: this machine has no compiler for its processor.
+        ConfigError: this machine has no compiler for its processor, or the model no such blocks.
     """
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    if on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if next(model.parameters()).device.type == "cpu" and not shutil.which(compiler):
         raise ConfigError(
-            "engine.compile=true needs a C++ compiler, and there is neither g++ nor clang++: "
-            "install one, or leave it out"
+            f"engine.compile=true needs a C++ compiler, and {compiler} is not found: install it, "
+            "name another in CXX, or leave compile out"
         )
-    for block in model.modules():
-        if isinstance(block, GradientCheckpointingLayer):
-            _compile(block)
+    blocks = [block for block in model.modules() if isinstance(block, GradientCheckpointingLayer)]
+    if not blocks:
+        raise ConfigError(
+            "engine.compile=true: this backbone has no blocks to compile: leave it out"
+        )
+    for block in blocks:
+        _compile(block)
 
 
 def _compile(block: Any) -> None:

@@ -227,6 +227,11 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     module = TokenLoss(model)
     sites = adapted.adapter.sites if isinstance(adapted.adapter, Lora) else ()
     if settings.engine.compile and sites:
+        if settings.adapter.dropout:  # each layer draws its own, so that none would share a graph
+            raise ConfigError(
+                f"engine.compile=true does not go with adapter.dropout={settings.adapter.dropout}: "
+                "leave one of them out"
+            )
         compiled(model)
     return Language(adapted, module, loaded, settings.data.length, lower=lower(module, sites))
 
