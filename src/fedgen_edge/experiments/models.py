@@ -41,10 +41,8 @@ def serve(run: Path, precision: Literal["float32"] | None = None) -> Learnt:
     """
     settings, told = _began(run)
     backbone = replace(settings.backbone, precision=precision or settings.backbone.precision)
-    adapter, engine = (
-        replace(settings.adapter, initial=None),
-        replace(settings.engine, compile=False),
-    )
+    adapter = replace(settings.adapter, initial=None)
+    engine = replace(settings.engine, compile=False)  # nothing trains
     fresh = replace(settings, backbone=backbone, adapter=adapter, engine=engine)
     task = task_of(fresh, machine.device("auto"))
     _unchanged(run, told, "backbone.sha256", task.model.sha256)
