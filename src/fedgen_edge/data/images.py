@@ -202,8 +202,8 @@ def _part(
     if len(numbers) != len(pixels) or not set(numbers.tolist()) <= {*range(len(CIFAR10))}:
         raise _fault(
             settings,
-            f": {path.name} has {len(pixels)} pictures and {len(numbers)} labels, the highest "
-            f"{numbers.max(initial=0)}: each picture needs one from 0 to 9",
+            f": {path.name} has {len(pixels)} pictures and {len(numbers)} labels, between "
+            f"{numbers.min(initial=0)} and {numbers.max(initial=0)}: each needs one from 0 to 9",
         )
     return Part(
         torch.from_numpy(np.ascontiguousarray(pixels)),
