@@ -389,7 +389,7 @@ def test_the_default_targets_are_taken_where_the_settings_name_none() -> None:
     ("settings", "said"),
     [
         # v_proj of one key-value head maps 8 to 4: rank 4 is the most.
-        ({"rank": 5, "target_modules": ("q_proj", "v_proj")}, "adapter.rank=5 is above 4"),
+        ({"rank": 5, "target_modules": ("v_proj",)}, "adapter.rank=5 is above 4"),
         ({"target_modules": ("q_porj",)}, "match no layer: .*k_proj, .*q_proj.*all-linear"),
         ({"target_modules": (r".*nothing",)}, "match no layer: .*q_proj"),
         ({"target_modules": ("(q_proj",)}, "is no regular expression"),
@@ -410,6 +410,12 @@ def test_a_mistake_is_one_line_and_leaves_the_model_alone(
 def test_a_rank_may_be_the_layers_smaller_side() -> None:
     lora = inject(llama(), Adapter(rank=4, target_modules=("v_proj",)))
     assert lora.shapes()["model.layers.0.self_attn.v_proj.lora_A"] == (4, 8)
+
+
+def test_a_rank_may_be_above_the_side_of_a_layer_beside_larger_ones() -> None:
+    lora = inject(llama(), Adapter(rank=5, target_modules=("q_proj", "v_proj")))
+    assert lora.shapes()["model.layers.0.self_attn.q_proj.lora_B"] == (8, 5)
+    assert lora.shapes()["model.layers.0.self_attn.v_proj.lora_B"] == (4, 5)
 
 
 def test_a_grouped_convolution_is_refused() -> None:

@@ -28,7 +28,7 @@ from torch import nn
 
 from fedgen_edge.algorithms import products
 from fedgen_edge.algorithms.factors import product
-from fedgen_edge.leaves import add
+from fedgen_edge.leaves import add, shapes
 from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves
 
 # --- against dense matrices
@@ -46,6 +46,15 @@ def test_the_svd_rule_is_the_dense_svd_cut_to_the_rank(layer: str) -> None:
     b, a = product(now, names(layer))
     torch.testing.assert_close(b.norm(dim=0), s[:2].sqrt())
     torch.testing.assert_close(a.norm(dim=1), s[:2].sqrt())
+
+
+@every_layer
+def test_above_a_layers_sides_the_svd_rule_misses_nothing(layer: str) -> None:
+    received = drawn(5, (layer,), rank=40)  # of 36 at most, in the convolution's A
+    updates = cohort(received, [drawn(f"{i}", (layer,), rank=40) for i in range(3)], [1, 5, 2])
+    now = after("by_svd", updates)
+    assert shapes(now) == shapes(received)
+    assert close(dense(now, layer), ideal(updates, layer))
 
 
 @every_layer

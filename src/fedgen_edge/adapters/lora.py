@@ -258,13 +258,16 @@ def _fresh(name: str, shape: Shape, rng: Generator) -> Float[Tensor, "..."]:
 def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> Lora:
     """Wrap the layers that the settings name, in place; their weights are neither copied nor moved.
 
+    All have one rank, as in PEFT; a layer of a smaller side, as a table of ten classes, has more
+    factors than its update has need of.
+
     Args:
         model: frozen here.
         settings: of the adapter.
         default: the targets where the settings name none.
 
     Raises:
-        ConfigError: no layer matches, one cannot be adapted, or the rank is above a layer's size.
+        ConfigError: no layer matches, one cannot be adapted, or the rank is above all their sides.
     """
     model.requires_grad_(False)
     targets = settings.target_modules or tuple(default)
@@ -277,6 +280,12 @@ def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> 
             f"this backbone has {', '.join(sorted(kinds))}, or say all-linear"
         )
     sites = {n: _site(n, named[n], i, settings) for i, n in enumerate(chosen)}
+    limit = max(map(_most, sites.values()))
+    if settings.rank > limit:
+        raise ConfigError(
+            f"adapter.rank={settings.rank} is above {limit}, the smaller side of every layer that "
+            f"adapter.target_modules names: take at most {limit}, or name larger ones"
+        )
     short = {name.rsplit(".", 1)[-1] for name in chosen}
     exact = {n for n in named if n.rsplit(".", 1)[-1] in short} == set(chosen)
     for name, site in sites.items():
@@ -294,14 +303,13 @@ def _site(name: str, layer: nn.Module, number: int, settings: Adapter) -> Site:
             f"adapter.target_modules: {name} is a {type(layer).__name__}, which cannot be adapted: "
             f"name layers of type {', '.join(k.__name__ for k in KINDS)}"
         )
-    a, b = kind.shapes(layer, settings.rank)
-    limit = min(math.prod(a[1:]), b[0])
-    if settings.rank > limit:
-        raise ConfigError(
-            f"adapter.rank={settings.rank} is above {limit}, the smaller side of {name}: "
-            f"take at most {limit}, or leave the layer out of adapter.target_modules"
-        )
     return Site(layer, kind, number, settings.dropout)
+
+
+def _most(site: Site) -> int:
+    """The highest rank that an update of this layer can have: its smaller side."""
+    a, b = site.kind.shapes(site.base, 1)
+    return min(math.prod(a[1:]), b[0])
 
 
 def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:

@@ -128,14 +128,16 @@ def padded(whole: Product, rank: int) -> Product:
 def refilled(whole: Product, before: Product) -> Product:
     """The same product at the rank of another, whose A lends rows where B is zero.
 
-    They are the largest orthogonal ones of what is left of its A outside of the rows that are here.
+    They are the largest orthogonal ones of what is left of its A outside of the rows that are here,
+    and zeros where the rank is above what A can have.
     """
     rows = torch.linalg.qr(whole.a.mT).Q
     rest = before.a - (before.a @ rows) @ rows.mT
     _, values, right = torch.linalg.svd(rest, full_matrices=False)
     more = len(before.a) - len(whole.a)
     lent = values[:more, None] * right[:more]
-    return Product(F.pad(whole.b, (0, more)), torch.cat([whole.a, lent]))
+    rows = torch.cat([whole.a, lent])
+    return padded(Product(F.pad(whole.b, (0, len(rows) - len(whole.a))), rows), len(before.a))
 
 
 def turned(whole: Product, towards: Product) -> Product:
