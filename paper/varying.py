@@ -39,6 +39,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
         *(f"{model} less {models[0]}" for model in models[1:]),
         *(f"{model}: {called(other, rows[0])}" for model, other in beside),
         "sent by clients",
+        "to them",
         "uplink saved, %",
         "seconds of the rounds",
     ]
@@ -52,7 +53,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Lines:
             "" if variant == item["reference"] else between(apart(found[0], theirs)),
             *(between(apart(each, found[0])) for each in found[1:]),
             *(spread(values(own, *pair)) for pair in beside),
-            spread([row["bytes_up"] for row in own], size),
+            *(spread([row[way] for row in own], size) for way in ("bytes_up", "bytes_down")),
             saved(own),
             spread([row["seconds"]["federation"] for row in own]),
         ]

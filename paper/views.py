@@ -43,13 +43,14 @@ def caption(item: Row, rows: Sequence[Row]) -> str:
         f"{'; '.join(machines)}; {'; '.join(versions)}."
     )
     if tuning := item.get("tuning"):
+        each, then = (max(len(tried(item, v, what)) for v in item["variants"]) for what in LISTS)
         out += (
-            f" Each variant has the best of {len(tuning['trials'])} trials by validation, on seed "
+            f" Each variant has the best of {each} trials by validation, on seed "
             f"{tuning['seed']}{f', {told}' if (told := tuning.get('division')) else ''}."
         )
-        if then := {len(told) for v in item["variants"] if (told := tried(item, v, "tunings"))}:
+        if then:
             out += (
-                f" Then how clients tune has the best of {max(then)}, by the mean validation loss "
+                f" Then how clients tune has the best of {then}, by the mean validation loss "
                 "of what they keep."
             )
     out += _judged(rows)

@@ -51,7 +51,8 @@ def test_a_curve_has_means_intervals_and_paired_differences() -> None:
     # s = 10 and t = 4.3027 with 2 degrees of freedom, so half the interval is 4.3027 * 10 / 3^.5;
     # b lies 20 below a in each seed, and 30 of 1000 bytes were sent
     assert (
-        f"| a |  | [50.0 ± 24.8{link}1-L3) |  | [30 bytes{link}1-L3) | [97.00{link}1-L3)" in table
+        f"| a |  | [50.0 ± 24.8{link}1-L3) |  | [30 bytes{link}1-L3) | "
+        f"[60 bytes{link}1-L3) | [97.00{link}1-L3)" in table
     )
     assert f"| b |  | [30.0 ± 24.8{link}4-L6) | [-20.00 (-20.00 to -20.00){link}4-L6)" in table
     assert "- global: the mean is lowest with rank b; all others are settled above it." in table
@@ -108,6 +109,8 @@ def test_a_choice_at_the_end_of_the_trials_is_told() -> None:
     caption = views.caption(tuned, found)
     assert "best of 3 trials by validation, on seed 9." in caption
     assert "The choice is the end of what was tried: b." in caption
+    own = item(tuning={"seed": 9}, variants={v: {"trials": rates} for v in "ab"})
+    assert views.caption(own, found) == caption
 
 
 def pictured(a: list[float], b: list[float]) -> list[dict[str, Any]]:
