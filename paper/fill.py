@@ -245,7 +245,6 @@ TABLES = {
     "tuning": "quickstart-tuning",
     "tuned": "local-only-tuned",
     "compression": "compression",
-    "compression-stories": "compression-stories",
     "merging": "merging",
     **{f"cifar10-{name}": f"cifar10-{name}" for name in ("diffusion", "gan", "gan-skew", "vae")},
 }

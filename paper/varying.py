@@ -85,7 +85,7 @@ def knee(item: Row, rows: Sequence[Row], model: str, measure: str) -> str:
     """Where the lowest mean is, and what cannot be told from it."""
     least, near = best(item, rows, model, measure)
     name = f", {called(measure, rows[0])}" if len(item["measures"]) > 1 else ""
-    also = f"not settled from it: {', '.join(near)}" if near else "all others are settled above it"
+    also = f"not settled from it: {'; '.join(near)}" if near else "all others are settled above it"
     out = f"- {model}{name}: the mean is lowest with {item['axis']} {least}; {also}."
     if paper := item.get("paper"):
         holds = "has it" if paper == least else "may have it" if paper in near else "has not"
