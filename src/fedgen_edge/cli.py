@@ -3,9 +3,12 @@
 Heavy imports wait until a command needs them, so that `fedgen --help` answers at once.
 """
 
+import atexit
+import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -137,6 +140,7 @@ class Methods:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = list(sys.argv[1:] if arguments is None else arguments)
+    atexit.register(gc.freeze)  # an ending process need not look for cycles: most of a second
     try:
         _check_text(args)
         _dispatch(args)
@@ -196,12 +200,32 @@ def _usage() -> str:
     )
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import heavy libraries without looking through what they leave for cycles, then or later.
+
+    Once they are there, nothing is done.
+    """
+    if "torch" in sys.modules:
+        yield
+        return
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
+
+
 def run(args: list[str]) -> None:
     """`fedgen run [RECIPE] [--out FOLDER] [--part.setting value ...]`."""
     name, settings = recipe(args)
     told = parse(Run, args, "run", Run(settings))
     out = told.out or Path("runs") / _fresh_name(name)
-    from fedgen_edge.experiments.run import create
+    with importing():
+        from fedgen_edge.experiments.run import create
 
     experiment = create(told.settings, out)
     _finish(experiment, out)
@@ -217,7 +241,8 @@ def pretrain(args: list[str]) -> None:
             "is: name another folder"
         )
     out = told.out or Path(told.settings.backbone.path)
-    from fedgen_edge.experiments.pretrain import STAGE, begin, train
+    with importing():
+        from fedgen_edge.experiments.pretrain import STAGE, begin, train
     from fedgen_edge.experiments.progress import follow, heading
     from fedgen_edge.machine import steady_allocations
 
@@ -244,7 +269,8 @@ def resume(told: Resume) -> None:
     if (told.run / "federation.toml").exists():
         server(Server(told.run))
         return
-    from fedgen_edge.experiments.models import reopen
+    with importing():
+        from fedgen_edge.experiments.models import reopen
 
     _finish(reopen(told.run), told.run)
 
@@ -301,7 +327,8 @@ def report(told: Report) -> None:
 
 def generate(told: Generate) -> None:
     """`fedgen generate RUN --client ID --prompt TEXT`, or `--class NAME --out FILE`."""
-    from fedgen_edge.experiments.models import folder_of, serve
+    with importing():
+        from fedgen_edge.experiments.models import folder_of, serve
     from fedgen_edge.tasks.pictures import png
 
     for name in ("tokens", "n", "steps"):
@@ -334,7 +361,8 @@ def generate(told: Generate) -> None:
 
 def export(told: Export) -> None:
     """`fedgen export RUN --out FOLDER`."""
-    from fedgen_edge.experiments.models import export as copy_out
+    with importing():
+        from fedgen_edge.experiments.models import export as copy_out
 
     out = told.out or told.run / "export"
     for path in copy_out(told.run, out, told.client, merge=told.merge):

@@ -65,6 +65,18 @@ def test_without_a_scale_it_is_the_root_of_the_width() -> None:
     torch.testing.assert_close(grouped(LAYER, *given, added)[0], plain(*given, added, 8**-0.5))
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
+def test_where_nothing_is_learnt_it_says_the_same(
+    heads: int, groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch, "baddbmm")
+    given, added = drawn(heads, groups, 7), mask(segments(7), torch.float32)
+    with torch.no_grad():
+        found, _ = grouped(LAYER, *given, added, scaling=0.3)
+    torch.testing.assert_close(found, plain(*given, added, 0.3))
+    assert found.is_contiguous()
+
+
 @pytest.mark.parametrize("case", ["no mask", "words", "long"])
 def test_what_it_does_not_do_torchs_kernel_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: object, **__: object) -> Tensor:
@@ -98,17 +110,18 @@ def test_a_model_says_the_same_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, segment = small(), segments(9)
     ids = torch.arange(18).view(2, 9) % 11
     given = {"input_ids": ids, "attention_mask": mask(segment, torch.float32), "use_cache": False}
+    before = model(**given).logits
+    quicken(model)
+    asked = []
+    kernel = torch.baddbmm
+    monkeypatch.setattr(
+        attention.torch, "baddbmm", lambda *a, **k: asked.append(1) or kernel(*a, **k)
+    )
+    torch.testing.assert_close(model(**given).logits, before)
+    assert len(asked) == 2
     with torch.no_grad():
-        before = model(**given).logits
-        quicken(model)
-        asked = []
-        kernel = torch.baddbmm
-        monkeypatch.setattr(
-            attention.torch, "baddbmm", lambda *a, **k: asked.append(1) or kernel(*a, **k)
-        )
         torch.testing.assert_close(model(**given).logits, before)
-        assert len(asked) == 2
-        again = model(ids).logits  # transformers' own mask, or none
+    again = model(ids).logits  # transformers' own mask, or none
     model.set_attn_implementation("sdpa")
     with torch.no_grad():
         torch.testing.assert_close(again, model(ids).logits)

@@ -1,17 +1,20 @@
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
     BloomForCausalLM,
+    ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
@@ -75,6 +78,31 @@ def nats_alone(path: Path | str, task: Language, text: str) -> float:
     with torch.no_grad():
         logits = model(ids[:, :-1]).logits[0]
     return float(F.cross_entropy(logits, ids[0, 1:], reduction="sum"))
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_token_numbers_are_the_tokenizers_own(task: Language, split: bool) -> None:
+    texts = [*sentences(3, 0), "", "a <s>mark</s> in it"]
+    asked, tokenizer = (
+        PreTrainedTokenizerFast.from_pretrained(backbones._tiny()) for _ in range(2)
+    )
+    own = asked(texts, add_special_tokens=False, split_special_tokens=split)["input_ids"]
+    tokenizer.split_special_tokens = split
+    tokenizer.backend_tokenizer.encode_special_tokens = not split
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    told = replace(task, loaded=replace(task.loaded, tokenizer=tokenizer))
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert told.encode(texts) == [[start, *ids, end] for ids in own]
+
+
+def test_a_tokenizer_written_in_python_is_asked_itself(task: Language) -> None:
+    tokenizer = ByT5Tokenizer()  # a byte is its number and three
+    told = replace(task, loaded=replace(task.loaded, tokenizer=tokenizer))
+    assert told.encode(["ab"]) == [[1, 97 + 3, 98 + 3, 1]]
 
 
 def test_packed_documents_cost_what_each_costs_alone(task: Language) -> None:

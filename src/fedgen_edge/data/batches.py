@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import chain, islice, pairwise, zip_longest
 from typing import overload
 
+import numpy as np
 import torch
 
 from fedgen_edge.seeds import generator
@@ -130,7 +131,7 @@ def pack(
         before.
     """
     counts = torch.tensor([len(ids) - 1 for ids in documents], dtype=torch.int64)
-    whole = torch.tensor([*chain.from_iterable(documents)], dtype=torch.int32)
+    whole = torch.from_numpy(np.fromiter(chain.from_iterable(documents), np.int32))
     ends = (counts + 1).cumsum(0)
     last, first = torch.zeros(2, len(whole), dtype=torch.bool)
     last[ends - 1], first[ends - counts - 1] = True, True

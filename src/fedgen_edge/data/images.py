@@ -203,7 +203,8 @@ def _part(
         raise _fault(
             settings,
             f": {path.name} has {len(pixels)} pictures and {len(numbers)} labels, between "
-            f"{numbers.min(initial=0)} and {numbers.max(initial=0)}: each needs one from 0 to 9",
+            f"{min(numbers.tolist(), default=0)} and {max(numbers.tolist(), default=0)}: each "
+            "needs one from 0 to 9",
         )
     return Part(
         torch.from_numpy(np.ascontiguousarray(pixels)),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Generator, Tensor
+from transformers import PreTrainedTokenizerFast
 
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Evaluation, Settings
@@ -36,7 +37,7 @@ MEASURE = Measure(
     spread=3.0,
     exponential=True,
 )
-EVALUATE = 2048
+EVALUATE = 4096
 """Tokens in one forward pass of an evaluation."""
 SLICE = 512
 """Texts that the tokenizer gets at once: what it returns takes a hundred times a text's room."""
@@ -81,7 +82,6 @@ class Language:
             count=batch["mask"].flatten(-2).sum(-1).float(),
         )
 
-    @torch.no_grad()
     def ahead(self, each: Iterable[Batch]) -> list[Batch] | None:
         """The same examples, with what the layers below the lowest adapted one make of them.
 
@@ -144,8 +144,7 @@ class Language:
                 "(eos_token): set one in tokenizer_config.json"
             )
         parts = (list(texts[at : at + SLICE]) for at in range(0, len(texts), SLICE))
-        found = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in parts)
-        return [[start, *ids, end] for part in found for ids in part]
+        return [[start, *ids, end] for part in parts for ids in _ids(tokenizer, part)]
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """How each prompt goes on."""
@@ -184,9 +183,20 @@ class _Reader(torch.nn.Module):
         self.read: Any = None
 
     def forward(self, ids: Tensor) -> Tensor:
-        out = self.model(ids, past_key_values=self.read, use_cache=True)
-        self.read = out.past_key_values
+        out = self.model(ids, cache=self.read, use_cache=True)
+        self.read = out.cache
         return out.logits[0, -1]
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token numbers, without what else a tokenizer says of them: that takes it as long again."""
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    library = tokenizer.backend_tokenizer
+    library.encode_special_tokens = tokenizer.split_special_tokens
+    library.no_truncation()
+    library.no_padding()
+    return [said.ids for said in library.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _blocks(batch: Batch) -> Batch:
@@ -292,12 +302,12 @@ def _check_samples(settings: Settings, loaded: Loaded) -> None:
         )
 
 
-@torch.no_grad()
 def _check_packing(settings: Settings, model: Any) -> None:
     """Refuse a backbone in which a document sees the one before it in its block.
 
     Two blocks that differ in their first document only: the second's loss must be the same to the
-    last bit, since what attention blocks is multiplied by exactly zero.
+    last bit, since what attention blocks is multiplied by exactly zero. With gradients, as in
+    training: without them attention may be another kernel's.
     """
     device = next(model.parameters()).device
     segment = torch.tensor([[1, 1, 2, 2, 2, 0]], device=device)

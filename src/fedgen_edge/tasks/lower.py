@@ -34,7 +34,11 @@ class Lower:
     """Bytes of a token's states."""
 
     def states(self, rows: Batch) -> Tensor:
-        """What the blocks below put out, `[rows, length, width]`."""
+        """What the blocks below put out, `[rows, length, width]`, to the bit as in training.
+
+        For that, gradients are on, since attention may be another kernel's without them; below the
+        lowest adapted layer nothing learns, so that no graph is kept.
+        """
         assert self.module is not None
         seen: list[Tensor] = []
 
@@ -42,7 +46,7 @@ class Lower:
             seen.append(hidden)
             return hidden
 
-        with _instead(self.above, note):
+        with _instead(self.above, note), torch.enable_grad():
             self.module.read(rows)
         return seen[0]
 
@@ -96,7 +100,6 @@ def lower(module: TokenLoss, adapted: Iterable[str]) -> Lower:
     return replace(found, size=size) if size else NONE
 
 
-@torch.no_grad()
 def _size(found: Lower, module: TokenLoss) -> int:
     """Bytes of a token's states; 0, if a text's loss is not the same to the last bit with them."""
     tokens = torch.tensor([[0, 1, 0, 2, 1, 3]], device=next(module.model.parameters()).device)

@@ -25,8 +25,8 @@ from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
 TARGETS = ("conv1", "conv2", "by_class", "to_latent", "from_latent", "class_embedding")
-"""Layers to adapt where the settings name none: all but those next to the picture, whose few
-channels no rank fits below."""
+"""Layers to adapt where the settings name none: all but those next to the picture, which
+have few channels."""
 SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "tiny": ((16, 32), 1, 16),
     "small": ((16, 32, 64, 128), 1, 128),
