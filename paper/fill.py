@@ -244,8 +244,6 @@ TABLES = {
     "quality": "quickstart",
     "tuning": "quickstart-tuning",
     "tuned": "local-only-tuned",
-    "compression": "compression",
-    "merging": "merging",
     **{f"cifar10-{name}": f"cifar10-{name}" for name in ("diffusion", "gan", "gan-skew", "vae")},
 }
 """Tables under `paper/results`, by their marks."""

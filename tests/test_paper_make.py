@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import signal
@@ -117,6 +118,35 @@ def test_a_record_is_in_the_place_that_the_file_gives_it(done: Path) -> None:
         tried = [r for r in rows[4:] if r["variant"] == row["variant"]]
         assert row["chosen"] == min(tried, key=lambda r: r["validation"])["trial"]
     assert not any("test" in row for row in rows[4:])
+
+
+def test_a_variant_runs_with_its_best_trial() -> None:
+    few, many = ({"training": {"lr": rate}} for rate in (1e-3, 1e-2))
+    claim = {
+        "divisions": {"d": {"partition": {"by": "iid"}}},
+        "tuning": {"seed": 7, "division": "d", "trials": [few, many]},
+        "seeds": [0],
+        "variants": {
+            "a": {"method": {"name": "ffa-lora"}},
+            "b": {"trials": [{"method": {"server_lr": 0.1}}], "method": {"name": "fedadam"}},
+        },
+    }
+    tried = [*items.trials(claim)]
+    assert [(case.variant, case.seed, case.trial) for case in tried] == [
+        ("a", 7, few), ("a", 7, many), ("b", 7, {"method": {"server_lr": 0.1}})
+    ]  # fmt: skip
+    assert tried[2].overrides == {
+        "partition": {"by": "iid"}, "method": {"name": "fedadam", "server_lr": 0.1}
+    }  # fmt: skip
+    losses = [math.nan, 3.0, 4.0]
+    rows = [
+        {"variant": case.variant, "trial": case.trial, "validation": loss}
+        for case, loss in zip(tried, losses, strict=True)
+    ]
+    chosen = items.best(rows)
+    assert chosen == {"a": many, "b": {"method": {"server_lr": 0.1}}}
+    found = {case.variant: case.overrides for case in items.cases(claim, chosen)}
+    assert found["a"]["training"] == {"lr": 1e-2}
 
 
 def test_how_clients_tune_is_tried_with_what_the_trials_chose(tmp_path: Path) -> None:
