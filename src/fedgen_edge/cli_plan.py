@@ -71,7 +71,6 @@ def plan(args: list[str]) -> None:
 
 
 def _speed(told: Plan) -> "Speed | None":
-    import torch
 
     from fedgen_edge import machine
     from fedgen_edge.planning import speed
@@ -81,7 +80,7 @@ def _speed(told: Plan) -> "Speed | None":
         return speed.Speed(0.0, 0.0, 1 / told.flops, 0.0, "--flops")
     engine = told.settings.engine
     device = machine.device(engine.device)
-    torch.set_num_threads(engine.threads or torch.get_num_threads())
+    machine.set_threads(engine.threads)
     dtype = precision(told.settings.backbone, device)
     if told.calibrate:
         return speed.calibrate(told.settings, dtype, device)

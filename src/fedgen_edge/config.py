@@ -379,8 +379,8 @@ class Engine:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto is cuda where there is one."""
     threads: Count | None = None
-    """Threads of the arithmetic; none is every core. Recorded: results depend on it in the last
-    bit."""
+    """Threads of the arithmetic; none chooses at the start from the cores that are idle, and takes
+    fewer where a step is quicker with them. Recorded: results depend on it in the last bit."""
     compile: bool = False
     """Have torch compile a language model's blocks of layers for training with adapters: it takes a
     part of a minute first, and then steps are shorter. For long runs without dropout."""

@@ -4,8 +4,11 @@ import ctypes
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import joblib
 import psutil
 import torch
 from torch import Tensor
@@ -18,6 +21,12 @@ from fedgen_edge.types import Batch, Leaves
 CPU_TOKENS = 4096
 """Tokens in one step beyond which a CPU gains nothing from a larger stack: with as many, a round of
 stories260K was 7 % quicker than with half, and one of SmolLM2 2 to 7 %."""
+LARGE_STEP = 0.2
+"""Seconds of one client's step beyond which every thread has enough to do."""
+CLEARLY = 0.85
+"""Part of the seconds with more threads that fewer must stay below to be preferred."""
+LOAD_SAMPLE = 0.3
+"""Seconds for which the load of other programs is watched."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """glibc's names for them, in malloc.h."""
 
@@ -38,6 +47,75 @@ def device(name: str) -> torch.device:
             f"engine.device={name!r} is not on this machine: say cpu, or auto"
         ) from None
     return found
+
+
+def set_threads(asked: int | None) -> None:
+    """Have torch compute with this many threads; None: with every core that this process may use.
+
+    Those are what its affinity and its container's quota leave it. OMP_NUM_THREADS is heeded.
+    """
+    torch.set_num_threads(asked or min(torch.get_num_threads(), joblib.cpu_count()))
+
+
+def choose_threads(task: Task, adapter: Leaves, batch: Batch, clients: int) -> int:
+    """The number of threads for training on this processor, at most torch's present one.
+
+    Cores that other programs keep busy are left to them. Of what remains, half as many threads are
+    tried as long as a step is clearly quicker with them: small models lose to waiting at every
+    operation what they gain in it. A large step is not tried: it fills every thread.
+
+    Args:
+        task: whose loss is trained.
+        adapter: one client's leaves, on the task's device.
+        batch: one client's batch, there too.
+        clients: in one step.
+    """
+    most = torch.get_num_threads()
+    if most == 1 or batch["mask"].device.type != "cpu":
+        return most
+    most = min(most, _idle_cores())
+    if most == 1 or _step_seconds(most, task, adapter, batch, 1) > LARGE_STEP:
+        return most
+    return fewest_quick(lambda n: _step_seconds(n, task, adapter, batch, clients), most)
+
+
+def fewest_quick(seconds: Callable[[int], float], most: int) -> int:
+    """Halve the number of threads as long as a step's seconds clearly fall."""
+    best, least = most, seconds(most)
+    while best > 1 and (fewer := seconds(best // 2)) < CLEARLY * least:
+        best, least = best // 2, fewer
+    return best
+
+
+def _idle_cores() -> int:
+    """Cores that no other program uses now; at least one."""
+    cores = psutil.cpu_count() or 1
+    return max(1, round(cores * (1 - psutil.cpu_percent(LOAD_SAMPLE) / 100)))
+
+
+def _step_seconds(threads: int, task: Task, adapter: Leaves, batch: Batch, clients: int) -> float:
+    """Seconds of a forward and a backward pass with this many threads: the best of three.
+
+    The first one, which also wakes the threads up, does not count unless it is a large one.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = _timed_step(task, adapter, batch, clients)
+        if first > 2 * LARGE_STEP:
+            return first
+        return min(_timed_step(task, adapter, batch, clients) for _ in range(3))
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timed_step(task: Task, adapter: Leaves, batch: Batch, clients: int) -> float:
+    began = time.perf_counter()
+    leaves = {k: v.requires_grad_() for k, v in stack([adapter] * clients).items()}
+    with torch.compiler.set_stance("force_eager"):
+        loss = task.loss(leaves, stack([batch] * clients), task.phases[0].prefix)
+        torch.autograd.grad(loss.total.sum(), [*leaves.values()], allow_unused=True)
+    return time.perf_counter() - began
 
 
 def stack_size(task: Task, adapter: Leaves, batch: Batch) -> int:

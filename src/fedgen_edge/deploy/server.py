@@ -94,7 +94,7 @@ def begin(folder: Path) -> Home:
     plan, recipe = read(Federation, folder / "federation.toml"), load(folder / "recipe.toml")
     deployable(recipe, len(members(folder)) + len(revoked(folder)))
     device = machine.device(recipe.engine.device)
-    torch.set_num_threads(recipe.engine.threads or torch.get_num_threads())
+    machine.set_threads(recipe.engine.threads)
     task = task_of(replace(recipe, engine=replace(recipe.engine, compile=False)), device)
     _check_spectrum(plan, recipe, task)
     _check_gradient(plan, recipe)

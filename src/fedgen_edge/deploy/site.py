@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-import torch
-
 from fedgen_edge import machine
 from fedgen_edge.adapters.ranks import cut, of_rank, padded, truncated
 from fedgen_edge.algorithms.clusters import of
@@ -318,7 +316,7 @@ def open_site(folder: Path) -> Site:
     told = deployed.read(deployed.Site, folder / "site.toml")
     settings = deployed.settings_of(folder, told)
     recipe = deployed.digest(settings)
-    torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
+    machine.set_threads(settings.engine.threads)
     experiment = _alone(told.name, settings)
     algorithm, task = experiment.algorithm, experiment.task
     begun = algorithm.init(task.init(generator(settings.federation.seed, "init")))

@@ -34,7 +34,7 @@ from fedgen_edge.planning.fit import fitted
 from fedgen_edge.rounds import Engine, sample
 from fedgen_edge.schedule import cohort_size
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.task import TASKS, Learnt, Pictured
+from fedgen_edge.tasks.task import TASKS, Learnt, Pictured, Task
 from fedgen_edge.types import Batch, Leaves, ServerState
 from fedgen_edge.uplink.wire import Wire, made
 
@@ -220,7 +220,7 @@ def build(settings: Settings) -> Experiment:
     if settings.evaluation.tensorboard and not find_spec("tensorboard"):
         raise MissingExtraError("evaluation.tensorboard=true", "tensorboard")
     _check_workers(settings)
-    torch.set_num_threads(settings.engine.threads or torch.get_num_threads())
+    machine.set_threads(settings.engine.threads)
     federation, seed = settings.federation, settings.federation.seed
     corpus = labelled(sources.read(settings.data), settings.partition, seed)
     settings = named(settings, corpus)
@@ -379,6 +379,11 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
     settings, clients = experiment.settings, experiment.clients
     precision = "bf16" if experiment.task.model.dtype == torch.bfloat16 else "float32"
     can_stack = settings.engine.name != "serial" and experiment.task.model.stackable
+    step = _largest_step(experiment)
+    stack = min(cohort, settings.engine.stack or machine.stack_size(*step)) if can_stack else None
+    measured = settings.engine.threads is None and settings.engine.name != "ray"
+    threads = machine.choose_threads(*step, stack or 1) if measured else torch.get_num_threads()
+    torch.set_num_threads(threads)
     return replace(
         settings,
         backbone=replace(
@@ -396,9 +401,9 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
         engine=replace(
             settings.engine,
             name=_engine(settings.engine.name, can_stack),
-            stack=min(cohort, settings.engine.stack or _stack(experiment)) if can_stack else None,
+            stack=stack,
             device=str(clients.device),
-            threads=torch.get_num_threads(),
+            threads=threads,
         ),
     )
 
@@ -416,10 +421,10 @@ def _absolute(path: Any) -> Any:
     return type(path)(Path(path).resolve())
 
 
-def _stack(experiment: Experiment) -> int:
-    """Clients that fit in one stack, by the batch of the largest."""
+def _largest_step(experiment: Experiment) -> tuple[Task, Leaves, Batch]:
+    """What one client's step takes: its task and adapter, and the batch of the largest client."""
     clients, batch = experiment.clients, experiment.settings.training.batch
     examples = max((shard.train for shard in clients.shards), key=rows)
     adapter = clients.place(clients.algorithm.own(experiment.start().adapter, {}))
     drawn = experiment.task.draw(spaced(examples, batch), generator(0))
-    return machine.stack_size(experiment.task, adapter, clients.place(drawn))
+    return experiment.task, adapter, clients.place(drawn)
