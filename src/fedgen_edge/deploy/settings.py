@@ -71,7 +71,8 @@ class Federation:
     largest_weight: Count = 10_000_000
     """Most training examples that a site may have."""
     spectrum: Positive | None = None
-    """Largest singular value that a site's change of a layer's product may have; none is any."""
+    """Largest singular value that a site's change of a layer's product may have as it arrives,
+    where random-k has multiplied the values that it keeps by 1 / density; none is any."""
     gradient: Positive | None = None
     """Norm of the mean step of a site's change over the learning rate, at most, where the recipe is
     of SGD and does not clip; none is any."""
