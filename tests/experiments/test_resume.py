@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -221,6 +222,18 @@ def test_a_finished_run_does_nothing_more(unbroken: Path) -> None:
     before = outcome(unbroken)
     finish(unbroken)
     assert outcome(unbroken) == before
+
+
+def test_what_a_kill_after_the_last_commit_left_is_deleted(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    # killed before it deletes old versions: they stand beside what every commit names
+    shutil.copytree(folder / "checkpoints" / "00008", folder / "checkpoints" / "00001")
+    memory = sorted((folder / "memory").iterdir())[0]
+    shutil.copy(memory, memory.with_name("000000-00000.safetensors"))
+    assert outcome(folder).keys() != outcome(unbroken).keys()
+    finish(folder)
+    assert outcome(folder) == outcome(unbroken)
 
 
 def test_another_backbone_is_refused(unbroken: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def commit(run: Path, state: ServerState, memory: Memory, keep: int) -> None:
         (draft / "server.safetensors").write_bytes(payload)
         (draft / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
     memory.version = state.round
-    _prune(run, memory, keep)
+    prune(run, memory, keep)
 
 
 def latest(run: Path) -> tuple[ServerState | None, Memory, list[str]]:
@@ -159,8 +159,11 @@ def _previous(earlier: list[Path]) -> str | None:
     return files.digest(path) if path and path.exists() else None
 
 
-def _prune(run: Path, memory: Memory, keep: int) -> None:
-    """Delete old commits, those after the newest one's round, and memory that no commit names."""
+def prune(run: Path, memory: Memory, keep: int) -> None:
+    """Delete old commits, those after the newest one's round, and memory that no commit names.
+
+    A commit does so last, and a resumed run first: a process that was killed may not have.
+    """
     now = f"{memory.version:05d}"
     done = [folder for folder in _commits(run) if folder.name <= now]
     for folder in {*_commits(run)} - {*done[-keep:]}:

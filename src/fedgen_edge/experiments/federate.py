@@ -21,7 +21,7 @@ from fedgen_edge.algorithms.step import add
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.checkpoint import Memory, commit, latest
+from fedgen_edge.experiments.checkpoint import Memory, commit, latest, prune
 from fedgen_edge.jobs import Job, Training
 from fedgen_edge.rounds import Engine, Roster, mean_loss, rounds
 from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
@@ -84,6 +84,7 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
     """
     settings = experiment.settings
     state, memory, refused = latest(folder)
+    prune(folder, memory, settings.evaluation.keep)
     state = state or experiment.start()
     experiment = experiment.remembering(memory)
     log = folder / "rounds.jsonl"
