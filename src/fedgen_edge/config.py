@@ -15,6 +15,7 @@ import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from fedgen_edge import files
 from fedgen_edge.errors import ConfigError
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
@@ -32,8 +33,8 @@ def _words(value: object) -> object:
 
 
 Number = BeforeValidator(_no_flag)
-Count = Annotated[int, Number, Field(ge=1)]
-Whole = Annotated[int, Number, Field(ge=0)]
+Count = Annotated[int, Number, Field(ge=1, le=files.LARGEST)]
+Whole = Annotated[int, Number, Field(ge=0, le=files.LARGEST)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
@@ -522,11 +523,33 @@ def load(path: Path) -> Settings:
     """
     if not path.is_file():
         raise ConfigError(f"no settings file at {path}: give a TOML file, such as recipes/ptb.toml")
+    return from_table(read_table(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file of settings.
+
+    Raises:
+        ConfigError: it is not TOML, or holds what no setting can be.
+    """
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table: dict[str, Any] = files.parse(path.read_bytes(), tomllib.loads)
+    except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return from_table(table)
+    if name := next(_null_characters(table), None):
+        raise ConfigError(f"{path}: {name} has a NUL character in its text: take it out")
+    return table
+
+
+def _null_characters(value: object, name: str = "") -> Iterator[str]:
+    """Names of the settings whose text no file's name or message can hold."""
+    if isinstance(value, str) and "\0" in value:
+        yield name
+    pairs = value.items() if isinstance(value, dict) else ()
+    rows = [(name, v) for v in value] if isinstance(value, list) else ()
+    for key, inner in (*pairs, *rows):
+        where = f"{name}.{key}".lstrip(".") if isinstance(value, dict) else name
+        yield from _null_characters(inner, where)
 
 
 def from_table(table: Mapping[str, Any]) -> Settings:

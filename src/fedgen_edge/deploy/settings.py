@@ -5,7 +5,6 @@ Both stand beside `recipe.toml`, the settings of a run, which every site has the
 
 import hashlib
 import json
-import tomllib
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -24,6 +23,7 @@ from fedgen_edge.config import (
     flat,
     from_table,
     load,
+    read_table,
     to_table,
 )
 from fedgen_edge.errors import ConfigError
@@ -104,9 +104,7 @@ def read(kind: type[Kind], path: Path) -> Kind:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: `fedgen deploy init` makes such a folder")
     try:
-        return TypeAdapter(kind).validate_python(tomllib.loads(path.read_text("utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        return TypeAdapter(kind).validate_python(read_table(path))
     except ValidationError as error:
         first = error.errors()[0]
         said = explain(first["loc"], first["type"], first["msg"], first["input"])
