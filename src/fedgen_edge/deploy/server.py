@@ -110,11 +110,12 @@ def begin(folder: Path) -> Home:
     )
     if not told:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.write(run / "settings.toml", to_toml(begun.of_sites(settings, sites)).encode())
+        whole = begun.of_sites(settings, sites)
+        files.write(run / "settings.toml", to_toml(whole).encode())
         records.write_json(run / "clients.json", [])
         made = {"run": terms.run, "recipe": terms.recipe, "drawn": terms.drawn}
         made |= {"data_sha256": None, "duplicates": 0}
-        records.write_json(run / "run.json", {**facts(task, settings, device), **made})
+        records.write_json(run / "run.json", {**facts(task, whole, device), **made})
     else:
         begun.check(run, told, terms, settings)
     return Home(folder, plan, settings, task, terms)
