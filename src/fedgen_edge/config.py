@@ -18,6 +18,8 @@ from pydantic.dataclasses import dataclass
 from fedgen_edge import files
 from fedgen_edge.errors import ConfigError
 
+SHOWN = 200
+"""Letters of a wrong value that a message has."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -178,6 +180,13 @@ class Partition:
     """Fewest examples that a client may have."""
     sizes: tuple[Positive, ...] = ()
     """Relative sizes for `by=size`; none is 1, 2, 3, ..."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(sum(self.sizes)):
+            raise ConfigError(
+                f"partition.sizes={list(self.sizes)} add up to more than a number holds: they are "
+                "relative, so make all of them smaller"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -568,7 +577,8 @@ def explain(where: tuple[str | int, ...], kind: str, message: str, value: object
     name = ".".join(str(part) for part in where)
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         return unknown(name)
-    return f"{name}={value!r}: {message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
+    said = f"{message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
+    return f"{name}={repr(value)[:SHOWN]}: {said}"
 
 
 def unknown(name: str) -> str:

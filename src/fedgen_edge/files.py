@@ -91,7 +91,7 @@ def parse(text: str | bytes, parser: Callable[[str], Any]) -> Any:
         ValueError: in one sentence, why it has none, or none that we write.
     """
     try:
-        value = parser(text.decode() if isinstance(text, bytes) else text)
+        value = parser(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
