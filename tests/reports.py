@@ -11,6 +11,13 @@ HOSTILE = "<script>alert('$x^2$')</script>"
 CLIENTS = ("a & b", HOSTILE, "日本\ud800\x00")
 BITS = {"backbone": 6, "local-only": 5, "global": 4, "personal": 3}
 
+TUNED = {
+    "folder": "a",
+    "validation": [3.0, 2.5],
+    "chosen": 1,
+    "test": {"total": 200.0, "count": 100},
+}
+
 
 def make_run(folder: Path, seed: int = 0, lr: float = 0.001, bits: float = 0.0) -> Path:
     """A finished run of three rounds; each model's perplexity is 2 to the power of its BITS."""
@@ -33,7 +40,7 @@ def make_run(folder: Path, seed: int = 0, lr: float = 0.001, bits: float = 0.0) 
         ],
         "rounds.jsonl": [a_round(r, 2000) for r in (1, 2, 3)],
         "baselines/local-only/rounds.jsonl": [a_round(r, 0) for r in (1, 2, 3)],
-        "personal.jsonl": [{"client": c, "validation": [3.0, 2.5], "chosen": 1} for c in CLIENTS],
+        "personal.jsonl": [{"client": c, **TUNED} for c in CLIENTS],
         "evaluation.jsonl": [
             {"model": m, "client": c, "total": n, "count": 100, "words": 50}
             for m, n in tests.items()

@@ -3,7 +3,8 @@
 import ast
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -12,6 +13,7 @@ import pytest
 from fedgen_edge import config
 from fedgen_edge.algorithms.methods import method
 from fedgen_edge.config import Settings, Training, flat, from_table, learning_rate, load, to_toml
+from fedgen_edge.deploy.settings import Federation, Site, read
 from fedgen_edge.errors import ConfigError
 
 SOURCE = Path(config.__file__)
@@ -145,6 +147,56 @@ def test_a_file_that_is_not_toml_is_one_line(content: bytes, tmp_path: Path) -> 
     with pytest.raises(ConfigError, match=r"bad\.toml is not TOML: ") as caught:
         load(path)
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = {
+    "nested deep": (b"a = " + b"[" * 5000 + b"]" * 5000, "is not TOML: it is nested too deep"),
+    "tables nested deep": (b"a" + b".a" * 300 + b" = 1", "nested more than 50 levels deep"),
+    "many digits": (b"port = " + b"9" * 5000, "a whole number in it has thousands of digits"),
+    "many digits in base 16": (b"port = 0x" + b"f" * 5000, "a whole number in it is beyond 64"),
+    "beyond 64 bits": (b"port = 9223372036854775808", "a whole number in it is beyond 64 bits"),
+    "no UTF-8": (b'name = "\xe9"', "is not TOML: 'utf-8' codec can't decode byte 0xe9"),
+    "NUL": (b'[own]\n"data.path" = "a\\u0000b"', "own.data.path has a NUL character in its text"),
+    "NUL in a list": (b'[a]\nb = ["x", "a\\u0000"]', "a.b has a NUL character in its text"),
+}
+
+
+@pytest.mark.parametrize(("content", "told"), HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    "reader", [load, partial(read, Federation), partial(read, Site)], ids=["recipe", "plan", "site"]
+)
+def test_a_hostile_file_of_settings_is_one_line(
+    content: bytes, told: str, reader: Callable[[Path], object], tmp_path: Path
+) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        reader(path)
+    assert str(caught.value).startswith(str(path))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_is_no_file_of_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no settings file at"):
+        load(tmp_path)
+
+
+def test_a_byte_order_mark_before_the_settings_is_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_bytes("\ufeff[adapter]\nrank = 3".encode())
+    assert load(path).adapter.rank == 3
+
+
+def test_the_line_shows_the_beginning_of_a_long_value() -> None:
+    with pytest.raises(ConfigError, match=r"^task='x{199}: ") as caught:
+        from_table({"task": "x" * 10**6})
+    assert len(str(caught.value)) < 500
+
+
+def test_sizes_whose_sum_no_number_holds_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.sizes=\[1e\+308, 1e\+308\] add up to more"):
+        from_table({"partition": {"by": "size", "sizes": [1e308, 1e308]}})
 
 
 # ---- the learning rate

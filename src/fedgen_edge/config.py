@@ -15,8 +15,11 @@ import tomli_w
 from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
+from fedgen_edge import files
 from fedgen_edge.errors import ConfigError
 
+SHOWN = 200
+"""Letters of a wrong value that a message has."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
@@ -32,8 +35,8 @@ def _words(value: object) -> object:
 
 
 Number = BeforeValidator(_no_flag)
-Count = Annotated[int, Number, Field(ge=1)]
-Whole = Annotated[int, Number, Field(ge=0)]
+Count = Annotated[int, Number, Field(ge=1, le=files.LARGEST)]
+Whole = Annotated[int, Number, Field(ge=0, le=files.LARGEST)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NotNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
@@ -177,6 +180,13 @@ class Partition:
     """Fewest examples that a client may have."""
     sizes: tuple[Positive, ...] = ()
     """Relative sizes for `by=size`; none is 1, 2, 3, ..."""
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(sum(self.sizes)):
+            raise ConfigError(
+                f"partition.sizes={list(self.sizes)} add up to more than a number holds: they are "
+                "relative, so make all of them smaller"
+            )
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -522,11 +532,33 @@ def load(path: Path) -> Settings:
     """
     if not path.is_file():
         raise ConfigError(f"no settings file at {path}: give a TOML file, such as recipes/ptb.toml")
+    return from_table(read_table(path))
+
+
+def read_table(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file of settings.
+
+    Raises:
+        ConfigError: it is not TOML, or holds what no setting can be.
+    """
     try:
-        table = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table: dict[str, Any] = files.parse(path.read_bytes(), tomllib.loads)
+    except ValueError as error:
         raise ConfigError(f"{path} is not TOML: {error}") from None
-    return from_table(table)
+    if name := next(_null_characters(table), None):
+        raise ConfigError(f"{path}: {name} has a NUL character in its text: take it out")
+    return table
+
+
+def _null_characters(value: object, name: str = "") -> Iterator[str]:
+    """Names of the settings whose text no file's name or message can hold."""
+    if isinstance(value, str) and "\0" in value:
+        yield name
+    pairs = value.items() if isinstance(value, dict) else ()
+    rows = [(name, v) for v in value] if isinstance(value, list) else ()
+    for key, inner in (*pairs, *rows):
+        where = f"{name}.{key}".lstrip(".") if isinstance(value, dict) else name
+        yield from _null_characters(inner, where)
 
 
 def from_table(table: Mapping[str, Any]) -> Settings:
@@ -545,7 +577,8 @@ def explain(where: tuple[str | int, ...], kind: str, message: str, value: object
     name = ".".join(str(part) for part in where)
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
         return unknown(name)
-    return f"{name}={value!r}: {message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
+    said = f"{message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
+    return f"{name}={repr(value)[:SHOWN]}: {said}"
 
 
 def unknown(name: str) -> str:

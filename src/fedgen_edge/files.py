@@ -1,15 +1,21 @@
-"""Writes that are whole or not there, whatever moment the machine stops at."""
+"""Writes that are whole or not there, whatever moment the machine stops at; and checked reads."""
 
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 DRAFT = re.compile(r"\.(.+?)\.\d+(\.old)?")
 """Name of a draft: the target's, and the process that writes it."""
+
+DEEPEST = 50
+"""Levels of a file's lists and tables, at most: ours have six."""
+LARGEST = 2**63 - 1
+"""Whole numbers beyond it TOML does not have, and no setting or record needs."""
 
 
 def write(path: Path, content: bytes) -> None:
@@ -72,6 +78,45 @@ def sweep(root: Path) -> None:
                 shutil.rmtree(draft)
             else:
                 draft.unlink()
+
+
+def parse(text: str | bytes, parser: Callable[[str], Any]) -> Any:
+    """The value of a text that may be damaged or hostile.
+
+    Args:
+        text: bytes must be UTF-8.
+        parser: `json.loads` or `tomllib.loads`.
+
+    Raises:
+        ValueError: in one sentence, why it has none, or none that we write.
+    """
+    try:
+        value = parser(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):  # Python's limit on digits
+            raise ValueError("a whole number in it has thousands of digits") from None
+        raise
+    _check_value(value)
+    return value
+
+
+def _check_value(value: Any) -> None:
+    """Refuse what would fail later, in code that expects ordinary values."""
+    level = [value]
+    for _ in range(DEEPEST):
+        if any(isinstance(v, int) and abs(v) > LARGEST for v in level):
+            raise ValueError("a whole number in it is beyond 64 bits")
+        tables = [v.values() if isinstance(v, dict) else v for v in level if _holds_others(v)]
+        level = [inner for table in tables for inner in table]
+        if not level:
+            return
+    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+
+
+def _holds_others(value: Any) -> bool:
+    return isinstance(value, dict | list)
 
 
 def digest(path: Path) -> str:

@@ -286,6 +286,11 @@ def test_more_topics_than_texts_show_are_refused(texts: list[str]) -> None:
         ("group", None, r"partition.by='group', but the data have no natural clients: set"),
         ("dirichlet", 2, r"partition.labels='label', .* set partition.labels='topic'"),
         ("iid", 5, r"partition.minimum=3 for federation.clients=5 needs 15 examples, .* are 12"),
+        (
+            "size",
+            10**15,
+            r"partition.minimum=3 for federation.clients=10{15} needs 30{15} examples",
+        ),
         ("pooled", 2, r"federation.clients=2 with partition.by='pooled', .*leave"),
         ("size", 4, r"partition.sizes=\(1.0, 2.0\) are 2 clients, and federation.clients=4"),
     ],

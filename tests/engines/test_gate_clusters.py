@@ -15,7 +15,7 @@ from fedgen_edge.errors import RefusedError
 from fedgen_edge.leaves import scale, shapes
 from fedgen_edge.types import Leaves, Phase
 from fedgen_edge.uplink.transform import encode
-from fedgen_edge.uplink.wire import sent_up, stretch
+from fedgen_edge.uplink.wire import sent_up
 
 BOTH = {**labelled(START, 0), **labelled(START, 1)}
 # the phases name leaves as they are trained
@@ -90,8 +90,7 @@ def test_a_spectrum_is_of_the_cluster_that_was_trained() -> None:
 
 def test_through_a_chain_leaves_have_no_names_and_the_site_says_whose_they_are() -> None:
     on = line()
-    bounds = replace(TWO.bounds, stretch=stretch(on))
-    open_: Open = replace(TWO, wire=on, numbers={"site": 2}, bounds=bounds)
+    open_: Open = replace(TWO, wire=on, numbers={"site": 2})
     payload = sent_up(on, ONE, {}, 7, 2)[0]
     for cluster in (0, 1):
         found = judged(open_, reply(payload, {**SAID, "cluster": cluster})).leaves

@@ -2,18 +2,24 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from attacks import DELTA, OPEN, SCHEMA, reply
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from fedgen_edge.config import Downlink, Uplink
+from fedgen_edge.config import Downlink, Training, Uplink
+from fedgen_edge.engines.bounds import Bounds, reach
 from fedgen_edge.engines.gate import Open, judged
 from fedgen_edge.errors import RefusedError
-from fedgen_edge.leaves import scale
+from fedgen_edge.leaves import norm, scale
+from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.compress import sizes
-from fedgen_edge.uplink.wire import Wire, came_up, made, most_up, sent_up, stretch
+from fedgen_edge.uplink.transform import encode
+from fedgen_edge.uplink.wire import Wire, came_up, made, most_up, sent_up
 
 SHORT = {"keep": "top-k", "density": 0.1, "values": "int8", "block": 16}
 
@@ -24,8 +30,7 @@ def line(**up: object) -> Wire:
 
 def opening(on: Wire) -> Open:
     """The open round of a run whose changes travel so; the site is its third."""
-    bounds = replace(OPEN.bounds, stretch=stretch(on))
-    return replace(OPEN, wire=on, numbers={"site": 2}, bounds=bounds)
+    return replace(OPEN, wire=on, numbers={"site": 2})
 
 
 def sent(on: Wire, delta: Leaves = DELTA) -> bytes:
@@ -77,6 +82,63 @@ def test_what_an_honest_site_makes_counts_as_in_a_simulation(on: Wire) -> None:
     expected = came_up(on, payload, SCHEMA, 7, 2)
     assert all(torch.equal(found[k], expected[k]) for k in SCHEMA)
     assert len(payload) <= most_up(on, SCHEMA)
+
+
+ADAMW, SGD = Training(batch=4), Training(optimiser="sgd", batch=4)
+CHAINS = [
+    {"keep": keep, "values": values, "density": 0.07, "block": 16, "zstd": zstd, "feedback": again}
+    for keep in ("all", "top-k", "random-k")
+    for values in ("fp32", "fp16", "bf16", "int8", "int4")
+    for zstd, again in ((0, False), (3, False), (0, True))
+    if not (again and (keep, values) == ("all", "fp32"))
+]
+
+
+@given(
+    st.sampled_from(CHAINS),
+    st.sampled_from([ADAMW, SGD]),
+    st.floats(-9, 0),
+    st.integers(0, 10**6),
+)
+@settings(max_examples=150, deadline=None)
+def test_a_change_that_passes_plain_passes_through_every_chain(
+    up: dict[str, Any], training: Training, power: float, seed: int
+) -> None:
+    # down to a rate of 1e-9, where neighbouring numbers of fp16 are farther apart than a step
+    on, rng, memory = made(Uplink(**up), Downlink(), seed, {}), generator("bound", seed), {}
+    rate, start = 10.0**power, {k: torch.zeros(s) for k, s in SCHEMA.items()}
+    reached = reach(training, rate, 3)
+    assert reached is not None
+    for round_ in range(3):
+        asked = replace(OPEN.asked, round=round_)
+        plain = replace(OPEN, asked=asked, start=start, bounds=Bounds(1000, training, rate))
+        delta = {k: torch.randn(s, generator=rng) for k, s in SCHEMA.items()}
+        if reached.each:  # every element as far as it can be moved
+            delta = {k: reached.gained * v.sign() for k, v in delta.items()}
+        else:
+            delta = scale(delta, reached.gained / float(norm(delta)))
+        judged(plain, reply(encode(delta), round=round_))
+        payload, memory = sent_up(on, delta, memory, round_, 2)
+        rates = rate * (round_ + 1 if on.feedback else 1)  # what was left out comes later
+        bounds = Bounds(1000, training, rates)
+        through = replace(plain, bounds=bounds, wire=on, numbers={"site": 2})
+        judged(through, reply(payload, round=round_))
+
+
+def test_the_bound_of_random_k_is_the_plain_one_over_its_density() -> None:
+    # of 4096 values at most a tenth is kept, so what arrives is ten times as large
+    on = line(keep="random-k", values="fp16")
+    open_ = opening(on)
+    for factor, passes in ((1.0, True), (1.1, False)):
+        delta = scale({k: torch.ones(s) for k, s in SCHEMA.items()}, 0.03 * factor)
+        found = came_up(on, sent(on, delta), SCHEMA, 7, 2)
+        assert max(float(v.max()) for v in found.values()) == pytest.approx(0.3 * factor, rel=0.01)
+        message = reply(sent(on, delta))
+        if passes:
+            judged(open_, message)
+        else:
+            with pytest.raises(RefusedError, match=r"^change-too-large: "):
+                judged(open_, message)
 
 
 @pytest.mark.parametrize("to", [lambda o: replace(o, numbers={"site": 1}), lambda o: o])

@@ -3,12 +3,15 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli_w
 import torch
 from safetensors.torch import load_file
 
@@ -18,7 +21,7 @@ from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import federate, targets
 from fedgen_edge.experiments.merging import agreement
-from fedgen_edge.experiments.models import export, folder_of, reopen
+from fedgen_edge.experiments.models import export, folder_of, reopen, serve
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import read
 from fedgen_edge.matrix import objection
@@ -221,6 +224,70 @@ def test_a_finished_run_does_nothing_more(unbroken: Path) -> None:
     before = outcome(unbroken)
     finish(unbroken)
     assert outcome(unbroken) == before
+
+
+def test_what_a_kill_after_the_last_commit_left_is_deleted(unbroken: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    # killed before it deletes old versions: they stand beside what every commit names
+    shutil.copytree(folder / "checkpoints" / "00008", folder / "checkpoints" / "00001")
+    memory = sorted((folder / "memory").iterdir())[0]
+    shutil.copy(memory, memory.with_name("000000-00000.safetensors"))
+    assert outcome(folder).keys() != outcome(unbroken).keys()
+    finish(folder)
+    assert outcome(folder) == outcome(unbroken)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "before"),
+    [
+        ("adapter.target_modules", ["k_proj"], "[]"),
+        ("adapter.rank", 4, "8"),
+        ("data.length", 16, "32"),
+        ("method.name", "fedavg", "'fedper'"),
+        ("federation.rounds", 9, "8"),
+    ],
+)
+def test_a_setting_that_a_run_rests_on_is_not_changed_before_it_is_resumed(
+    unbroken: Path, tmp_path: Path, name: str, value: object, before: str
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    table = tomllib.loads((folder / "settings.toml").read_text())
+    part, _, key = name.partition(".")
+    table[part][key] = value
+    (folder / "settings.toml").write_text(tomli_w.dumps(table))
+    for command in (reopen, serve):
+        with pytest.raises(CheckpointError) as error:
+            command(folder)
+        told = f"{name} was {before} when the run began, and is {value!r} now: set it back"
+        assert told in str(error.value)
+
+
+def test_where_a_run_works_and_how_fast_it_learns_may_change_before_it_is_resumed(
+    unbroken: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    table = tomllib.loads((folder / "settings.toml").read_text())
+    table["engine"]["stack"] = 1
+    table["training"]["lr"] = 1e-5  # what the message about infinite numbers says to lower
+    (folder / "settings.toml").write_text(tomli_w.dumps(table))
+    assert reopen(folder).settings.training.lr == 1e-5
+
+
+@pytest.mark.parametrize("rounds", [[], [1, 2], [1, 2, 3, 4, 5, 6, 8], [2, 3, 4, 5, 6, 7, 8, 9]])
+def test_a_committed_round_without_its_record_is_told(
+    unbroken: Path, tmp_path: Path, rounds: list[int]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(unbroken, folder)
+    log = folder / "rounds.jsonl"
+    rows = log.read_text().splitlines(keepends=True)
+    log.write_text("".join(rows[number - 1] for number in rounds if number <= len(rows)))
+    lost = next(number for number in range(1, 9) if rounds[number - 1 : number] != [number])
+    with pytest.raises(CheckpointError, match=rf"rounds\.jsonl lacks the record of round {lost},"):
+        finish(folder)
 
 
 def test_another_backbone_is_refused(unbroken: Path, tmp_path: Path) -> None:

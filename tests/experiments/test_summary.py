@@ -26,6 +26,9 @@ def on_test(model: str, client: str, bits: int) -> dict[str, object]:
     return {"model": model, "client": client, "total": 10 * bits * LN2, "count": 10, "words": 5}
 
 
+TRAINED = {"steps": 3, "weight": 7.0, "bytes_up": 100, "drift": 0.5}
+
+
 def a_round(number: int, bits: float) -> dict[str, object]:
     return {
         "round": number,
@@ -34,7 +37,7 @@ def a_round(number: int, bits: float) -> dict[str, object]:
         "validation": {"total": 100 * bits * LN2, "count": 100, "words": 50, "clients": {}},
         "bytes_up": 200,
         "bytes_down": 220,
-        "clients": [{"client": "a"}, {"client": "b"}],
+        "clients": [{"client": c, **TRAINED, "loss": bits * LN2} for c in "ab"],
     }
 
 

@@ -70,13 +70,9 @@ def divide(
     """The examples of each client by its name, before they are split."""
     if settings.by == "group":
         return by_group(corpus.groups, clients)
+    _check_enough(corpus, settings, clients or 1)  # before anything is made for so many
     sizes = _sizes(settings, clients)
-    if len(corpus.examples) < len(sizes) * settings.minimum:
-        raise ConfigError(
-            f"partition.minimum={settings.minimum} for federation.clients={len(sizes)} needs "
-            f"{len(sizes) * settings.minimum} examples, and there are {len(corpus.examples)}: "
-            "lower one of them, or bring more data"
-        )
+    _check_enough(corpus, settings, len(sizes))
     rng = np.random.default_rng(seeds.seed(seed, "partition"))
     order = rng.permutation(len(corpus.examples)).tolist()
     if settings.by == "dirichlet":
@@ -94,6 +90,15 @@ def divide(
         parts = by_size(len(order), sizes)
     width = max(3, len(str(len(parts) - 1)))
     return {f"client-{c:0{width}d}": [order[i] for i in part] for c, part in enumerate(parts)}
+
+
+def _check_enough(corpus: Corpus, settings: config.Partition, clients: int) -> None:
+    if len(corpus.examples) < clients * settings.minimum:
+        raise ConfigError(
+            f"partition.minimum={settings.minimum} for federation.clients={clients} needs "
+            f"{clients * settings.minimum} examples, and there are {len(corpus.examples)}: "
+            "lower one of them, or bring more data"
+        )
 
 
 def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:

@@ -148,6 +148,7 @@ def _read(text: bytes) -> Line | None:
         line = json.loads(text)
         told = {k: v for k, v in line.items() if k != "digest"}
         same = line["digest"] == _digest(told) and _text(line) == text
+        same = same and {"event", "previous"} <= line.keys()
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return line if same else None

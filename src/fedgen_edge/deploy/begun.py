@@ -1,13 +1,12 @@
 """What a run at sites was begun with: it goes on with nothing else, and says what is other now."""
 
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedgen_edge import __version__
-from fedgen_edge.config import Settings, flat, load
+from fedgen_edge.config import Settings, flat, load, read_table
 from fedgen_edge.deploy.cohort import wanted
 from fedgen_edge.deploy.settings import OWN
 from fedgen_edge.engines.exchange import Terms
@@ -68,7 +67,7 @@ def _otherwise(run: Path, told: Mapping[str, Any], settings: Settings) -> str:
     ]
     if changed:
         return f"with another recipe.toml, of {_some(changed)}: restore it"
-    known = {*_names(tomllib.loads(path.read_text("utf-8")))}
+    known = {*_names(read_table(path))}
     added = [name for name, value in flat(now) if value is not None and name not in known]
     more = f" (such as {_some(added)})" if added else ""
     return (

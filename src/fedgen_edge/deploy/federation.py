@@ -32,7 +32,7 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, Order, ServerState, Update
 from fedgen_edge.uplink.transform import encode
-from fedgen_edge.uplink.wire import Wire, stretch
+from fedgen_edge.uplink.wire import Wire
 
 AGAIN = 10.0
 """Seconds after which a site that did not join is asked to again."""
@@ -298,7 +298,7 @@ class Deployment:
             sum(rates),
             self.task.phases,
             self.plan.spectrum,
-            stretch(self.wire) if bound else math.inf,
+            1.0 if bound else math.inf,
         )
 
     def _attempt(self, round_: int) -> int:

@@ -36,6 +36,7 @@ from fedgen_edge.errors import CarrierError, ConfigError, FedGenError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import drawn, task_of
 from fedgen_edge.experiments.provenance import facts, versions
+from fedgen_edge.experiments.record_types import ServerFacts
 from fedgen_edge.experiments.run import Event
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks.task import Learnt
@@ -100,7 +101,8 @@ def begin(folder: Path) -> Home:
     _check_gradient(plan, recipe)
     settings, sites = _resolved(recipe, task, device), len(members(folder))
     run = folder / "run"
-    told = records.read_json(run / "run.json") if (run / "run.json").exists() else {}
+    path = run / "run.json"
+    told = records.read_json(path, ServerFacts) if path.exists() else {}
     terms = replace(
         Terms(told.get("run", secrets.token_hex(16)), digest(recipe), task.model.sha256),
         drawn=_drawn(recipe, task),
@@ -108,11 +110,12 @@ def begin(folder: Path) -> Home:
     )
     if not told:
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
-        files.write(run / "settings.toml", to_toml(begun.of_sites(settings, sites)).encode())
+        whole = begun.of_sites(settings, sites)
+        files.write(run / "settings.toml", to_toml(whole).encode())
         records.write_json(run / "clients.json", [])
         made = {"run": terms.run, "recipe": terms.recipe, "drawn": terms.drawn}
         made |= {"data_sha256": None, "duplicates": 0}
-        records.write_json(run / "run.json", {**facts(task, settings, device), **made})
+        records.write_json(run / "run.json", {**facts(task, whole, device), **made})
     else:
         begun.check(run, told, terms, settings)
     return Home(folder, plan, settings, task, terms)
@@ -243,7 +246,7 @@ def over(home: Home) -> bool:
     """Whether nothing is left to do: finished, and no site that joined lacks an adapter."""
     tuned = {line["client"] for line in records.lines(home.run / "personal.jsonl")}
     joined = opened(home.run / "sites.json").weights().keys() & home.keys().keys()
-    return records.read_json(home.run / "run.json")["finished"] and joined <= tuned
+    return records.read_json(home.run / "run.json", ServerFacts)["finished"] and joined <= tuned
 
 
 def _children(home: Home, tell: Callable[[str], None]) -> list[Kept]:

@@ -5,7 +5,6 @@ Both stand beside `recipe.toml`, the settings of a run, which every site has the
 
 import hashlib
 import json
-import tomllib
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
@@ -24,6 +23,7 @@ from fedgen_edge.config import (
     flat,
     from_table,
     load,
+    read_table,
     to_table,
 )
 from fedgen_edge.errors import ConfigError
@@ -71,7 +71,8 @@ class Federation:
     largest_weight: Count = 10_000_000
     """Most training examples that a site may have."""
     spectrum: Positive | None = None
-    """Largest singular value that a site's change of a layer's product may have; none is any."""
+    """Largest singular value that a site's change of a layer's product may have as it arrives,
+    where random-k has multiplied the values that it keeps by 1 / density; none is any."""
     gradient: Positive | None = None
     """Norm of the mean step of a site's change over the learning rate, at most, where the recipe is
     of SGD and does not clip; none is any."""
@@ -103,9 +104,7 @@ def read(kind: type[Kind], path: Path) -> Kind:
     if not path.is_file():
         raise ConfigError(f"{path} is missing: `fedgen deploy init` makes such a folder")
     try:
-        return TypeAdapter(kind).validate_python(tomllib.loads(path.read_text("utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not TOML: {error}") from None
+        return TypeAdapter(kind).validate_python(read_table(path))
     except ValidationError as error:
         first = error.errors()[0]
         said = explain(first["loc"], first["type"], first["msg"], first["input"])

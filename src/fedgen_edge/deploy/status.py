@@ -13,6 +13,7 @@ from fedgen_edge.deploy.members import members
 from fedgen_edge.deploy.roll import opened
 from fedgen_edge.deploy.settings import Federation, read
 from fedgen_edge.experiments import records
+from fedgen_edge.experiments.record_types import ServerFacts
 from fedgen_edge.experiments.summary import printable, size
 
 Row = dict[str, Any]
@@ -38,11 +39,13 @@ def lines(folder: Path) -> Iterator[str]:
     tuned = len(records.lines(run / "personal.jsonl"))
     yield f"{size(up)} up, {size(down)} down; {tuned} sites have a personal adapter"
     for line in done[-1:]:
-        yield f"last round: {line['seconds']:.0f} s, loss {line['loss']:.3f}"
+        loss = "unknown" if line["loss"] is None else f"{line['loss']:.3f}"
+        yield f"last round: {line['seconds']:.0f} s, loss {loss}"
 
 
 def _state(run: Path) -> str:
-    told = records.read_json(run / "run.json") if (run / "run.json").exists() else None
+    path = run / "run.json"
+    told = records.read_json(path, ServerFacts) if path.exists() else None
     if told is None:
         return "not begun: `fedgen server` begins it"
     if told["finished"]:

@@ -15,6 +15,7 @@ from typing import Any
 from fedgen_edge import files
 from fedgen_edge.engines.exchange import digest
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import record_types, records
 from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.transform import decode, encode
 
@@ -111,7 +112,7 @@ class Past:
 
     def tuned_again(self, asked: Asked) -> Said | None:
         """What was said of the same work before; none where it is to be done."""
-        note = _read(self._tuning)
+        note = _read(self._tuning, record_types.SiteTuning)
         there = note is not None and note["asked"] == asdict(asked) and self.personal.is_dir()
         return note["said"] if note and there else None
 
@@ -153,7 +154,7 @@ class State:
 
     def bound(self) -> str | None:
         """The run that the site is in."""
-        note = _read(self.folder / "run.json")
+        note = _read(self.folder / "run.json", record_types.SiteRun)
         return note["run"] if note else None
 
     def bind(self, run: str) -> None:
@@ -175,13 +176,14 @@ def open_state(folder: Path) -> State:
 
 
 def _note(place: Path) -> dict[str, Any] | None:
-    return _read(place / NOTE)
+    return _read(place / NOTE, record_types.SiteUpdate)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path, of: type) -> dict[str, Any] | None:
+    """What a file says; none where it is not there, or not as it was written."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        return records.read_json(path, of)
+    except CheckpointError:
         return None
 
 

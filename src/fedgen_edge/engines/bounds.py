@@ -53,7 +53,10 @@ class Bounds:
     spectrum: float | None = None
     """Largest singular value of the change of a product; none is any."""
     stretch: float = 1.0
-    """How many times as far as training moved, a change may seem to have moved: `wire.stretch`."""
+    """How many times as far as training moved, a change may seem to have moved; the gate multiplies
+    it by `wire.stretch`."""
+    slack: float = 0.0
+    """How much farther still any value may seem to have moved: `wire.slack`."""
 
     def steps(self, weight: int) -> int | None:
         """Batches that a site with so many examples trains on in the round."""
@@ -157,6 +160,7 @@ def _strayed_together(bounds: Bounds, steps: int, start: Leaves, delta: Leaves) 
     far = max(map(leaves.largest, delta.values()), default=0.0)
     if not each:
         far = float(torch.linalg.vector_norm(leaves.flat(delta)))
+    most += bounds.slack * (1.0 if each else sum(v.numel() for v in delta.values()) ** 0.5)
     if far <= most:
         return None
     what = "an element" if each else "the norm of all leaves"

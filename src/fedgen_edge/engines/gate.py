@@ -16,7 +16,7 @@ from fedgen_edge.engines.payload import opened, shown
 from fedgen_edge.errors import RefusedError
 from fedgen_edge.leaves import largest
 from fedgen_edge.types import Leaves
-from fedgen_edge.uplink.wire import Wire, came_up, most_up
+from fedgen_edge.uplink.wire import Wire, came_up, most_up, slack, stretch
 
 CODES = {
     "payload-too-long": "The payload is longer than the leaves that were asked for.",
@@ -93,6 +93,12 @@ class Open:
     """Adapters that the sites chose from, of which each sends back one's leaves; 0 is one for all.
     """
 
+    @property
+    def widened(self) -> Bounds:
+        """The bounds of what training moved, as wide as its way here makes an honest change."""
+        stretched = self.bounds.stretch * stretch(self.wire)
+        return replace(self.bounds, stretch=stretched, slack=slack(self.wire, self.asked.round))
+
     def of(self, cluster: int | None) -> "Open":
         """The same, where one cluster's leaves may come back, all and only (none: as it is)."""
         if cluster is None:
@@ -164,7 +170,7 @@ def judged(open_: Open, reply: Reply) -> Accepted:
     open_ = open_.of(answer.said.get("cluster"))
     found = _change(open_, reply.site, answer.payload)
     start, moved = plain(open_.start), plain(found)  # bounds go by the names of training
-    if excess := strayed(open_.bounds, steps, start, moved):
+    if excess := strayed(open_.widened, steps, start, moved):
         raise RefusedError("change-too-large", excess)
     limit = open_.bounds.spectrum
     if limit is not None and (changed := spectrum(start, moved)) > limit:

@@ -14,6 +14,7 @@ from typing import Any
 
 from fedgen_edge import files
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import records
 from fedgen_edge.types import Leaves, ServerState
 from fedgen_edge.uplink.transform import decode, encode
 
@@ -71,7 +72,7 @@ def commit(run: Path, state: ServerState, memory: Memory, keep: int) -> None:
         (draft / "server.safetensors").write_bytes(payload)
         (draft / "manifest.json").write_text(json.dumps(manifest, sort_keys=True))
     memory.version = state.round
-    _prune(run, memory, keep)
+    prune(run, memory, keep)
 
 
 def latest(run: Path) -> tuple[ServerState | None, Memory, list[str]]:
@@ -123,13 +124,10 @@ def _load(run: Path, folder: Path) -> tuple[ServerState, Memory]:
 
 
 def _manifest(path: Path) -> Manifest:
-    try:
-        manifest: Manifest = json.loads(path.read_text())
-        if manifest.pop("digest") == _digest(manifest):
-            return manifest
-    except (OSError, ValueError, KeyError, AttributeError):
-        pass
-    raise CheckpointError(f"{path} is missing, truncated or altered")
+    manifest: Manifest = records.read_json(path)
+    if manifest.pop("digest") != _digest(manifest):
+        raise CheckpointError(f"{path} is altered: it is not of its own digest")
+    return manifest
 
 
 def _part(leaves: Leaves, prefix: str) -> Leaves:
@@ -159,8 +157,11 @@ def _previous(earlier: list[Path]) -> str | None:
     return files.digest(path) if path and path.exists() else None
 
 
-def _prune(run: Path, memory: Memory, keep: int) -> None:
-    """Delete old commits, those after the newest one's round, and memory that no commit names."""
+def prune(run: Path, memory: Memory, keep: int) -> None:
+    """Delete old commits, those after the newest one's round, and memory that no commit names.
+
+    A commit does so last, and a resumed run first: a process that was killed may not have.
+    """
     now = f"{memory.version:05d}"
     done = [folder for folder in _commits(run) if folder.name <= now]
     for folder in {*_commits(run)} - {*done[-keep:]}:
@@ -174,7 +175,6 @@ def _prune(run: Path, memory: Memory, keep: int) -> None:
 def _named(folder: Path) -> set[str]:
     """Files of clients' memory that a commit needs; none where it is not whole."""
     try:
-        memory = json.loads((folder / "manifest.json").read_text())["memory"]
-        return {name for name, _ in memory.values()}
-    except (OSError, ValueError, KeyError):
+        return {name for name, _ in _manifest(folder / "manifest.json")["memory"].values()}
+    except CheckpointError:
         return set()

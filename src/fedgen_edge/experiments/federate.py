@@ -19,9 +19,9 @@ from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.algorithms.products import errors, sizes
 from fedgen_edge.algorithms.step import add
 from fedgen_edge.config import Settings
-from fedgen_edge.errors import TrainingError
+from fedgen_edge.errors import CheckpointError, TrainingError
 from fedgen_edge.experiments import records
-from fedgen_edge.experiments.checkpoint import Memory, commit, latest
+from fedgen_edge.experiments.checkpoint import Memory, commit, latest, prune
 from fedgen_edge.jobs import Job, Training
 from fedgen_edge.rounds import Engine, Roster, mean_loss, rounds
 from fedgen_edge.types import Commit, Leaves, Order, ServerState, Update
@@ -80,14 +80,17 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
     back: so both agree, whenever the run was stopped.
 
     Raises:
+        CheckpointError: no checkpoint is whole, or a committed round has no record.
         TrainingError: a loss is not finite; the last commit stands.
     """
     settings = experiment.settings
     state, memory, refused = latest(folder)
+    prune(folder, memory, settings.evaluation.keep)
     state = state or experiment.start()
     experiment = experiment.remembering(memory)
     log = folder / "rounds.jsonl"
     records.truncate(log, state.round)
+    _check_records(log, state.round)
     board = records.Board(folder) if settings.evaluation.tensorboard else None
     loop = rounds(
         state,
@@ -114,6 +117,21 @@ def federate(experiment: Federated, folder: Path) -> Iterator[records.Line]:
             board.write(line)
         yield line
         began, before = time.perf_counter(), done.state.adapter
+
+
+def _check_records(log: Path, committed: int) -> None:
+    """Refuse to go on where a committed round has no record: one is written before each commit."""
+    there = [line["round"] for line in records.each(log)]
+    lost = [
+        number
+        for at, number in enumerate(range(1, committed + 1))
+        if there[at : at + 1] != [number]
+    ]
+    if lost:
+        raise CheckpointError(
+            f"{log} lacks the record of round {lost[0]}, which is committed: restore the file, or "
+            "begin another run"
+        )
 
 
 def _finite(experiment: Federated, orders: Sequence[Order], job: Job) -> Iterator[Update]:

@@ -1,7 +1,7 @@
 """A run's folder, opened again: its experiment, its models, and copies of them to take away."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,18 @@ from fedgen_edge.config import Settings, load
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, build, task_of
-from fedgen_edge.experiments.provenance import Made, data_digest, origin
+from fedgen_edge.experiments.provenance import Made, data_digest, origin, plain
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, ServerState
+
+FREE = (
+    "engine.", "evaluation.keep", "evaluation.target", "evaluation.tensorboard",
+    "data.path", "backbone.path", "backbone.autoencoder", "judging.weights",
+    "training.lr", "training.clip", "method.server_lr", "personal.lr", "personal.fallback",
+)  # fmt: skip
+"""Settings that may change before a run is resumed: where it runs, what its files are called (what
+these hold is compared by hash), and what a message about infinite numbers says to change.
+"""
 
 
 def reopen(run: Path) -> Experiment:
@@ -55,7 +64,29 @@ def _began(run: Path) -> tuple[Settings, Any]:
         raise CheckpointError(f"{run} holds no run: it has no settings.toml")
     if not (run / "run.json").exists():
         raise CheckpointError(f"{run} was stopped before its first round: delete it and run again")
-    return load(run / "settings.toml"), records.read_json(run / "run.json")
+    settings, told = load(run / "settings.toml"), records.read_json(run / "run.json")
+    _check_settings(run, settings, told.get("settings", {}))
+    return settings, told
+
+
+def _check_settings(run: Path, settings: Settings, before: Mapping[str, Any]) -> None:
+    """Refuse settings that are other than the run's own: its adapters and records rest on those.
+
+    Args:
+        run: the run's folder.
+        settings: as settings.toml says now.
+        before: by dotted name, as the run began with; one that a later version added is not there.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
+    for name, now in plain(settings).items():
+        fixed = name in before and not name.startswith(FREE)
+        if fixed and before[name] != now:
+            raise CheckpointError(
+                f"{run / 'settings.toml'}: {name} was {before[name]!r} when the run began, and is "
+                f"{now!r} now: set it back, or begin another run"
+            )
 
 
 def _unchanged(run: Path, told: Any, key: str, now: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from fedgen_edge.config import Settings
+from fedgen_edge.config import Settings, flat
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.machine import hardware
 from fedgen_edge.tasks.task import Learnt
@@ -81,8 +81,14 @@ def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, A
         "threads": settings.engine.threads,
         "stack": settings.engine.stack,
         "measure": list(task.measure),
+        "settings": plain(settings),
         "finished": False,
     }
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON has it."""
+    return json.loads(json.dumps(dict(flat(settings)), default=str))
 
 
 def versions() -> str:

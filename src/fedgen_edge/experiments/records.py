@@ -1,18 +1,29 @@
-"""A run's folder: what is written, where, and by one process at a time."""
+"""A run's folder: what is written, where, and by one process at a time; and its checked reads."""
 
 import fcntl
 import json
 import os
 import re
+import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedgen_edge import files
 from fedgen_edge.errors import CheckpointError, ConfigError
+from fedgen_edge.experiments.record_types import TYPES
 
 Line = dict[str, Any]
+AT_ONCE = frozenset(("evaluation.jsonl", "samples.jsonl", "distances.jsonl"))
+"""Files that are replaced whole, so that a cut line is a damaged one."""
+SHOWN = 60
+"""Letters of a wrong value that a message has."""
+adapter = cache(TypeAdapter)
+"""What checks values of a type: made once."""
 
 
 def claim(folder: Path) -> None:
@@ -68,39 +79,84 @@ def lines(path: Path) -> list[Line]:
 
 
 def each(path: Path) -> Iterator[Line]:
-    """The same, one at a time: with many clients, all of them take much room."""
+    """The same, one at a time: with many clients, all of them take much room.
+
+    A last line without its end was never written whole, and does not count.
+
+    Raises:
+        CheckpointError: a line is not as it was written, by its number.
+    """
     if not path.exists():
         return
-    with path.open() as file:
-        for line in file:
-            if line.endswith("\n"):
-                yield _parsed(line, path)
-
-
-def _parsed(line: str, path: Path) -> Line:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from None
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") and path.name in AT_ONCE:
+                raise CheckpointError(f"{path} is cut short in line {number}: restore it")
+            if line.endswith(b"\n") and line.strip():
+                yield _read(line, f"{path}, line {number},", TYPES.get(path.name))
 
 
 def truncate(path: Path, count: int) -> None:
     """Keep the first lines: what came after the commit that is gone on from never happened."""
     if path.exists():
-        whole = path.read_text().split("\n")[:-1]
-        files.write(path, "".join(f"{line}\n" for line in whole[:count]).encode())
+        whole = [line for line in path.read_bytes().split(b"\n")[:-1] if line.strip()]
+        files.write(path, b"".join(line + b"\n" for line in whole[:count]))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, of: Any = None) -> Any:
     """The value of a JSON file.
 
+    Args:
+        path: the file.
+        of: type of the value, where it is not the one that the file's name says.
+
     Raises:
-        CheckpointError: it is missing, or not JSON.
+        CheckpointError: it is missing, or not as it was written.
+    """
+    return _read(_bytes(path), str(path), of or TYPES.get(path.name))
+
+
+def read_toml(path: Path) -> Any:
+    """The tables of a TOML file, of whichever version of these settings.
+
+    Raises:
+        CheckpointError: it is missing, or not as it was written.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
+        return files.parse(_bytes(path), tomllib.loads)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is cut short or altered: {error}") from None
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: this is not a whole run's folder") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read(text: bytes, where: str, of: Any) -> Any:
+    """The value of a text in JSON, of a type."""
+    try:
+        value = files.parse(text, json.loads)
+        if of is not None:
+            adapter(of).validate_python(value)
+    except ValidationError as error:  # which is a ValueError too
+        raise CheckpointError(f"{where} is altered: {_first(error)}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{where} is cut short or altered: {error}") from None
+    return value
+
+
+def _first(error: ValidationError) -> str:
+    """What is wrong first, by the name of the field."""
+    told = error.errors(include_url=False)[0]
+    name = ".".join(map(str, told["loc"])) or "it"
+    if told["type"] == "missing":
+        return f"it has no {name!r}"
+    return f"{name} is {repr(told['input'])[:SHOWN]}: {told['msg'].lower()}"
 
 
 def write_json(path: Path, value: object) -> None:

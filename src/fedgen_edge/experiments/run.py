@@ -100,7 +100,7 @@ def spent(run: Path) -> dict[str, Any]:
         for log in ("rounds.jsonl", "personal.jsonl", "evaluation.jsonl", "distances.jsonl")
     }
     baselines = {
-        log.parent.name: sum(line["seconds"] for line in records.each(log))
+        log.parent.name: sum(line.get("seconds", 0.0) for line in records.each(log))
         for log in sorted(run.glob("baselines/*/rounds.jsonl"))
     }
     return {

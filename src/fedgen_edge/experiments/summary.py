@@ -1,31 +1,22 @@
 """What a run's folder says, in numbers: read it, add up, compare. Quick: no tensors here."""
 
-import json
 import math
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import records
 from fedgen_edge.measure import Measure, Number
 
 Row = dict[str, Any]
 """One line of a run's file."""
 
 BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
-
-NEEDS = {
-    "clients.json": ("client", "train", "items"),
-    "rounds.jsonl": ("round", "cohort", "loss", "bytes_up", "bytes_down", "clients"),
-    "personal.jsonl": ("client", "validation", "chosen"),
-    "evaluation.jsonl": ("model", "client", "total", "count"),
-    "samples.jsonl": ("model", "client", "prompt"),
-    "distances.jsonl": ("model", "client", "distance", "frechet", "made", "real"),
-}
-"""What every line of a file must have."""
 
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
@@ -100,66 +91,31 @@ def read(folder: Path) -> RunFiles:
     """
     if not folder.is_dir():
         raise CheckpointError(f"no run at {folder}: give a folder that `fedgen run` wrote")
+    clients = folder / "clients.json"
     baselines = sorted((folder / "baselines").glob("*/rounds.jsonl"))
     return RunFiles(
         folder=folder,
-        settings=dict(dotted(_parsed(folder / "settings.toml", tomllib.loads))),
-        facts=(facts := _facts(folder / "run.json")),
-        measure=Measure(*facts["measure"]),
-        clients=_clients(folder / "clients.json"),
-        rounds=_lines(folder / "rounds.jsonl"),
-        baselines={path.parent.name: _lines(path) for path in baselines},
-        personal=_lines(folder / "personal.jsonl"),
-        evaluation=_lines(folder / "evaluation.jsonl"),
-        samples=_lines(folder / "samples.jsonl"),
-        distances=_lines(folder / "distances.jsonl"),
+        settings=dict(dotted(records.read_toml(folder / "settings.toml"))),
+        facts=(facts := records.read_json(folder / "run.json")),
+        measure=_measure(facts, folder / "run.json"),
+        clients=records.read_json(clients) if clients.exists() else [],
+        rounds=records.lines(folder / "rounds.jsonl"),
+        baselines={path.parent.name: records.lines(path) for path in baselines},
+        personal=records.lines(folder / "personal.jsonl"),
+        evaluation=records.lines(folder / "evaluation.jsonl"),
+        samples=records.lines(folder / "samples.jsonl"),
+        distances=records.lines(folder / "distances.jsonl"),
     )
 
 
-def _parsed(path: Path, parse: Any) -> Any:
+def _measure(facts: Row, path: Path) -> Measure:
+    """What the run's models are judged by."""
     try:
-        return parse(path.read_text("utf-8"))
-    except OSError:
-        raise CheckpointError(f"{path} is missing: this is not a whole run's folder") from None
-    except ValueError as error:  # what JSON, TOML and UTF-8 raise
-        raise CheckpointError(f"{path} is cut short or altered: {error}") from None
-
-
-def _facts(path: Path) -> Row:
-    found = _parsed(path, json.loads)
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} is cut short or altered: it holds no object")
-    least = len(Measure._fields) - len(Measure._field_defaults)
-    if not least <= len(found.get("measure", ())) <= len(Measure._fields):
-        raise CheckpointError(f"{path} names no measure: another version of fedgen-edge wrote it")
-    return found
-
-
-def _clients(path: Path) -> list[Row]:
-    rows = _parsed(path, json.loads) if path.exists() else []
-    return [_checked(row, path, number) for number, row in enumerate(rows, 1)]
-
-
-def _lines(path: Path) -> list[Row]:
-    """A row a line; a line counts once its newline is there, so a cut last one is left out."""
-    text = _parsed(path, str) if path.exists() else ""
-    whole = text[: text.rfind("\n") + 1]
-    lines = [(number, line) for number, line in enumerate(whole.split("\n"), 1) if line.strip()]
-    return [_checked(_loaded(line, path, number), path, number) for number, line in lines]
-
-
-def _loaded(line: str, path: Path, number: int) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise CheckpointError(f"{path}, line {number}, is altered: {error}") from None
-
-
-def _checked(row: Any, path: Path, number: int) -> Row:
-    missing = [key for key in NEEDS[path.name] if not isinstance(row, dict) or key not in row]
-    if missing:
-        raise CheckpointError(f"{path}, entry {number}, has no {missing[0]!r}: it was altered")
-    return row
+        return TypeAdapter(Measure).validate_python(facts.get("measure"), strict=True)
+    except ValidationError:
+        raise CheckpointError(
+            f"{path} names no measure: it was altered, or another version of fedgen-edge wrote it"
+        ) from None
 
 
 def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,7 @@ from fedgen_edge.adapters import formats
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.config import Adapter, Settings
+from fedgen_edge.errors import AdapterError
 from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves
 
 
@@ -104,7 +105,10 @@ class Adapted:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
             return self._with_averages(formats.read(folder, self.adapter, any_rank=True))
-        return self._with_averages(load_file(folder / self.weights))
+        try:
+            return self._with_averages(load_file(folder / self.weights))
+        except SafetensorError as error:
+            raise AdapterError(f"{folder / self.weights} is damaged: {error}") from None
 
     def merged(self, folder: Path, leaves: Leaves) -> None:
         """Write the backbone with an adapter merged into it; this model is spent afterwards."""

@@ -16,7 +16,7 @@ from fedgen_edge.types import Leaves
 from fedgen_edge.uplink.coding import Zstd
 from fedgen_edge.uplink.compress import Chain, compress, expand, fed_back, longest
 from fedgen_edge.uplink.lowrank import LowRank
-from fedgen_edge.uplink.quantise import Cast, Quantise
+from fedgen_edge.uplink.quantise import LEAST, Cast, Quantise
 from fedgen_edge.uplink.sparsify import RandomK, TopK
 from fedgen_edge.uplink.transform import Schema, decode, encode, length
 
@@ -148,12 +148,31 @@ def stretch(on: Wire) -> float:
     its block's largest, and scaled random-k multiplies. With feedback it is of all the rounds that
     were. Of low-rank, and of coarse values that feedback may add up, no bound is known.
     """
-    sparse, coder = on.up.sparsifier, on.up.coder
+    coder = on.up.coder
     off = coder.block**0.5 / coder.levels if isinstance(coder, Quantise) else 2.0**-7
     if on.up.low_rank or (on.feedback and off >= 1):
         return inf
-    scaled = 1 / sparse.density if isinstance(sparse, RandomK) and sparse.scaled else 1.0
-    return scaled * (1 + off) if on.up.stages else 1.0
+    return _scale(on) * (1 + off) if on.up.stages else 1.0
+
+
+def slack(on: Wire, round_: int) -> float:
+    """How much farther still any value may seem to have moved, however little training moved.
+
+    Near zero fp16 has steps of 2^-24, and the scales of int8 and int4 are fp16: the error is no
+    share of the value there. Scaled random-k multiplies it; with feedback each round adds one.
+
+    Args:
+        on: the run's.
+        round_: counted from 0.
+    """
+    halves = isinstance(on.up.coder, Quantise) or on.up.coder.name == "fp16"
+    return LEAST * _scale(on) * (round_ + 1 if on.feedback else 1) if halves else 0.0
+
+
+def _scale(on: Wire) -> float:
+    """What the receiver multiplies values by, at most."""
+    sparse = on.up.sparsifier
+    return 1 / sparse.density if isinstance(sparse, RandomK) and sparse.scaled else 1.0
 
 
 def _begun(on: Wire, leaves: Leaves) -> Leaves:
