@@ -52,8 +52,6 @@ def read_config_file(file: Path, setting: str) -> Mapping[str, Any]:
     Raises:
         ConfigError: it is no JSON, or no model's.
     """
-    if not file.is_file():
-        raise ConfigError(f"{setting} has no {file.name}: take a model's whole folder, or another")
     try:
         values = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -120,6 +118,8 @@ def read_config(folder: Path, setting: str) -> Any:
             f"{setting} holds an adapter (adapter_config.json): give the folder of the model "
             "alone, and this one as adapter.initial"
         )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{setting} has no config.json: give a model's whole folder, or another")
     values = read_config_file(folder / "config.json", setting)
     check_quantization(values, setting)
     try:

@@ -28,12 +28,12 @@ from fedgen_edge.config import Adapter, Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import seeded
 from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.adapted import adapt
 from fedgen_edge.tasks.attention import quicken
 from fedgen_edge.tasks.backbones import Loaded
+from fedgen_edge.tasks.experts import AnyType
 from fedgen_edge.tasks.families import FAMILIES, family
 from fedgen_edge.tasks.gguf_files import is_gguf
-from fedgen_edge.tasks.language import Language, default_targets
+from fedgen_edge.tasks.language import Language, adapt_text
 from fedgen_edge.tasks.loading import (
     FAILURES,
     check_code,
@@ -200,10 +200,9 @@ def outlined(config: Any, adapter: Adapter, dtype: torch.dtype, *, full: bool = 
     # as meta tensors and fakes do it too: none of the ways by data, of which shapes are not known
     if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
         model.set_experts_implementation("grouped_mm")
-    adapted = adapt(
+    adapted = adapt_text(
         model,
         replace(adapter, initial=None),
-        default_targets(model.config.model_type),
         full=full,
         folder=Path(),
         sha256="",
@@ -228,7 +227,8 @@ def _plain_head(model: Any) -> bool:
     hook = head.register_forward_hook(lambda *told: seen.append(told[-1]))
     probe = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
     mask = attention(probe, next(model.parameters()).dtype)  # else it would be made of values
-    found = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
+    with AnyType():
+        found = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
     hook.remove()
     return len(seen) == 1 and found is seen[0]
 
