@@ -136,7 +136,26 @@ def read_config(folder: Path, setting: str) -> Any:
         raise ConfigError(
             f"{setting} is no causal language model, but a {config.model_type}: take another"
         )
+    check_text(config, setting, "vocab_size")
     return config
+
+
+def check_text(config: Any, setting: str, *names: str) -> None:
+    """Refuse a model whose configuration does not say these things of text.
+
+    Raises:
+        ConfigError: it has none of a language model within it, or several, or lacks a value.
+    """
+    try:
+        text = config.get_text_config()
+        lacking = [name for name in names if not hasattr(text, name)]
+    except ValueError:  # two parts read text
+        lacking = [*names]
+    if lacking:
+        raise ConfigError(
+            f"{setting}, a {config.model_type}, has no {lacking[0]} of one language model in its "
+            "configuration: take another"
+        )
 
 
 def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> Any:

@@ -38,6 +38,7 @@ from fedgen_edge.tasks.loading import (
     FAILURES,
     check_code,
     check_quantization,
+    check_text,
     describe,
     read_config_file,
     read_tokenizer,
@@ -83,6 +84,7 @@ def config_of(settings: Backbone, setting: str = "backbone.path") -> Any:
             f"{said}, a {kind} for {made_for or 'other tasks'}, is no causal language model: take "
             "another"
         )
+    check_text(config, said, "vocab_size", "num_hidden_layers")
     return config
 
 
