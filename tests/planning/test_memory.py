@@ -198,3 +198,17 @@ def test_sums_of_a_step_are_its_peak() -> None:
     found = step(settings())
     parts = (found.adapter, found.optimiser, found.gradients, found.activations)
     assert math.fsum(parts) == found.peak
+
+
+def test_experts_are_counted_in_float32_as_in_bf16() -> None:
+    # the same products, of numbers of four bytes for two
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "vocab_size": 50}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    config = made_of({"model_type": "mixtral", **shape, **heads})
+    wide, narrow = (
+        training_step(Settings(), config, Work(1, 8), dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert wide.cost.flops == narrow.cost.flops > 0
+    bytes_of = [backbone_bytes(config, Settings(), p) for p in ("float32", "bf16")]
+    assert bytes_of[0] == 2 * bytes_of[1]

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -323,3 +324,30 @@ def test_a_text_encoder_needs_names_and_to_be_clips(tmp_path: Path) -> None:
     encoder.unlink()
     with pytest.raises(ConfigError, match="are not CLIP's, in safetensors"):
         make(settings(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"hidden_size": "wide"}, "expected int, got str"),
+        ({"num_attention_heads": 0}, "are not CLIP's"),
+        ({"num_hidden_layers": 0}, r"it does not use \d+ weights"),
+    ],
+)
+def test_a_text_encoder_is_the_one_of_its_configuration(
+    values: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    pipeline(tmp_path / "pipe")
+    file = tmp_path / "pipe" / "text_encoder" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(ConfigError, match=words):
+        make(settings(tmp_path / "pipe"))
+
+
+@pytest.mark.parametrize("values", [{"block_out_channels": []}, {"norm_num_groups": 0}])
+def test_an_impossible_network_is_one_line(values: dict[str, Any], tmp_path: Path) -> None:
+    numbered(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+    with pytest.raises(ConfigError, match="is no UNet2DConditionModel"):
+        make(settings(tmp_path))

@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from fedgen_edge.tasks.experts import run_operation
+
 aten: Any = torch.ops.aten
 
 
@@ -86,7 +88,7 @@ class Counter(TorchDispatchMode):
         if told and not any(isinstance(t, FakeTensor) for t in told):
             with unset_fake_temporarily():  # marks of a batch, which code looks at
                 return func(*args, **(kwargs or {}))
-        out = func(*args, **(kwargs or {}))
+        out = run_operation(func, args, kwargs or {})
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in made:
             self._hold(tensor, tensor.untyped_storage().nbytes())

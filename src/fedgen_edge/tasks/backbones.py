@@ -14,15 +14,8 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from fedgen_edge import files
@@ -30,6 +23,8 @@ from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import seeded
 from fedgen_edge.tasks.attention import quicken
+from fedgen_edge.tasks.gguf_files import VERSION, convert, is_gguf
+from fedgen_edge.tasks.loading import read_config, read_model, read_tokenizer
 
 SAFE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 WAYS = "give a folder, a GGUF file, package:NAME, tiny, or a hub id"
@@ -51,29 +46,39 @@ def load(settings: Backbone, device: torch.device) -> Loaded:
     """The backbone in the settings' precision, on the device.
 
     Raises:
-        ConfigError: there is none, or it is no causal language model with safetensors weights.
+        ConfigError: there is none, or its folder is not that of one whole causal language model
+            with safetensors weights, which needs no code of its own.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    folder = find(settings)
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ConfigError(
-            f"backbone.path={settings.path!r}: {folder} holds no safetensors weights "
-            "(pickles are not read): convert it, or give another"
-        )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=precision(settings, device), local_files_only=True, use_safetensors=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"backbone.path={settings.path!r} is no causal language model here ({reason}): {WAYS}"
-        ) from None
+    folder, setting = find(settings), f"backbone.path={settings.path!r}"
+    weights = weight_files(folder, setting)
+    config = read_config(folder, setting)
+    model = read_model(folder, config, precision(settings, device), setting)
+    tokenizer = read_tokenizer(folder, setting)
     _forget(tokenizer)
     return Loaded(_placed(model, device), tokenizer, folder, digest(weights))
+
+
+def weight_files(folder: Path, setting: str) -> list[Path]:
+    """The safetensors files of a folder.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    weights = sorted(folder.glob("*.safetensors"))
+    ggufs = sorted(filter(is_gguf, folder.iterdir()))
+    if ggufs and not weights:
+        raise ConfigError(
+            f"{setting}: {folder} holds no safetensors weights, but a GGUF file: give the file "
+            f"itself, backbone.path={str(ggufs[0])!r}"
+        )
+    if not weights:
+        raise ConfigError(
+            f"{setting}: {folder} holds no safetensors weights (pickles are not read): convert "
+            "it, or give another"
+        )
+    return weights
 
 
 def _forget(tokenizer: Any) -> None:
@@ -108,7 +113,7 @@ def find(settings: Backbone) -> Path:
         return _from_gguf(_in_package(path.removeprefix("package:")))
     if Path(path).is_dir():
         return Path(path).resolve()
-    if path.endswith(".gguf"):
+    if is_gguf(Path(path)):
         return _from_gguf(Path(path))
     try:
         return Path(snapshot_download(path, revision=settings.revision, allow_patterns=SAFE))
@@ -120,7 +125,7 @@ def find(settings: Backbone) -> Path:
 def _in_package(name: str) -> Path:
     found = importlib.util.find_spec(name) if name.isidentifier() else None
     roots = list(found.submodule_search_locations or []) if found else []
-    ggufs = [p for root in roots for p in sorted(Path(root).glob("*.gguf"))]
+    ggufs = [p for root in roots for p in sorted(Path(root).iterdir()) if is_gguf(p)]
     if len(ggufs) != 1:
         raise ConfigError(
             f"backbone.path='package:{name}': {len(ggufs)} GGUF files in the package {name!r}; "
@@ -130,30 +135,11 @@ def _in_package(name: str) -> Path:
 
 
 def _from_gguf(file: Path) -> Path:
-    """Convert once; the cache is named by the file's hash."""
+    """Convert once; the cache is named by the file's hash and the converter's version."""
     if not file.is_file():
         raise ConfigError(f"backbone.path={str(file)!r}: no such GGUF file: {WAYS}")
-    return cached(f"{file.stem}-{files.digest(file)[:16]}", partial(_convert, file))
-
-
-def _convert(file: Path, folder: Path) -> None:
-    """A GGUF file's model and tokenizer, unpacked, as a Hugging Face folder."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        quantised = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=torch.float32
-        )
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"backbone.path={str(file)!r} is no GGUF model: {error}") from None
-    config = AutoConfig.for_model(**_plain(quantised.config.to_dict()))
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in {"quantization_config", "_name_or_path"}}
+    name = f"{file.stem}-{files.digest(file)[:16]}-{VERSION}"
+    return cached(name, partial(convert, file, f"backbone.path={str(file)!r}"))
 
 
 def _tiny() -> Path:

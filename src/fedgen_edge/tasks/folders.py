@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fedgen_edge.config import Backbone, Settings
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted, adapt
+from fedgen_edge.tasks.loading import FAILURES, describe
 from fedgen_edge.tasks.task import untrained
 from fedgen_edge.types import Leaves
 
@@ -61,8 +61,8 @@ def network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, P
     kept = torch.bfloat16 if settings.precision == "bf16" else torch.float32
     try:
         made = whole(kind, folder, kept).to(device)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except FAILURES as error:
+        reason = describe(error)
         raise ConfigError(
             f"backbone.path={settings.path!r} is no {kind.__name__} ({reason}): take another"
         ) from None

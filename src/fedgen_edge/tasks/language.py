@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fedgen_edge.adapters.lora import Lora
-from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.config import Adapter, Evaluation, Settings
 from fedgen_edge.data.batches import pack, parts
 from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError
@@ -25,6 +25,7 @@ from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.compiling import compiled
 from fedgen_edge.tasks.loss import TokenLoss
 from fedgen_edge.tasks.lower import NONE, ROOM, STATES, Lower, lower
+from fedgen_edge.tasks.multimodal import check_text_layers, keep_to_text
 from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
 
@@ -124,7 +125,8 @@ class Language:
                 "task='language' learns text, and the data are pictures: set data.source, or task"
             )
         documents = self.encode([held.texts[i] for i in indices])
-        words, known = [held.words[i] for i in indices], self.loaded.model.config.vocab_size
+        words = [held.words[i] for i in indices]
+        known = self.loaded.model.config.get_text_config().vocab_size
         most = max((max(ids) for ids in documents), default=0)
         if most >= known:
             raise ConfigError(
@@ -223,10 +225,9 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     check_length(settings, model.config)
     _check_samples(settings, loaded)
     _check_packing(settings, model)
-    adapted = adapt(
+    adapted = adapt_text(
         model,
         settings.adapter,
-        default_targets(model.config.model_type),
         full=full,
         folder=loaded.folder,
         sha256=loaded.sha256,
@@ -246,9 +247,26 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     return Language(adapted, module, loaded, settings.data.length, lower=lower(module, sites))
 
 
+def adapt_text(model: Any, settings: Adapter, *, full: bool, **where: Any) -> Adapted:
+    """Freeze a language model and adapt it, as `adapted.adapt`; of what reads more, its text part.
+
+    Raises:
+        ConfigError: layers would be trained that no text passes.
+    """
+    default = default_targets(model.config.get_text_config().model_type)
+    adapted = adapt(model, keep_to_text(settings, model, default), default, full=full, **where)
+    if isinstance(adapted.adapter, Lora):
+        setting = f"adapter.target_modules={[*settings.target_modules]}"
+        check_text_layers(model, adapted.adapter.sites, setting)
+    else:
+        check_text_layers(model, adapted.adapter.shapes(), "a method of every weight")
+    return adapted
+
+
 def default_targets(kind: str) -> list[str]:
     """The layers that PEFT adapts in models of this type."""
-    return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"]))
+    targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, "all-linear")
+    return [targets] if isinstance(targets, str) else [*targets]
 
 
 def _write(loaded: Loaded, folder: Path, weights: Leaves) -> None:
@@ -262,7 +280,7 @@ def _prompts(settings: Evaluation) -> Sequence[str]:
 
 def _context(config: Any) -> int:
     """Most tokens that the backbone reads at once."""
-    return getattr(config, "max_position_embeddings", None) or sys.maxsize
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def check_length(settings: Settings, config: Any) -> None:
@@ -288,6 +306,7 @@ def check_length(settings: Settings, config: Any) -> None:
 
 def _window(config: Any) -> int | None:
     """How far back some layers of the backbone see; none is as far as all do."""
+    config = config.get_text_config()
     slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
     return getattr(config, "sliding_window", None) if slides else None
 

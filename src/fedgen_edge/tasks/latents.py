@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.tasks import backbones, folders, pictures, taef2
+from fedgen_edge.tasks.loading import FAILURES, describe
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 AT_ONCE = 32
@@ -107,9 +108,8 @@ def load(folder: Path, device: torch.device) -> Autoencoder:
         if any(path.name in taef2.FILES for path in weights):
             return _taef2(folder, device)
         return _of_diffusers(folder, weights, device)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise _fault(folder, f"is no autoencoder here ({reason}): take another") from None
+    except FAILURES as error:
+        raise _fault(folder, f"is no autoencoder here ({describe(error)}): take another") from None
 
 
 def _fault(folder: Path, what: str) -> ConfigError:

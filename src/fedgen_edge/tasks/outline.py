@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging
 
@@ -28,14 +28,23 @@ from fedgen_edge.config import Adapter, Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import seeded
 from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.adapted import adapt
 from fedgen_edge.tasks.attention import quicken
 from fedgen_edge.tasks.backbones import Loaded
+from fedgen_edge.tasks.experts import AnyType
 from fedgen_edge.tasks.families import FAMILIES, family
-from fedgen_edge.tasks.language import Language, default_targets
+from fedgen_edge.tasks.gguf_files import is_gguf
+from fedgen_edge.tasks.language import Language, adapt_text
+from fedgen_edge.tasks.loading import (
+    FAILURES,
+    check_code,
+    check_quantization,
+    check_text,
+    describe,
+    read_config_file,
+    read_tokenizer,
+)
 from fedgen_edge.tasks.loss import TokenLoss, attention
 
-STRICT = (StrictDataclassError,)
 WAYS = "give a config.json, its folder, a hub id, or one of " + ", ".join(FAMILIES)
 
 
@@ -53,23 +62,29 @@ def config_of(settings: Backbone, setting: str = "backbone.path") -> Any:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     said = f"{setting}={settings.path!r}"
-    told = family(settings.path) or _written(_file(settings, said), said)
+    told = family(settings.path) or read_config_file(_file(settings, said), said)
     kind = told.get("model_type")
+    check_quantization(told, said)
     try:
         config = made_of(told)
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, *STRICT) as error:
-        reason = " ".join(str(error).split())[:120]
+    except FAILURES as error:
+        check_code(told, None, said)
         raise ConfigError(
-            f"{said} has model_type={kind!r}, or values with it, that cannot be read ({reason}): "
-            f"{WAYS}"
+            f"{said} has model_type={kind!r}, or values with it, that cannot be read "
+            f"({describe(error, 120)}): {WAYS}"
         ) from None
-    made_for = [str(name) for name in told.get("architectures") or []]
-    causal = not made_for or any("CausalLM" in n or "LMHead" in n for n in made_for)
-    if type(config) not in AutoModelForCausalLM._model_mapping or not causal:
+    check_code(told, config, said)
+    made_for = told.get("architectures")
+    made_for = [str(name) for name in made_for] if isinstance(made_for, list) else []
+    model = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    same = {"CausalLM", "LMHead", getattr(model, "__name__", "CausalLM")}
+    causal = not made_for or any(word in name for name in made_for for word in same)
+    if model is None or not causal:
         raise ConfigError(
             f"{said}, a {kind} for {made_for or 'other tasks'}, is no causal language model: take "
             "another"
         )
+    check_text(config, said, "vocab_size", "num_hidden_layers")
     return config
 
 
@@ -81,10 +96,12 @@ def made_of(shape: Mapping[str, Any]) -> Any:
 def _file(settings: Backbone, said: str) -> Path:
     path = Path(settings.path)
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"{said} has no config.json: {WAYS}")
+        ggufs = [file.name for file in sorted(path.iterdir()) if is_gguf(file)]
+        ways = f"give the file itself, {path / ggufs[0]}" if ggufs else WAYS
+        raise ConfigError(f"{said} has no config.json: {ways}")
     if path.suffix == ".json" and not path.is_dir():
         return path
-    if settings.path == "tiny" or settings.path.startswith("package:") or path.suffix == ".gguf":
+    if settings.path == "tiny" or settings.path.startswith("package:") or is_gguf(path):
         return backbones.find(settings) / "config.json"
     if path.is_dir():
         return path / "config.json"
@@ -95,16 +112,6 @@ def _file(settings: Backbone, said: str) -> Path:
     except (HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(f"{said} was not found ({reason}): {WAYS}") from None
-
-
-def _written(file: Path, said: str) -> Mapping[str, Any]:
-    try:
-        told = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{said}: {file} is no JSON ({error}): mend it") from None
-    if not isinstance(told, dict) or "model_type" not in told:
-        raise ConfigError(f"{said}: {file} names no model_type, so it is no model's: {WAYS}")
-    return told
 
 
 def fresh(path: str, backbone: Backbone) -> Path:
@@ -118,16 +125,9 @@ def fresh(path: str, backbone: Backbone) -> Path:
     Raises:
         ConfigError: it is no causal language model's, or the backbone has no tokenizer.
     """
-    config = config_of(Backbone(path=path), "pretrain.config")
+    config = config_of(Backbone(path=path), "pretrain.config").get_text_config()
     folder = backbones.find(backbone)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise ConfigError(
-            f"backbone.path={backbone.path!r} has no tokenizer for a new model ({reason}): give a "
-            "folder or a hub id with one"
-        ) from None
+    tokenizer = read_tokenizer(folder, f"backbone.path={backbone.path!r}")
     if not tokenizer("a word")["input_ids"]:
         raise ConfigError(
             f"backbone.path={backbone.path!r} has no tokenizer that tells words: give a folder or "
@@ -161,11 +161,12 @@ def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
 
 def layers(config: Any) -> int:
     """How many there are."""
-    return config.num_hidden_layers
+    return config.get_text_config().num_hidden_layers
 
 
 def period(config: Any) -> int:
     """After how many layers they begin again; all of them where they never do."""
+    config = config.get_text_config()
     kinds = [*(getattr(config, "layer_types", None) or ["one"] * layers(config))]
     found = (n for n in range(1, len(kinds) + 1) if kinds == (kinds[:n] * len(kinds))[: len(kinds)])
     return next(found) if _uniform(config) else layers(config)
@@ -180,9 +181,10 @@ def _uniform(config: Any) -> bool:
 def shortened(config: Any, count: int) -> Any:
     """The same model with fewer layers, its first ones."""
     short = deepcopy(config)
-    if getattr(short, "layer_types", None):
-        short.layer_types = list(short.layer_types)[:count]
-    setattr(short, short.attribute_map.get("num_hidden_layers", "num_hidden_layers"), count)
+    text = short.get_text_config()
+    if getattr(text, "layer_types", None):
+        text.layer_types = list(text.layer_types)[:count]
+    setattr(text, text.attribute_map.get("num_hidden_layers", "num_hidden_layers"), count)
     return short
 
 
@@ -200,10 +202,9 @@ def outlined(config: Any, adapter: Adapter, dtype: torch.dtype, *, full: bool = 
     # as meta tensors and fakes do it too: none of the ways by data, of which shapes are not known
     if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
         model.set_experts_implementation("grouped_mm")
-    adapted = adapt(
+    adapted = adapt_text(
         model,
         replace(adapter, initial=None),
-        default_targets(model.config.model_type),
         full=full,
         folder=Path(),
         sha256="",
@@ -228,7 +229,8 @@ def _plain_head(model: Any) -> bool:
     hook = head.register_forward_hook(lambda *told: seen.append(told[-1]))
     probe = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
     mask = attention(probe, next(model.parameters()).dtype)  # else it would be made of values
-    found = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
+    with AnyType():
+        found = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
     hook.remove()
     return len(seen) == 1 and found is seen[0]
 

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.loading import FAILURES, describe
 
 PROMPT = "a picture of a {}"
 """What is read for each class."""
@@ -40,8 +41,8 @@ def embed(pipeline: Path, names: Sequence[str]) -> tuple[Tensor, str]:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(pipeline / "tokenizer", local_files_only=True)
         encoder = _encoder(folder)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+    except FAILURES as error:
+        reason = describe(error)
         raise ConfigError(
             f"backbone.path={str(pipeline)!r}: its text_encoder and tokenizer are not CLIP's, in "
             f"safetensors ({reason}): take another pipeline"
@@ -62,6 +63,10 @@ def _encoder(folder: Path) -> Any:
     )
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"it lacks {len(missing)} weights, {missing[0]!r} first")
+    # what projects its end is not read: states of the last layer are
+    unused = sorted(k for k in told["unexpected_keys"] if not k.startswith("text_projection"))
+    if unused:
+        raise ValueError(f"it does not use {len(unused)} weights, {unused[0]!r} first")
     return made.eval()
 
 

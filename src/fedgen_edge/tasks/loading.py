@@ -1,0 +1,266 @@
+"""Models and tokenizers from Hugging Face folders: whole, and without code of the folder's own.
+
+Transformers draws at random what a folder lacks, leaves out what it does not know, and can run
+Python files that lie beside the weights. Here each of these is a mistake of one line.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from fedgen_edge.errors import ConfigError
+
+FAILURES = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    ImportError,
+    RuntimeError,
+    SafetensorError,
+    StrictDataclassError,
+)
+"""What transformers raises where a folder's files are damaged or do not belong together."""
+NAMED = 3
+"""Weights that a message names; of more it says how many."""
+STRANGE = "\U000f1234 \u2603"
+"""A private character and a snowman: words that hardly any vocabulary holds."""
+
+
+def describe(error: Exception, length: int = 200) -> str:
+    """What a library says of a failure, in one line; with its type where that says the most."""
+    text = " ".join(str(error).split())[:length]
+    vague = not text or isinstance(error, LookupError | ArithmeticError | AttributeError)
+    return f"{type(error).__name__}: {text}" if vague else text
+
+
+def read_config_file(file: Path, setting: str) -> Mapping[str, Any]:
+    """The values of a model's config.json.
+
+    Args:
+        file: to read.
+        setting: that names it, with its value, as messages begin.
+
+    Raises:
+        ConfigError: it is no JSON, or no model's.
+    """
+    try:
+        values = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            f"{setting}: {file} is no JSON ({describe(error)}): correct it, or take another"
+        ) from None
+    if not isinstance(values, dict) or "model_type" not in values:
+        raise ConfigError(
+            f"{setting}: {file} names no model_type, so it is no model's: correct it, or take "
+            "another"
+        )
+    return values
+
+
+def check_quantization(values: Mapping[str, Any], setting: str) -> None:
+    """Refuse a model whose weights are quantized, before anything of it is loaded.
+
+    Raises:
+        ConfigError: its config.json says so.
+    """
+    for part in (values, values.get("text_config")):
+        quantization = part.get("quantization_config") if isinstance(part, Mapping) else None
+        if quantization is not None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise ConfigError(
+                f"{setting} is quantized ({method or 'by an unnamed method'}, in "
+                "quantization_config of its config.json), which is not supported: take the model "
+                "in bf16, float16 or float32, or a GGUF file of it"
+            )
+
+
+def check_code(values: Mapping[str, Any], config: Any, setting: str) -> None:
+    """Refuse a model that is computed by Python files of its own.
+
+    Many folders carry code of an architecture that transformers has since learnt. Such a model is
+    loaded without that code if its classes have the names of transformers' own.
+
+    Raises:
+        ConfigError: the code is another architecture's.
+    """
+    classes = values.get("auto_map")
+    if not isinstance(classes, Mapping):
+        return
+    model = AutoModelForCausalLM._model_mapping.get(type(config), type(None))
+    known = {"AutoConfig": type(config), "AutoModelForCausalLM": model}
+    for kind, transformers_class in known.items():
+        name = str(classes.get(kind) or transformers_class.__name__).rpartition(".")[2]
+        if name.lower() != transformers_class.__name__.lower():
+            raise ConfigError(
+                f"{setting} needs Python code of its own ({classes[kind]}, in auto_map of its "
+                "config.json), which is never run: take a model of an architecture that "
+                "transformers has"
+            )
+
+
+def read_config(folder: Path, setting: str) -> Any:
+    """The configuration of a folder's causal language model.
+
+    Raises:
+        ConfigError: there is none that can be used; or its model is quantized, or needs code.
+    """
+    if (folder / "adapter_config.json").is_file():  # transformers would load it into the model
+        raise ConfigError(
+            f"{setting} holds an adapter (adapter_config.json): give the folder of the model "
+            "alone, and this one as adapter.initial"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"{setting} has no config.json: give a model's whole folder, or another")
+    values = read_config_file(folder / "config.json", setting)
+    check_quantization(values, setting)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except FAILURES as error:
+        if "auto_map" in values:
+            check_code(values, None, setting)
+        raise ConfigError(
+            f"{setting} is no causal language model here: its config.json cannot be used "
+            f"({describe(error)}): correct it, or take another"
+        ) from None
+    check_code(values, config, setting)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ConfigError(
+            f"{setting} is no causal language model, but a {config.model_type}: take another"
+        )
+    check_text(config, setting, "vocab_size")
+    return config
+
+
+def check_text(config: Any, setting: str, *names: str) -> None:
+    """Refuse a model whose configuration does not say these things of text.
+
+    Raises:
+        ConfigError: it has none of a language model within it, or several, or lacks a value.
+    """
+    try:
+        text = config.get_text_config()
+        lacking = [name for name in names if not hasattr(text, name)]
+    except ValueError:  # two parts read text
+        lacking = [*names]
+    if lacking:
+        raise ConfigError(
+            f"{setting}, a {config.model_type}, has no {lacking[0]} of one language model in its "
+            "configuration: take another"
+        )
+
+
+def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> Any:
+    """The model of a folder, every weight of which is the folder's.
+
+    Raises:
+        ConfigError: weights are missing, not used, or of other sizes; or it cannot be loaded.
+    """
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # they are told below, all of them
+            output_loading_info=True,
+        )
+    except FAILURES as error:
+        raise ConfigError(
+            f"{setting} is no causal language model here ({describe(error)}): take another"
+        ) from None
+    model, loading = loaded
+    check_weights(loading, type(model).__name__, setting)
+    return model
+
+
+def check_weights(loading: Mapping[str, Any], kind: str, setting: str) -> None:
+    """Refuse a model of which not every weight was in its files, or whose files hold more.
+
+    Weights that are tied to others, and what transformers itself declares to be left out, are
+    neither missing nor too many.
+
+    Args:
+        loading: what transformers says of it, by `output_loading_info`.
+        kind: class of the model.
+        setting: that names the files, with its value.
+
+    Raises:
+        ConfigError: they do not belong together.
+    """
+    sizes = [
+        f"{name} ({list(in_file)} in the file, {list(in_model)} by its configuration)"
+        for name, in_file, in_model in sorted(loading["mismatched_keys"])
+    ]
+    faults = {
+        "missing": sorted(loading["missing_keys"]),
+        "not used": sorted(loading["unexpected_keys"]),
+        "of another size": sizes,
+        "not converted": [" ".join(str(e).split()) for e in loading.get("error_msgs") or ()],
+    }
+    parts = [
+        f"{_count(names)} {fault}: {first_names(names)}" for fault, names in faults.items() if names
+    ]
+    if parts:
+        raise ConfigError(
+            f"{setting}: its files are not those of a whole {kind} as its configuration says "
+            f"({'; '.join(parts)}): give the files of one model, complete"
+        )
+
+
+def _count(names: list[str]) -> str:
+    return "1 weight is" if len(names) == 1 else f"{len(names)} weights are"
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Some of them, in one line."""
+    return ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+
+
+def read_tokenizer(folder: Path, setting: str) -> Any:
+    """The tokenizer of a folder, which reads any text.
+
+    Raises:
+        ConfigError: there is none, it needs code of the folder's own, or it fails at words that it
+            does not know.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        tokenizer(STRANGE)
+    except Exception as error:  # the library of tokenizers raises nothing narrower
+        _check_tokenizer_code(folder, None, setting)
+        raise ConfigError(
+            f"{setting}: its tokenizer cannot be used ({describe(error)}): correct its files, or "
+            "take another"
+        ) from None
+    _check_tokenizer_code(folder, tokenizer, setting)
+    return tokenizer
+
+
+def _check_tokenizer_code(folder: Path, tokenizer: Any, setting: str) -> None:
+    """Refuse a tokenizer that is Python code of the folder's own, and what stands in for it."""
+    try:
+        values = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+        classes = values.get("auto_map") or {}
+        classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
+        names = [str(name).rpartition(".")[2] for name in classes or () if name]
+    except (OSError, ValueError, TypeError, AttributeError):  # it has none, or is damaged
+        return
+    same = {name.removesuffix("Fast") for name in names}
+    if names and type(tokenizer).__name__.removesuffix("Fast") not in same:
+        raise ConfigError(
+            f"{setting}: its tokenizer needs Python code of its own ({names[0]}, in auto_map of "
+            "its tokenizer_config.json), which is never run: take a tokenizer that transformers has"
+        )
