@@ -234,6 +234,10 @@ FLAGS = {
         "--adapter.target-modules query",
         ["adapter.target_modules=['query']", "q_proj", "all-linear"],
     ),
+    "one target of two matches nothing": (
+        "--adapter.target-modules q_proj vproj",
+        ["adapter.target_modules=['q_proj', 'vproj']: vproj match no layer", "v_proj"],
+    ),
     "targets no expression": (
         "--adapter.target-modules (q_proj",
         ["adapter.target_modules='(q_proj'", "no regular expression"],

@@ -80,9 +80,10 @@ class Adapter:
     dropout: Share = 0.0
     """Share of an adapter's inputs that is zeroed in training."""
     target_modules: Words = ()
-    """Layers to adapt, as PEFT means it: names (`q_proj`), one regular expression, or `all-linear`;
-    none is PEFT's choice for the architecture (q and v for Llama). Of texts that a client meets
-    again, layers below the lowest of these compute nothing."""
+    """Layers to adapt, as PEFT means it: names (`q_proj`), each of which must match some layer, one
+    regular expression, or `all-linear`, which leaves routed experts frozen; none is PEFT's choice
+    for the architecture (q and v for Llama). Of texts that a client meets again, layers below the
+    lowest of these compute nothing."""
     initial: Path | None = None
     """PEFT folder to begin from; none is a fresh adapter."""
 

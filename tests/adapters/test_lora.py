@@ -8,7 +8,16 @@ import torch
 from peft import LoraConfig, LoraModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from torch.nn import functional as F
+from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from fedgen_edge import leaves
@@ -343,7 +352,6 @@ def test_out_of_its_context_the_model_is_the_backbone_again() -> None:
         ["self_attn.o_proj", "embed_tokens"],
         ["model.layers.1.mlp.up_proj"],
         ["lm_head", "k_proj"],
-        ["proj", "q_proj"],
         r".*layers\.0\.(self_attn|mlp)\.\w+_proj",
         r".*\.[qv]_proj",
         "all-linear",
@@ -376,6 +384,58 @@ def adapted_by_peft(model: nn.Module, targets: list[str] | str) -> set[str]:
     return {name for name, module in named if isinstance(module, LoraLayer)}
 
 
+def test_a_default_that_matches_nothing_beside_others_is_passed_over() -> None:
+    lora = inject(llama(), Adapter(rank=2), default=["v_proj", "fc1"])
+    assert lora.targets == ("v_proj",)
+
+
+def test_falcons_own_linear_layer_is_adapted_as_peft_adapts_it() -> None:
+    layer, x = FalconLinear(5, 4), torch.randn(ROWS, 5)
+    close(layer(x), F.linear(x, layer.weight, layer.bias))  # so it may be taken for a Linear
+    shape = {"vocab_size": 19, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model, plain = (filled(FalconForCausalLM(FalconConfig(**shape))) for _ in range(2))
+    lora = inject(model, Adapter(rank=2, alpha=4.0, target_modules=("query_key_value", "dense")))
+    adapter, tokens = factors(lora), torch.tensor([[3, 5, 7]])
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["query_key_value", "dense"])
+    theirs = get_peft_model(plain, config)
+    state = theirs.state_dict()
+    for name, leaf in adapter.items():
+        state[f"base_model.model.{name}.default.weight"].copy_(leaf)
+    with lora.bound(adapter):
+        close(model(tokens).logits, theirs(tokens).logits, 1e-5)
+
+
+class Router(nn.Linear):
+    """A subclass of Linear that computes something else, as Llama 4's does."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        scores = super().forward(x)
+        return scores.softmax(-1), scores
+
+
+class Mixture(nn.Module):
+    """Two layers, a router, and experts in one tensor: 16 + 4 + 16 and 2 x 16 weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.router = Router(4, 1, bias=False)
+        self.experts = nn.Module()
+        self.experts.weight = nn.Parameter(torch.ones(2, 4, 4))
+
+
+def test_all_linear_passes_over_routers_and_tells_of_experts() -> None:
+    lora = inject(Mixture(), Adapter(rank=1, target_modules=("all-linear",)))
+    assert set(lora.sites) == {"up", "down"}
+    assert lora.experts == pytest.approx(32 / (16 + 4 + 16 + 32))
+    assert inject(Mixture(), Adapter(rank=1, target_modules=("up",))).experts == 0
+
+
+def test_a_router_that_is_named_is_refused_with_layers_that_can_be_adapted() -> None:
+    with pytest.raises(ConfigError, match=r"router is a Router, which cannot .* are down, up$"):
+        inject(Mixture(), Adapter(rank=1, target_modules=("up", "router")))
+
+
 def test_the_default_targets_are_taken_where_the_settings_name_none() -> None:
     lora = inject(llama(), Adapter(rank=2), default=["v_proj"])
     assert set(lora.sites) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
@@ -391,9 +451,11 @@ def test_the_default_targets_are_taken_where_the_settings_name_none() -> None:
         # v_proj of one key-value head maps 8 to 4: rank 4 is the most.
         ({"rank": 5, "target_modules": ("v_proj",)}, "adapter.rank=5 is above 4"),
         ({"target_modules": ("q_porj",)}, "match no layer: .*k_proj, .*q_proj.*all-linear"),
+        ({"target_modules": ("q_proj", "vproj")}, r"'vproj'\]: vproj match no layer: .*v_proj"),
+        ({"target_modules": ("proj", "q_proj", "mlp.up")}, "proj, mlp.up match no layer"),
         ({"target_modules": (r".*nothing",)}, "match no layer: .*q_proj"),
         ({"target_modules": ("(q_proj",)}, "is no regular expression"),
-        ({"target_modules": ("input_layernorm",)}, "is a LlamaRMSNorm, .*Linear, Conv1D"),
+        ({"target_modules": ("input_layernorm",)}, "is a LlamaRMSNorm, .*Linear.* are .*q_proj"),
         ({"target_modules": ("mlp",)}, "model.layers.0.mlp is a LlamaMLP"),
     ],
 )

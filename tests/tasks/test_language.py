@@ -1,6 +1,5 @@
 import math
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
-    BloomForCausalLM,
     ByT5Tokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     MistralConfig,
     MistralForCausalLM,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
-    RwkvConfig,
-    RwkvForCausalLM,
 )
 
 from conftest import SHARED, sentences
@@ -264,25 +258,6 @@ def test_blocks_longer_than_the_backbones_context_are_refused() -> None:
     table = {"backbone": {"path": "tiny", "precision": "float32"}, "data": {"length": 513}}
     with pytest.raises(ConfigError, match=r"data\.length=513 is above 512"):
         language.build(from_table(table), full=False, device=CPU)
-
-
-def bloom() -> PreTrainedModel:
-    return BloomForCausalLM(BloomConfig(vocab_size=99, hidden_size=8, n_layer=1, n_head=2))
-
-
-def rwkv() -> PreTrainedModel:
-    return RwkvForCausalLM(RwkvConfig(vocab_size=99, hidden_size=8, num_hidden_layers=2))
-
-
-@pytest.mark.parametrize(
-    ("model", "complaint"),
-    [(bloom, "does not read several documents"), (rwkv, "lets a document see the one before")],
-)
-def test_backbones_in_which_documents_meet_are_refused(
-    model: Callable[[], PreTrainedModel], complaint: str
-) -> None:
-    with pytest.raises(ConfigError, match=rf"^backbone\.path='x', a \w+, {complaint}"):
-        language._check_packing(from_table({"backbone": {"path": "x"}}), model().eval())
 
 
 def test_a_truncated_weight_file_is_one_line(tmp_path: Path) -> None:

@@ -6,107 +6,20 @@ by client, and each client's rows meet that client's own factors.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
-from torch.nn import functional as F
-from transformers.pytorch_utils import Conv1D
 
 from fedgen_edge.adapters.dropout import mask
+from fedgen_edge.adapters.layers import KINDS, Kind, Shape, kind_of
+from fedgen_edge.adapters.targets import adaptable, choose_layers, share_of_experts
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.types import CORE, RESIDUAL, Leaves
-
-Shape = tuple[int, ...]
-
-
-class Kind(NamedTuple):
-    """What LoRA means for one type of layer."""
-
-    a: str
-    """Name of the first factor's leaf, as PEFT has it."""
-    b: str
-    shapes: Callable[[nn.Module, int], tuple[Shape, Shape]]
-    """Shapes of A and B for a rank."""
-    product: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-    """The update's output from the layer, its input, A and scaled B."""
-    dense: Callable[[Tensor, Tensor], Tensor]
-    """The update of the layer's weight, in its own layout, from A and scaled B."""
-    ranks: tuple[int, int] = (-2, -1)
-    """Where A and B have the rank, of their dimensions."""
-
-
-def _linear(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim == 2:
-        return F.linear(F.linear(x, a), b)
-    rows = x.reshape(len(a), -1, x.shape[-1])
-    return (rows @ a.mT @ b.mT).reshape(*x.shape[:-1], b.shape[-2])
-
-
-def _conv2d(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    assert isinstance(layer, nn.Conv2d)
-    padding: Any = layer.padding  # a word or numbers: torch's stub knows one of them at a time
-    how = (layer.stride, padding, layer.dilation)
-    if a.ndim == 4:
-        return F.conv2d(F.conv2d(x, a, None, *how), b)
-    clients, rows = len(a), x.shape[0] // len(a)
-    wide = x.reshape(clients, rows, *x.shape[1:]).transpose(0, 1).flatten(1, 2)
-    narrow = F.conv2d(wide, a.flatten(0, 1), None, *how, groups=clients)
-    out = F.conv2d(narrow, b.flatten(0, 1), groups=clients)
-    out = out.reshape(rows, clients, b.shape[1], *out.shape[2:]).transpose(0, 1)
-    return out.reshape(-1, *out.shape[2:])
-
-
-def _embedding(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    if a.ndim == 2:
-        return F.embedding(x, a.mT) @ b.mT
-    clients, vocabulary = len(a), a.shape[-1]
-    own = torch.arange(clients, device=x.device).view(-1, *[1] * x.ndim) * vocabulary
-    ids = (x.reshape(clients, -1, *x.shape[1:]) + own).reshape(clients, -1)
-    found = F.embedding(ids, a.mT.reshape(clients * vocabulary, -1))
-    return (found @ b.mT).reshape(*x.shape, b.shape[-2])
-
-
-def _conv_shapes(layer: nn.Module, rank: int) -> tuple[Shape, Shape]:
-    assert isinstance(layer, nn.Conv2d)
-    if layer.groups != 1:
-        raise ConfigError(
-            "adapter.target_modules: a grouped Conv2d cannot be adapted, leave it out"
-        )
-    return (rank, layer.in_channels, *layer.kernel_size), (layer.out_channels, rank, 1, 1)
-
-
-def _matrix(in_: str, out: str) -> Callable[[nn.Module, int], tuple[Shape, Shape]]:
-    return lambda layer, rank: ((rank, getattr(layer, in_)), (getattr(layer, out), rank))
-
-
-KINDS: dict[type[nn.Module], Kind] = {
-    nn.Linear: Kind(
-        "lora_A", "lora_B", _matrix("in_features", "out_features"), _linear, lambda a, b: b @ a
-    ),
-    Conv1D: Kind("lora_A", "lora_B", _matrix("nx", "nf"), _linear, lambda a, b: (b @ a).mT),
-    nn.Conv2d: Kind(
-        "lora_A",
-        "lora_B",
-        _conv_shapes,
-        _conv2d,
-        lambda a, b: torch.einsum("or,rihw->oihw", b.flatten(1), a),
-        (-4, -3),
-    ),
-    nn.Embedding: Kind(
-        "lora_embedding_A",
-        "lora_embedding_B",
-        _matrix("num_embeddings", "embedding_dim"),
-        _embedding,
-        lambda a, b: (b @ a).mT,
-    ),
-}
 
 
 class Site(nn.Module):
@@ -151,6 +64,8 @@ class Lora:
     """alpha / rank, or alpha / sqrt(rank)."""
     targets: tuple[str, ...]
     """The layers, as PEFT's configuration lists them."""
+    experts: float = 0.0
+    """Share of the model's weights in routed experts, where all-linear leaves them frozen."""
 
     def shapes(self) -> dict[str, Shape]:
         """The shape of every leaf of one adapter."""
@@ -272,14 +187,8 @@ def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> 
     model.requires_grad_(False)
     targets = settings.target_modules or tuple(default)
     named = {n: m for n, m in model.named_modules() if n}
-    chosen = [n for n, m in named.items() if _matches(model, n, m, targets)]
-    if not chosen:
-        kinds = {n.rsplit(".", 1)[-1] for n, m in named.items() if type(m) in KINDS}
-        raise ConfigError(
-            f"adapter.target_modules={list(targets)} match no layer: "
-            f"this backbone has {', '.join(sorted(kinds))}, or say all-linear"
-        )
-    sites = {n: _site(n, named[n], i, settings) for i, n in enumerate(chosen)}
+    chosen = choose_layers(model, named, targets, strict=bool(settings.target_modules))
+    sites = {n: _site(n, named, i, settings) for i, n in enumerate(chosen)}
     limit = max(map(_most, sites.values()))
     if settings.rank > limit:
         raise ConfigError(
@@ -291,17 +200,18 @@ def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> 
     for name, site in sites.items():
         model.set_submodule(name, site)
     root = math.sqrt(settings.rank) if settings.rslora else settings.rank
-    return Lora(
-        sites, settings.rank, settings.alpha / root, tuple(sorted(short) if exact else chosen)
-    )
+    layers = tuple(sorted(short) if exact else chosen)
+    experts = share_of_experts(model) if list(targets) == ["all-linear"] else 0.0
+    return Lora(sites, settings.rank, settings.alpha / root, layers, experts)
 
 
-def _site(name: str, layer: nn.Module, number: int, settings: Adapter) -> Site:
-    kind = KINDS.get(type(layer))
+def _site(name: str, named: Mapping[str, nn.Module], number: int, settings: Adapter) -> Site:
+    layer = named[name]
+    kind = kind_of(layer)
     if kind is None:
         raise ConfigError(
             f"adapter.target_modules: {name} is a {type(layer).__name__}, which cannot be adapted: "
-            f"name layers of type {', '.join(k.__name__ for k in KINDS)}"
+            f"of type {', '.join(k.__name__ for k in KINDS)} are {adaptable(named)}"
         )
     return Site(layer, kind, number, settings.dropout)
 
@@ -310,26 +220,6 @@ def _most(site: Site) -> int:
     """The highest rank that an update of this layer can have: its smaller side."""
     a, b = site.kind.shapes(site.base, 1)
     return min(math.prod(a[1:]), b[0])
-
-
-def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:
-    """PEFT's meaning of target_modules: `all-linear`, one regular expression, or names."""
-    if list(targets) == ["all-linear"]:
-        heads = [m for get in ("get_output_embeddings",) if (m := getattr(model, get, lambda: 0)())]
-        return isinstance(layer, nn.Linear | Conv1D) and all(layer is not head for head in heads)
-    if len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
-        return _full_match(targets[0], name)
-    return any(name == t or name.endswith(f".{t}") for t in targets)
-
-
-def _full_match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(
-            f"adapter.target_modules={pattern!r} is no regular expression ({error}): "
-            "give names of layers, or mend it"
-        ) from None
 
 
 def merge(model: nn.Module, lora: Lora, leaves: Leaves) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from fedgen_edge.adapters.full import Full
+from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.provenance import Made
 from fedgen_edge.experiments.run import Event
@@ -76,4 +78,13 @@ def heading(experiment: Experiment) -> str:
         f"{s.method.name}: {len(experiment.holdings)} clients, {s.federation.cohort} a round, "
         f"{s.federation.rounds} rounds; {shared:,} trained parameters; "
         f"{s.engine.name} engine on {s.engine.device}, {s.backbone.precision}"
+        f"{_note_experts(experiment.task.model.adapter)}"
     )
+
+
+def _note_experts(adapter: Lora | Full) -> str:
+    """A line on what `all-linear` does not adapt, where there is something."""
+    share = adapter.experts if isinstance(adapter, Lora) else 0.0
+    if not share:
+        return ""
+    return f"\nall-linear leaves routed experts frozen, {share:.0%} of the backbone's weights"

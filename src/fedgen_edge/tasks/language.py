@@ -21,6 +21,7 @@ from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted, adapt
+from fedgen_edge.tasks.backbone_checks import check_causal, check_packing
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.compiling import compiled
 from fedgen_edge.tasks.loss import TokenLoss
@@ -224,7 +225,8 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     model = loaded.model
     check_length(settings, model.config)
     _check_samples(settings, loaded)
-    _check_packing(settings, model)
+    check_causal(settings.backbone.path, model)
+    check_packing(settings.backbone.path, model)
     adapted = adapt_text(
         model,
         settings.adapter,
@@ -318,32 +320,4 @@ def _check_samples(settings: Settings, loaded: Loaded) -> None:
         raise ConfigError(
             f"evaluation.sample_tokens={e.sample_tokens} after a prompt of {longest} tokens is "
             f"above {most}, the context of this backbone: take fewer"
-        )
-
-
-def _check_packing(settings: Settings, model: Any) -> None:
-    """Refuse a backbone in which a document sees the one before it in its block.
-
-    Two blocks that differ in their first document only: the second's loss must be the same to the
-    last bit, since what attention blocks is multiplied by exactly zero. With gradients, as in
-    training: without them attention may be another kernel's.
-    """
-    device = next(model.parameters()).device
-    segment = torch.tensor([[1, 1, 2, 2, 2, 0]], device=device)
-    position = torch.tensor([[0, 1, 0, 1, 2, 0]], device=device)
-    tokens = [torch.tensor([[0, first, 0, 2, 1, 0]], device=device) for first in (1, 3)]
-    same = {"labels": tokens[0], "mask": segment > 0, "segment": segment, "position": position}
-    try:
-        module = TokenLoss(model)
-        nats = [module({**same, "tokens": own})[segment == 2] for own in tokens]
-    except (ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(
-            f"backbone.path={settings.backbone.path!r}, a {model.config.model_type}, does not read "
-            f"several documents in a block ({reason}): take another"
-        ) from None
-    if not torch.equal(*nats):
-        raise ConfigError(
-            f"backbone.path={settings.backbone.path!r}, a {model.config.model_type}, lets a "
-            "document see the one before it in its block: take another"
         )

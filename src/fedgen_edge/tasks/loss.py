@@ -77,6 +77,12 @@ class TokenLoss(nn.Module):
         """What the model makes of the same batch, before its output layer."""
         return _trunk(self.model)(**_inputs(batch, self.dtype)).last_hidden_state
 
+    def logits(self, batch: Batch) -> Float[Tensor, "rows length vocabulary"]:
+        """Of each next token, computed on the same inputs."""
+        if self.plain_head:
+            return self.model.get_output_embeddings()(self.read(batch))
+        return self.model(**_inputs(batch, self.dtype)).logits
+
     @property
     def dtype(self) -> torch.dtype:
         """Type of the arithmetic."""
@@ -84,7 +90,7 @@ class TokenLoss(nn.Module):
 
     def _nats(self, batch: Batch, labels: Tensor) -> Tensor:
         if not self.plain_head:
-            logits = self.model(**_inputs(batch, self.dtype)).logits.flatten(0, 1)
+            logits = self.logits(batch).flatten(0, 1)
             return F.cross_entropy(logits.float(), labels, reduction="none")
         hidden = self.read(batch).flatten(0, 1)
         weight = self.model.get_output_embeddings().weight
@@ -112,7 +118,8 @@ def attention(segment: Int[Tensor, "rows length"], dtype: torch.dtype) -> Tensor
 
 
 def _trunk(model: Any) -> Any:
-    return getattr(model, model.base_model_prefix)
+    """What is below the output layer; Llama 4 has it as `model`, whatever its prefix says."""
+    return getattr(model, model.base_model_prefix, None) or model.model
 
 
 @torch.no_grad()
@@ -122,5 +129,8 @@ def _head_is_all(model: Any) -> bool:
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     probe = torch.arange(4, device=head.weight.device).unsqueeze(0)
-    hidden = _trunk(model)(probe, use_cache=False).last_hidden_state
+    try:
+        hidden = _trunk(model)(probe, use_cache=False).last_hidden_state
+    except (AttributeError, TypeError):
+        return False
     return torch.equal(head(hidden), model(probe, use_cache=False).logits)

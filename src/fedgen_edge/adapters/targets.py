@@ -1,0 +1,76 @@
+"""Which layers of a model the settings mean, as PEFT means them."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fedgen_edge.adapters.layers import KINDS, kind_of
+from fedgen_edge.errors import ConfigError
+
+
+def choose_layers(
+    model: nn.Module, named: Mapping[str, nn.Module], targets: Sequence[str], *, strict: bool
+) -> list[str]:
+    """The names of the layers to adapt.
+
+    Args:
+        model: that has the layers.
+        named: its modules, by name.
+        targets: `all-linear`, one regular expression, or names.
+        strict: whether each of them must match a layer.
+
+    Raises:
+        ConfigError: one of them must and does not, or none does.
+    """
+    chosen = [n for n, m in named.items() if _matches(model, n, m, targets)]
+    missing = [t for t in targets if not any(_is_called(n, t) for n in chosen)]
+    several = len(targets) > 1  # one alone may be an expression
+    if not chosen or (strict and several and missing):
+        raise ConfigError(
+            f"adapter.target_modules={list(targets)}: {', '.join(missing)} match no layer: this "
+            f"backbone has {adaptable(named)}, or say all-linear"
+        )
+    return chosen
+
+
+def adaptable(named: Mapping[str, nn.Module]) -> str:
+    """The last parts of the names of the layers that can be adapted."""
+    return ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in named.items() if kind_of(m)}))
+
+
+def share_of_experts(model: nn.Module) -> float:
+    """The share of a model's weights in routed experts: one tensor `[experts, ...]` holds them."""
+    sizes = [
+        weight.numel()
+        for module in model.modules()
+        for weight in module.parameters(recurse=False)
+        if weight.ndim == 3 and len(weight) > 1 and not isinstance(module, nn.Conv1d)
+    ]
+    return sum(sizes) / sum(p.numel() for p in model.parameters())
+
+
+def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:
+    """PEFT's meaning of target_modules: `all-linear`, one regular expression, or names."""
+    if list(targets) == ["all-linear"]:
+        heads = [m for get in ("get_output_embeddings",) if (m := getattr(model, get, lambda: 0)())]
+        linear = kind_of(layer) in (KINDS[nn.Linear], KINDS[Conv1D])
+        return linear and all(layer is not head for head in heads)
+    if len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
+        return _full_match(targets[0], name)
+    return any(_is_called(name, t) for t in targets)
+
+
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _full_match(pattern: str, name: str) -> bool:
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(
+            f"adapter.target_modules={pattern!r} is no regular expression ({error}): "
+            "give names of layers, or mend it"
+        ) from None
