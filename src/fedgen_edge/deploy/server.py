@@ -107,6 +107,7 @@ def begin(folder: Path) -> Home:
         versions=versions(),
     )
     if not told:
+        task.model.check_peft(settings)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         files.write(run / "settings.toml", to_toml(begun.of_sites(settings, sites)).encode())
         records.write_json(run / "clients.json", [])

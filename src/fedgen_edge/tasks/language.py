@@ -39,6 +39,8 @@ MEASURE = Measure(
 )
 EVALUATE = 4096
 """Tokens in one forward pass of an evaluation."""
+SHORT = 8
+"""Tokens by which readers of an adapter are compared."""
 SLICE = 512
 """Texts that the tokenizer gets at once: what it returns takes a hundred times a text's room."""
 
@@ -233,6 +235,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
         write=partial(_write, loaded),
         weights="model.safetensors",
         peft={"task_type": "CAUSAL_LM"},
+        forward=partial(_short_pass, model),
     )
     module = TokenLoss(model)
     sites = adapted.adapter.sites if isinstance(adapted.adapter, Lora) else ()
@@ -244,6 +247,13 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
             )
         compiled(model)
     return Language(adapted, module, loaded, settings.data.length, lower=lower(module, sites))
+
+
+def _short_pass(model: Any) -> Tensor:
+    """Logits of a few tokens."""
+    known = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(SHORT, device=model.device)[None] % known
+    return model(input_ids=ids, use_cache=False).logits
 
 
 def default_targets(kind: str) -> list[str]:
