@@ -180,7 +180,9 @@ class Adapted:
 
     def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
         with _written(folder) as draft:
-            (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+            (draft / formats.PROVENANCE).write_text(
+                json.dumps(provenance, indent=1, sort_keys=True)
+            )
             self.write_whole(draft, leaves)
 
 
@@ -238,6 +240,8 @@ def adapt(
     if full:
         network.requires_grad_(False)
         return Adapted(network, Full(network), **where)
+    if settings.initial:
+        formats.check_origin(settings.initial, where["sha256"])
     lora = inject(network, settings, targets)
     initial = formats.read(settings.initial, lora) if settings.initial else None
     return Adapted(network, lora, initial=initial, **where)
