@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks import backbones, whole_models
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.compiling import compiled
@@ -232,7 +231,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
         full=full,
         folder=loaded.folder,
         sha256=loaded.sha256,
-        write=partial(_write, loaded),
+        write=partial(whole_models.write, model, loaded.tokenizer),
         weights="model.safetensors",
         peft={"task_type": "CAUSAL_LM"},
         forward=partial(_short_pass, model),
@@ -259,11 +258,6 @@ def _short_pass(model: Any) -> Tensor:
 def default_targets(kind: str) -> list[str]:
     """The layers that PEFT adapts in models of this type."""
     return list(TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, ["all-linear"]))
-
-
-def _write(loaded: Loaded, folder: Path, weights: Leaves) -> None:
-    loaded.model.save_pretrained(folder, state_dict=dict(weights))
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def _prompts(settings: Evaluation) -> Sequence[str]:
