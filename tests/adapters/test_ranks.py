@@ -69,7 +69,9 @@ def test_peft_computes_with_a_clients_folder_what_the_client_did(
     write(tmp_path / "anna", kept, lora, formats.of_rank(settings, rank))
     told = json.loads((tmp_path / "anna" / "adapter_config.json").read_text())
     assert told["r"] == rank
-    assert told["lora_alpha"] == pytest.approx(5 * ((rank / 4) ** 0.5 if rslora else rank / 4))
+    # readers that know no rsLoRA take alpha / rank, which is 5 / sqrt(4) or 5 / 4
+    assert told["lora_alpha"] / rank == pytest.approx(5 / 2 if rslora else 5 / 4)
+    assert told["use_rslora"] is False
     theirs = PeftModel.from_pretrained(make(), str(tmp_path / "anna"))  # pyright: ignore[reportArgumentType]
     ours = adapted_logits(model, lora, own)
     close(ours, logits(theirs))

@@ -26,7 +26,20 @@ PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 PIPELINE = "pytorch_lora_weights.safetensors"
 """What diffusers calls an adapter's file."""
-UNSUPPORTED = {"use_dora": False, "bias": "none", "rank_pattern": {}, "alpha_pattern": {}}
+CONFIG = "adapter_config.json"
+PROVENANCE = "provenance.json"
+FROZEN = ".base_layer.weight"
+"""Ends the names of frozen weights, which PEFT writes beside adapters of embeddings and heads."""
+HARMLESS = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
+    "megatron_core", "qalora_group_size",
+}  # fmt: skip
+"""Fields of LoraConfig that are read, or say nothing of what an adapter computes."""
+PLAIN_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
+"""Values of `init_lora_weights` that leave the backbone's weights as they are."""
+LARGEST = 2**31
 
 
 def write(
@@ -48,21 +61,34 @@ def write(
         backbone: what PEFT's configuration says of it: `base_model_name_or_path`, `task_type`.
         provenance: where it came from: backbone's hash, seed, settings, round, client.
     """
-    alpha = settings.alpha
+    alpha = _plain_alpha(settings)
     config = LoraConfig(
         **backbone,
         r=settings.rank,
-        lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # pyright: ignore[reportArgumentType]
+        lora_alpha=alpha,  # pyright: ignore[reportArgumentType]
         lora_dropout=settings.dropout,
-        use_rslora=settings.rslora,
         target_modules=list(lora.targets),
         fan_in_fan_out=any(isinstance(s.base, Conv1D) for s in lora.sites.values()),
         inference_mode=True,
     )
     tensors = {to_peft(k): v.detach().float().contiguous().cpu() for k, v in leaves.items()}
     config.save_pretrained(str(folder))
+    _sort_targets(folder / CONFIG)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+    (folder / PROVENANCE).write_text(json.dumps(provenance, indent=1, sort_keys=True))
+
+
+def _plain_alpha(settings: Adapter) -> int | float:
+    """The alpha that gives the scale as alpha / rank: some readers know no other."""
+    alpha = settings.alpha * (math.sqrt(settings.rank) if settings.rslora else 1)
+    return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _sort_targets(path: Path) -> None:
+    """Write the layers in one order: PEFT has them in a set, whose order each process draws."""
+    config = json.loads(path.read_text())
+    config["target_modules"].sort()
+    path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def for_pipelines(folder: Path, part: str, leaves: Leaves, lora: Lora, settings: Adapter) -> None:
@@ -80,16 +106,16 @@ def for_pipelines(folder: Path, part: str, leaves: Leaves, lora: Lora, settings:
     """
     told = {
         "r": settings.rank,
-        "lora_alpha": settings.alpha,
-        "use_rslora": settings.rslora,
-        "target_modules": list(lora.targets),
+        "lora_alpha": _plain_alpha(settings),
+        "use_rslora": False,
+        "target_modules": sorted(lora.targets),
     }
     metadata = json.dumps({f"{part}.{k}": v for k, v in told.items()}, sort_keys=True)
     tensors = {f"{part}.{to_peft(k).removeprefix(PREFIX)}": v for k, v in leaves.items()}
     save_file(
         {k: v.detach().float().contiguous().cpu() for k, v in tensors.items()},
         folder / PIPELINE,
-        metadata={"format": "pt", "lora_adapter_metadata": metadata},
+        metadata={"lora_adapter_metadata": metadata},  # of several keys the order is drawn
     )
 
 
@@ -120,9 +146,12 @@ def read(folder: Path, lora: Lora, *, any_rank: bool = False) -> Leaves:
             f"{folder}: the adapter has rank {rank}, adapter.rank={lora.rank}: make them equal"
         )
     theirs = config["lora_alpha"] / rank ** (0.5 if config.get("use_rslora") else 1.0)
-    found = {from_peft(k): v.float() for k, v in _tensors(folder).items()}
+    tensors = _tensors(folder)
+    _check_frozen(folder, {k: v for k, v in tensors.items() if k.endswith(FROZEN)}, lora)
+    found = {from_peft(k): v.float() for k, v in tensors.items() if not k.endswith(FROZEN)}
     _check(folder, found, replace(lora, rank=rank))
     ratio = theirs / lora.scale
+    ratio = 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-12) else ratio  # of the same scale
     scaled = {k: v * ratio if k.endswith("_B") else v for k, v in found.items()}
     return lora.narrowed(scaled) if rank > lora.rank else padded(scaled, lora.shapes())
 
@@ -138,22 +167,81 @@ def from_peft(name: str) -> str:
     return name.removeprefix(PREFIX).removesuffix(".weight")
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise AdapterError(f"{folder} is no PEFT folder: it has no adapter_config.json")
-    try:
-        config = json.loads(path.read_text())
-        config["r"] = int(config["r"])
-        plain = config["peft_type"] == "LORA" and config["r"] and float(config["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"{path} cannot be read ({error!r}): write it with PEFT again") from None
-    odd = [k for k, v in UNSUPPORTED.items() if config.get(k, v) not in (v, None)]
-    if not plain or odd or config.get("modules_to_save"):
+def check_origin(folder: Path, backbone: str) -> None:
+    """Refuse an adapter that was trained on another backbone, where its folder says so.
+
+    Args:
+        folder: as `write` or PEFT has made it; PEFT's own says nothing.
+        backbone: SHA-256 of the weights at hand.
+
+    Raises:
+        AdapterError: it was; or its provenance cannot be read.
+    """
+    path = folder / PROVENANCE
+    origin = _read_json(path) if path.is_file() else {}
+    trained_on = origin.get("backbone_sha256")
+    if trained_on not in {None, backbone}:
         raise AdapterError(
-            f"{folder} is not plain LoRA ({', '.join(odd) or 'its type'}): train one"
+            f"{folder} was trained on another backbone, of SHA-256 {str(trained_on)[:16]}... and "
+            f"not {backbone[:16]}...: set backbone.path to that one, or take another adapter"
         )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        table = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise AdapterError(f"{path} cannot be read ({reason}): write it with PEFT again") from None
+    if not isinstance(table, dict):
+        raise AdapterError(f"{path} cannot be read (it is no object): write it with PEFT again")
+    return table
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The configuration of a plain LoRA adapter, its numbers checked."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise AdapterError(f"{folder} is no PEFT folder: it has no {CONFIG}")
+    config = _read_json(path)
+    if "peft_type" not in config:
+        raise AdapterError(f"{path} cannot be read (no peft_type): write it with PEFT again")
+    if config["peft_type"] != "LORA":
+        raise AdapterError(_not_plain(folder, "peft_type", config["peft_type"]))
+    for name in sorted(config.keys() - HARMLESS):
+        if not _is_plain(name, config[name]):
+            raise AdapterError(_not_plain(folder, name, config[name]))
+    for name, kind in (("r", int), ("lora_alpha", int | float)):
+        value: Any = config.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool) or not value < LARGEST:
+            raise AdapterError(
+                f"{path} cannot be read ({name}={_short(value)} is no number that it may be): "
+                "write it with PEFT again"
+            )
+        if value <= 0:
+            raise AdapterError(_not_plain(folder, name, value))
     return config
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    """Whether a field leaves an adapter plain; one that is not known must be empty."""
+    if name == "bias":
+        return value in ("none", None)
+    if name == "init_lora_weights":
+        return any(value is plain or value == plain for plain in PLAIN_INITIAL)
+    return not value
+
+
+def _not_plain(folder: Path, name: str, value: Any) -> str:
+    return (
+        f"{folder} is not plain LoRA ({name}={_short(value)}), which alone is computed here: "
+        "convert it by PEFT, or train another"
+    )
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value)[:60].split())
+    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -166,6 +254,23 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(path)
     except SafetensorError as error:
         raise AdapterError(f"{path} is damaged: {error}") from None
+
+
+def _check_frozen(folder: Path, frozen: Mapping[str, torch.Tensor], lora: Lora) -> None:
+    """Pass over frozen weights that are the backbone's own, to the precision of bf16."""
+    for name, theirs in frozen.items():
+        layer = name.removeprefix(PREFIX).removesuffix(FROZEN)
+        site = lora.sites.get(layer)
+        weight = None if site is None else site.weight.detach().float().cpu()
+        if weight is None or weight.shape != theirs.shape:
+            raise AdapterError(
+                f"{folder} has another layer, {layer}: adapter.target_modules must be the adapter's"
+            )
+        if not torch.allclose(theirs.float(), weight, rtol=2**-7, atol=1e-6):
+            raise AdapterError(
+                f"{folder} holds another {layer} than backbone.path: take the backbone that the "
+                "adapter was trained on"
+            )
 
 
 def _check(folder: Path, found: Leaves, lora: Lora) -> None:

@@ -109,6 +109,7 @@ def begin(folder: Path) -> Home:
         versions=versions(),
     )
     if not told:
+        task.model.check_peft(settings)
         run.mkdir(mode=0o700, parents=True, exist_ok=True)
         whole = begun.of_sites(settings, sites)
         files.write(run / "settings.toml", to_toml(whole).encode())

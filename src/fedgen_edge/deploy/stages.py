@@ -69,6 +69,7 @@ def _rounds(deployment: Deployment, run: Path) -> Iterator[Event]:
     state, _ = last(run)
     for name, adapter in by_folder(state.adapter).items():
         save(deployment, run / "adapters" / name, state, adapter, name)
+        deployment.task.model.check_written(run / "adapters" / name, adapter)
 
 
 def _personal(deployment: Deployment, run: Path) -> Iterator[Event]:

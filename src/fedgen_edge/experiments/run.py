@@ -59,6 +59,7 @@ def create(settings: Settings, out: Path) -> Experiment:
     if out.exists():
         records.claim(out)
     experiment = build(settings)
+    experiment.task.model.check_peft(experiment.settings)
     held, facts = holdings(experiment), provenance(experiment)
     records.claim(out)
     files.write(out / "settings.toml", to_toml(experiment.settings).encode())
@@ -120,6 +121,7 @@ def _federation(experiment: Experiment, folder: Path, stage: str) -> Iterator[Ev
     state, _ = last(folder)
     for name, adapter in experiment.shared(state).items():
         save(experiment, folder / "adapters" / name, state, adapter, name)
+        experiment.task.model.check_written(folder / "adapters" / name, adapter)
 
 
 def _personal(experiment: Experiment, run: Path) -> Iterator[Event]:

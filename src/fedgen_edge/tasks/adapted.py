@@ -3,8 +3,9 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -13,11 +14,12 @@ from safetensors.torch import load_file
 from torch import Generator, nn
 
 from fedgen_edge import files
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import formats, peft_check
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.config import Adapter, Settings
-from fedgen_edge.errors import AdapterError
+from fedgen_edge.errors import AdapterError, ConfigError
+from fedgen_edge.seeds import generator
 from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves
 
 
@@ -43,6 +45,8 @@ class Adapted:
     """An adapter to begin from."""
     averaged: str = "-"
     """Begins the names of the leaves that have a moving average beside them."""
+    forward: peft_check.Forward | None = None
+    """A short pass through the network, by which other readers of its adapters are compared."""
 
     @property
     def stackable(self) -> bool:
@@ -101,6 +105,62 @@ class Adapted:
             if self.part:
                 formats.for_pipelines(draft, self.part, kept, self.adapter, shape)
 
+    def check_peft(self, settings: Settings) -> None:
+        """Refuse layers whose adapters PEFT reads as something else.
+
+        Raises:
+            ConfigError: it does; the line names layers of which it reads the same.
+        """
+        fault = self._reread(settings)
+        if fault is None or not isinstance(self.adapter, Lora):
+            return
+        names = {name.rsplit(".", 1)[-1] for name in self.adapter.sites}
+        working = sorted(n for n in names if self._only(n)._reread(settings) is None)
+        if self._only(*working)._reread(settings) is not None:
+            working = []
+        way = f"adapter.target_modules={working} works" if working else "take another backbone"
+        raise ConfigError(
+            f"adapter.target_modules={list(settings.adapter.target_modules) or sorted(names)}: "
+            f"PEFT would read another adapter from what a run writes ({fault}): {way}"
+        )
+
+    def _only(self, *names: str) -> "Adapted":
+        """The same with adapters of the layers with these last names alone."""
+        assert isinstance(self.adapter, Lora)
+        sites = {k: v for k, v in self.adapter.sites.items() if k.rsplit(".", 1)[-1] in names}
+        return replace(self, adapter=replace(self.adapter, sites=sites, targets=names))
+
+    def _reread(self, settings: Settings) -> str | None:
+        """What PEFT makes otherwise of a noisy adapter that is written and read; none if nothing.
+
+        A fresh one would prove nothing: its update is zero.
+        """
+        if self.forward is None or not isinstance(self.adapter, Lora) or not self.adapter.sites:
+            return None
+        leaves = peft_check.draw_noisy(self.adapter, generator("peft"))
+        with TemporaryDirectory(prefix="fedgen-") as root:
+            self.save(Path(root) / "adapter", leaves, settings, {})
+            return self._differs(Path(root) / "adapter", leaves)
+
+    def _differs(self, folder: Path, leaves: Leaves) -> str | None:
+        assert isinstance(self.adapter, Lora)
+        assert self.forward is not None
+        return peft_check.compare(folder, self.network, self.adapter, leaves, self.forward)
+
+    def check_written(self, folder: Path, leaves: Leaves) -> None:
+        """Compare what `save` wrote of an adapter with the adapter, as PEFT reads it.
+
+        Raises:
+            AdapterError: they differ.
+        """
+        if self.forward is None or not isinstance(self.adapter, Lora):
+            return
+        if fault := self._differs(folder, served(leaves)):
+            raise AdapterError(
+                f"{folder}: PEFT reads another adapter from it than was trained ({fault}): "
+                "delete the folder, and go on with `fedgen resume`"
+            )
+
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
@@ -123,7 +183,9 @@ class Adapted:
 
     def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
         with _written(folder) as draft:
-            (draft / "provenance.json").write_text(json.dumps(provenance, indent=1, sort_keys=True))
+            (draft / formats.PROVENANCE).write_text(
+                json.dumps(provenance, indent=1, sort_keys=True)
+            )
             self.write_whole(draft, leaves)
 
 
@@ -181,6 +243,8 @@ def adapt(
     if full:
         network.requires_grad_(False)
         return Adapted(network, Full(network), **where)
+    if settings.initial:
+        formats.check_origin(settings.initial, where["sha256"])
     lora = inject(network, settings, targets)
     initial = formats.read(settings.initial, lora) if settings.initial else None
     return Adapted(network, lora, initial=initial, **where)

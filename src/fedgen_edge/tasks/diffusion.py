@@ -19,7 +19,7 @@ from fedgen_edge.config import Backbone, Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
-from fedgen_edge.seeds import normal, seeded
+from fedgen_edge.seeds import generator, normal, seeded
 from fedgen_edge.tasks import denoiser, folders, latents, pictures, words
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.denoiser import Denoiser, Predict
@@ -188,10 +188,19 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
         write=partial(denoiser.write, network, noising),
         weights=folders.WEIGHTS,
         part="unet" if isinstance(network, PeftAdapterMixin) else None,
+        forward=partial(_short_pass, module),
     )
     return Diffusion(
         adapted, module, noising, settings.data.names, _picture(settings, module, between), between
     )
+
+
+def _short_pass(module: Denoiser) -> Tensor:
+    """What the network says of one noisy picture."""
+    device = module.kept.device
+    noisy = torch.randn(1, *module.shape, generator=generator("short")).to(device)
+    zero = torch.zeros(1, dtype=torch.long, device=device)
+    return module.predict(noisy, zero, zero)
 
 
 def _tiny(settings: Settings) -> Settings:

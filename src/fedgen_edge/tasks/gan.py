@@ -5,7 +5,7 @@ Source: hinge loss, Lim and Ye 2017 (arXiv:1705.02894); the gradient penalty R1,
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedgen_edge import config
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
-from fedgen_edge.seeds import normal
+from fedgen_edge.seeds import generator, normal
 from fedgen_edge.tasks import folders, gan_networks, pictures
 from fedgen_edge.tasks.adapted import Adapted, follow, served, trained
 from fedgen_edge.tasks.gan_networks import Gan
@@ -207,4 +207,13 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Adversarie
         "gan", Gan, TARGETS, settings, full=full, device=device, averaged=GENERATOR
     )
     network: Any = own.network
+    own = replace(own, forward=partial(_short_pass, network))
     return Adversaries(own, network, settings.data.names, settings.gan)
+
+
+def _short_pass(network: Gan) -> Tensor:
+    """A picture of one noise, and the critic's score of it."""
+    noise = torch.randn(1, network.config["noise"], generator=generator("short"))
+    label = torch.zeros(1, dtype=torch.long, device=network.device)
+    picture = network.generator(noise.to(network.device, network.dtype), label)
+    return torch.cat([picture.float().flatten(), network.critic(picture, label).float().flatten()])

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks import backbones, whole_models
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbone_checks import check_causal, check_packing
 from fedgen_edge.tasks.backbones import Loaded
@@ -41,6 +40,8 @@ MEASURE = Measure(
 )
 EVALUATE = 4096
 """Tokens in one forward pass of an evaluation."""
+SHORT = 8
+"""Tokens by which readers of an adapter are compared."""
 SLICE = 512
 """Texts that the tokenizer gets at once: what it returns takes a hundred times a text's room."""
 
@@ -233,9 +234,10 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
         full=full,
         folder=loaded.folder,
         sha256=loaded.sha256,
-        write=partial(_write, loaded),
+        write=partial(whole_models.write, model, loaded.tokenizer),
         weights="model.safetensors",
         peft={"task_type": "CAUSAL_LM"},
+        forward=partial(_short_pass, model),
     )
     module = TokenLoss(model)
     sites = adapted.adapter.sites if isinstance(adapted.adapter, Lora) else ()
@@ -265,15 +267,17 @@ def adapt_text(model: Any, settings: Adapter, *, full: bool, **where: Any) -> Ad
     return adapted
 
 
+def _short_pass(model: Any) -> Tensor:
+    """Logits of a few tokens."""
+    known = model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(SHORT, device=model.device)[None] % known
+    return model(input_ids=ids, use_cache=False).logits
+
+
 def default_targets(kind: str) -> list[str]:
     """The layers that PEFT adapts in models of this type."""
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, "all-linear")
     return [targets] if isinstance(targets, str) else [*targets]
-
-
-def _write(loaded: Loaded, folder: Path, weights: Leaves) -> None:
-    loaded.model.save_pretrained(folder, state_dict=dict(weights))
-    loaded.tokenizer.save_pretrained(folder)
 
 
 def _prompts(settings: Evaluation) -> Sequence[str]:

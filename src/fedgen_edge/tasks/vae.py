@@ -5,7 +5,8 @@ Source: Kingma and Welling 2014 (arXiv:1312.6114); conditional: Sohn et al. 2015
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.nn import functional as F
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.measure import Measure
-from fedgen_edge.seeds import normal, seeded
+from fedgen_edge.seeds import generator, normal, seeded
 from fedgen_edge.tasks import folders, pictures
 from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.tasks.autoencoder import Autoencoder
@@ -210,7 +211,19 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Vae:
         device: where the backbone goes.
     """
     own = folders.adapted("vae", Autoencoder, TARGETS, settings, full=full, device=device)
+    own = replace(own, forward=partial(_short_pass, own.network))
     return Vae(own, Coder(own.network), settings.data.names)
+
+
+def _short_pass(network: Any) -> Tensor:
+    """What the network makes of one picture and one latent."""
+    rng = generator("short")
+    seen = torch.randn(1, *pictures.shape(network.config), generator=rng)
+    noise = torch.randn(1, network.config.latent, generator=rng)
+    where = {"device": network.device, "dtype": network.dtype}
+    label = torch.zeros(1, dtype=torch.long, device=network.device)
+    parts = network(seen.to(**where), label, noise.to(**where))
+    return torch.cat([part.float().flatten() for part in parts])
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:

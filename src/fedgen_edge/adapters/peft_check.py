@@ -1,0 +1,111 @@
+"""An adapter's folder, loaded by plain PEFT into the model at hand and compared with ours.
+
+The model is not copied: PEFT wraps its layers, and afterwards they are put back as they were.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Generator, Tensor, nn
+
+from fedgen_edge.adapters.formats import PREFIX, to_peft
+from fedgen_edge.adapters.lora import Lora
+from fedgen_edge.seeds import seeded
+from fedgen_edge.types import Leaves
+
+Forward = Callable[[], Tensor]
+"""One short pass through a model, always of the same input."""
+SHARE = 1e-2
+"""How much PEFT's outputs may differ, relative to what the adapter changes."""
+ROUNDINGS = 16
+"""The same, in units in the last place of the outputs."""
+
+
+def draw_noisy(lora: Lora, rng: Generator) -> Leaves:
+    """An adapter no part of which is zero, with updates about as large as usual weights."""
+    size = 0.5 / (lora.scale * math.sqrt(lora.rank))
+    return {
+        name: torch.randn(shape, generator=rng) * (_width(name, shape) or size)
+        for name, shape in lora.shapes().items()
+    }
+
+
+def _width(name: str, shape: tuple[int, ...]) -> float | None:
+    """The standard deviation of a first factor; none for a second one."""
+    if name.endswith("lora_A"):
+        return 1 / math.sqrt(math.prod(shape[1:]))
+    return 0.1 if name.endswith("lora_embedding_A") else None
+
+
+@torch.no_grad()
+def compare(
+    folder: Path, model: nn.Module, lora: Lora, leaves: Leaves, forward: Forward
+) -> str | None:
+    """How PEFT's model of a folder differs from ours with these leaves; none if they agree.
+
+    Args:
+        folder: written from the leaves.
+        model: holds the layers of `lora`; unchanged afterwards.
+        lora: the adapted layers.
+        leaves: one adapter.
+        forward: a pass through the model.
+    """
+    device = next(model.parameters()).device
+    plain = forward().float()
+    with lora.bound({k: v.to(device) for k, v in leaves.items()}):
+        ours = forward().float()
+    try:
+        with _unwrapped(model, lora):
+            if fault := _load(model, folder, lora.widened(leaves)[0]):
+                return fault
+            theirs = forward().float()
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        return " ".join(str(error).split())[:160]
+    off, moved = float((theirs - ours).norm()), float((ours - plain).norm())
+    last_place = torch.finfo(next(model.parameters()).dtype).eps * float(ours.norm())
+    if off <= SHARE * moved + ROUNDINGS * last_place:
+        return None
+    return f"its outputs differ by {off:.2g} where the adapter changes them by {moved:.2g}"
+
+
+def _load(model: nn.Module, folder: Path, leaves: Leaves) -> str | None:
+    """Have PEFT wrap a model's layers; returns where its tensors are not the leaves."""
+    device = str(next(model.parameters()).device)
+    plain: Any = model  # PEFT's annotation knows transformers' models alone
+    wrapped = PeftModel.from_pretrained(
+        plain, str(folder), autocast_adapter_dtype=False, torch_device=device
+    )
+    loaded = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+    written = {to_peft(k): v for k, v in leaves.items()}
+    for name in sorted(written.keys() | loaded.keys()):
+        layer = name.removeprefix(PREFIX).rpartition(".lora_")[0]
+        if name not in written or name not in loaded:
+            return f"it adapts other weights instead of {layer}"
+        if not torch.equal(loaded[name].cpu(), written[name].to(loaded[name].dtype).cpu()):
+            return f"its factors of {layer} are others"
+    return None
+
+
+@contextmanager
+def _unwrapped(model: nn.Module, lora: Lora) -> Iterator[None]:
+    """Within it, the model is as its library made it; what wraps its layers then is taken off."""
+    layers = {module: dict(module._modules) for module in model.modules()}
+    attributes = {*vars(model)}
+    try:
+        for name, site in lora.sites.items():
+            model.set_submodule(name, site.base)
+        with warnings.catch_warnings(), seeded("peft"):  # PEFT draws before it loads
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for module, children in layers.items():
+            module._modules.clear()
+            module._modules.update(children)
+        for name in {*vars(model)} - attributes:
+            delattr(model, name)
