@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.files import find_shipped
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -521,7 +522,10 @@ def load(path: Path) -> Settings:
         ConfigError: no such file, not TOML, or a setting that cannot be.
     """
     if not path.is_file():
-        raise ConfigError(f"no settings file at {path}: give a TOML file, such as recipes/ptb.toml")
+        shipped = ", ".join(sorted(file.stem for file in find_shipped("recipes").glob("*.toml")))
+        raise ConfigError(
+            f"no settings file at {path}: give a TOML file, or a recipe that is shipped: {shipped}"
+        )
     try:
         table = tomllib.loads(path.read_text("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -118,6 +118,7 @@ def fresh(path: str, backbone: Backbone) -> Path:
     Raises:
         ConfigError: it is no causal language model's, or the backbone has no tokenizer.
     """
+    path = str(files.find_recipe(path)) if path.endswith(".json") else path
     config = config_of(Backbone(path=path), "pretrain.config")
     folder = backbones.find(backbone)
     try:
