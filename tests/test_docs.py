@@ -28,6 +28,14 @@ def test_pages_quote_what_the_records_say() -> None:
         assert fill.filled(page.read_text(), above=above) == page.read_text()
 
 
+@pytest.mark.parametrize("kind", ["speed", "compiled", "memory", "peak"])
+def test_a_benchmarks_table_names_the_backbone_that_its_record_names(kind: str) -> None:
+    for label, record in script("fill")._benchmarks(kind).items():
+        backbone = label.removesuffix("-AMX").removesuffix("-EPYC").removesuffix("-no-kernels")
+        # a folder of a GGUF file is called MODEL.TYPE-HASH
+        assert record["backbone"].split(".")[0] == backbone
+
+
 @pytest.mark.parametrize("claim", ["quickstart", "local-only-tuned"])
 def test_a_claims_table_is_made_of_its_records(claim: str) -> None:
     reproduce, results = script("reproduce"), ROOT / "paper" / "results"
