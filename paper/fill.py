@@ -9,6 +9,7 @@ come from the code that has them.
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -32,11 +33,13 @@ PAGES = (
 
 
 def _benchmarks(kind: str) -> dict[str, Any]:
-    """The results of one benchmark, by what comes after its name."""
+    """The results of one benchmark, by its name, with the default backbone's in full."""
     paths = sorted(BENCHMARKS.glob(f"{kind}-*.json"))
     if not paths:
         raise FileNotFoundError(kind)
-    return {p.stem.removeprefix(f"{kind}-"): json.loads(p.read_text()) for p in paths}
+    names = [p.stem.removeprefix(f"{kind}-") for p in paths]
+    names = [re.sub(r"SmolLM2(-135M)?", "SmolLM2-135M-Instruct", name) for name in names]
+    return {name: json.loads(p.read_text()) for name, p in zip(names, paths, strict=True)}
 
 
 def _columns(found: dict[str, Any], rows: dict[str, Callable[[Any], object]]) -> list[str]:

@@ -3,8 +3,12 @@ import re
 import tomllib
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
 
 from fedgen_edge.experiments.records import lines
 
@@ -26,6 +30,14 @@ def test_pages_quote_what_the_records_say() -> None:
     for page in fill.PAGES:
         above = page.parent == fill.ROOT
         assert fill.filled(page.read_text(), above=above) == page.read_text()
+
+
+@pytest.mark.parametrize("kind", ["speed", "compiled", "memory", "peak"])
+def test_a_benchmarks_table_names_the_backbone_that_its_record_names(kind: str) -> None:
+    for label, record in script("fill")._benchmarks(kind).items():
+        backbone = label.removesuffix("-AMX").removesuffix("-EPYC").removesuffix("-no-kernels")
+        # a folder of a GGUF file is called MODEL.TYPE-HASH
+        assert record["backbone"].split(".")[0] == backbone
 
 
 @pytest.mark.parametrize("claim", ["quickstart", "local-only-tuned"])
@@ -52,10 +64,28 @@ def test_a_table_of_pictures_is_made_of_its_records(name: str) -> None:
     assert {row["made"] >= 2000 and row["clients"] >= 20 for row in rows} == {True}
 
 
-def test_the_librarys_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_librarys_page_runs_and_its_adapter_is_served_as_the_readme_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.S):
         exec(block, names)
-    assert (tmp_path / "runs" / "mine" / "adapters" / "global").is_dir()
+    adapter = tmp_path / "runs" / "mine" / "adapters" / "global"
+    assert adapter.is_dir()
+    _serve_as_the_readme_says(str(adapter), capsys)
+
+
+def _serve_as_the_readme_says(adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    (block,) = [block for block in blocks if "AutoPeftModelForCausalLM" in block]
+    names: dict[str, Any] = {}
+    capsys.readouterr()
+    exec(block.replace("runs/quickstart-1/adapters/clients/email", adapter), names)
+    assert capsys.readouterr().out.startswith("Return the")
+    # what the folder holds is what answers
+    saved = load_file(f"{adapter}/adapter_model.safetensors")
+    served = get_peft_model_state_dict(names["model"])
+    assert saved.keys() == served.keys()
+    assert all(torch.equal(saved[name], served[name]) for name in saved)

@@ -6,13 +6,13 @@ import os
 import re
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import TypeVar
 
 import tyro
 
 from fedgen_edge.config import Settings, load, unknown
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.files import find_recipe
 
 Told = TypeVar("Told")
 
@@ -74,4 +74,4 @@ def _one_line(page: str, command: str) -> str:
 def recipe(args: list[str]) -> tuple[str | None, Settings]:
     """The recipe that comes first, taken off the arguments, and its settings."""
     name = args.pop(0) if args and not args[0].startswith("-") else None
-    return name, load(Path(name)) if name else Settings()
+    return name, load(find_recipe(name)) if name else Settings()

@@ -532,7 +532,12 @@ def load(path: Path) -> Settings:
         ConfigError: no such file, not TOML, or a setting that cannot be.
     """
     if not path.is_file():
-        raise ConfigError(f"no settings file at {path}: give a TOML file, such as recipes/ptb.toml")
+        shipped = ", ".join(
+            sorted(file.stem for file in files.find_shipped("recipes").glob("*.toml"))
+        )
+        raise ConfigError(
+            f"no settings file at {path}: give a TOML file, or a recipe that is shipped: {shipped}"
+        )
     return from_table(read_table(path))
 
 

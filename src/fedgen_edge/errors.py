@@ -1,5 +1,9 @@
 """Everything that a user can cause, as one tree: the command prints one line and exits with 2."""
 
+from importlib.metadata import requires
+
+from packaging.requirements import Requirement
+
 
 class FedGenError(Exception):
     """A mistake that its user can mend; the message names what is wrong and the way out."""
@@ -29,7 +33,7 @@ class MissingExtraError(FedGenError):
     """An optional library is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f'{what} needs: pip install "fedgen-edge[{extra}]"')
+        super().__init__(f"{what} needs: pip install {' '.join(_requirements(extra))}")
 
 
 class RefusedError(FedGenError):
@@ -50,3 +54,10 @@ class WorkerError(FedGenError):
 
 class CarrierError(FedGenError):
     """Messages cannot be carried: what carries them is away, refuses, or has given the run up."""
+
+
+def _requirements(extra: str) -> list[str]:
+    """The libraries of an extra, in quotes: our own name is at no index."""
+    needed = map(Requirement, requires("fedgen-edge") or ())
+    optional = [r for r in needed if r.marker and r.marker.evaluate({"extra": extra})]
+    return [f'"{requirement.name}{requirement.specifier}"' for requirement in optional]

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+SHIPPED = ("recipes", "requirements.lock")
+"""What a wheel of this package has inside it, and its sources beside them."""
 DRAFT = re.compile(r"\.(.+?)\.\d+(\.old)?")
 """Name of a draft: the target's, and the process that writes it."""
 
@@ -119,6 +121,23 @@ def _check_value(value: Any) -> None:
 
 def _holds_others(value: Any) -> bool:
     return isinstance(value, dict | list)
+
+
+def find_shipped(name: str) -> Path:
+    """Where a file or folder lies that is shipped with the package."""
+    package = Path(__file__).parent
+    inside = package / name
+    return inside if inside.exists() else package.parents[1] / name
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that name, or where there is none the one shipped as `recipes/NAME`."""
+    path, folder = Path(name), find_shipped("recipes")
+    if not path.is_file() and path.parent.as_posix() in {".", "recipes"}:
+        for shipped in (folder / path.name, folder / f"{path.name}.toml"):
+            if shipped.is_file():
+                return shipped
+    return path
 
 
 def digest(path: Path) -> str:

