@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -276,6 +277,7 @@ def resume(told: Resume) -> None:
 
 
 def _finish(experiment, out: Path) -> None:
+    from fedgen_edge.experiments.pace import tuning_steps
     from fedgen_edge.experiments.progress import follow, heading
     from fedgen_edge.experiments.report import (
         gains_for_terminal,
@@ -288,8 +290,9 @@ def _finish(experiment, out: Path) -> None:
     from fedgen_edge.machine import steady_allocations
 
     steady_allocations()
+    work = partial(tuning_steps, experiment)
     try:
-        follow(proceed(experiment, out), experiment, heading(experiment))
+        follow(proceed(experiment, out), experiment, heading(experiment), work=work)
     except KeyboardInterrupt:
         print(f"fedgen: stopped; `fedgen resume {out}` goes on", file=sys.stderr)
         sys.exit(130)
