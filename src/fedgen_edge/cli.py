@@ -39,10 +39,6 @@ COMMANDS = {
 }
 
 
-LISTED = 12
-"""Clients whose adapter's path is printed."""
-
-
 @dataclass(frozen=True)
 class Run:
     """Train a federation, personalise it, judge it and report.
@@ -279,14 +275,10 @@ def resume(told: Resume) -> None:
 def _finish(experiment, out: Path) -> None:
     from fedgen_edge.experiments.pace import tuning_steps
     from fedgen_edge.experiments.progress import follow, heading
-    from fedgen_edge.experiments.report import (
-        gains_for_terminal,
-        headline,
-        table_for_terminal,
-        write,
-    )
+    from fedgen_edge.experiments.report import write
     from fedgen_edge.experiments.run import proceed
     from fedgen_edge.experiments.summary import read
+    from fedgen_edge.experiments.terminal import show
     from fedgen_edge.machine import steady_allocations
 
     steady_allocations()
@@ -296,21 +288,7 @@ def _finish(experiment, out: Path) -> None:
     except KeyboardInterrupt:
         print(f"fedgen: stopped; `fedgen resume {out}` goes on", file=sys.stderr)
         sys.exit(130)
-    page = write([out], out / "report.html")
-    from rich.console import Console
-
-    console = Console()
-    finished = read(out)
-    console.print(table_for_terminal(finished))
-    if (gained := gains_for_terminal(finished)).row_count:
-        console.print(gained)
-    console.print(headline(finished))
-    console.print(f"report    {page}", soft_wrap=True, markup=False)
-    folder = out / "adapters" / "clients"
-    for own in finished.personal[:LISTED]:
-        console.print(f"adapter   {folder / own['folder']}", soft_wrap=True, markup=False)
-    if more := len(finished.personal[LISTED:]):
-        console.print(f"          and {more} more in {folder}", soft_wrap=True, markup=False)
+    show(read(out), write([out], out / "report.html"))
 
 
 def report(told: Report) -> None:

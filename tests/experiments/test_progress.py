@@ -75,8 +75,8 @@ def test_what_matters_least_is_left_out_first() -> None:
     assert "━" in usual
     assert "loss" not in narrow
     cells = [Cell(1, "ab"), Cell(0, "cd")]
-    assert fit(cells, 8) == cells
-    assert fit(cells, 7) == [Cell(0, "cd")]
+    assert fit(cells, 6) == cells
+    assert fit(cells, 5) == [Cell(0, "cd")]
 
 
 def test_seconds_pass_and_the_bar_moves_inside_a_round() -> None:

@@ -232,10 +232,10 @@ def draw_line(cells: Sequence[Cell], width: int, share: float | None, now: float
     return line
 
 
-def fit(cells: Sequence[Cell], width: int) -> list[Cell]:
+def fit(cells: Sequence[Cell], width: int, gap: int = GAP) -> list[Cell]:
     """Those that have room in a line, in their order; what ranks last is left out first."""
     kept = sorted(cells, key=lambda cell: cell.rank)
-    while len(kept) > 1 and sum(len(c.text) + GAP for c in kept) > width:
+    while len(kept) > 1 and sum(len(c.text) + gap for c in kept) - gap > width:
         kept.pop()
     return [cell for cell in cells if cell in kept]
 
