@@ -28,7 +28,10 @@ from fedgen_edge.experiments.summary import (
 
 CAPTIONS = {
     "validation": ("Learning", "Validation {name} after each round."),
-    "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
+    "clients": (
+        "Every client",
+        "Test {name} on each client's own {material}, the worst on top; left is better.",
+    ),
     "gains": (
         "Who gains from a personal adapter",
         "Percent by which each client's test {name} falls; hollow: clients that never took part.",
@@ -36,7 +39,7 @@ CAPTIONS = {
     "bytes": ("Quality for bytes", "Validation {name} against what clients have sent."),
     "clock": ("Quality for time", "Validation {name} against the virtual clock of the devices."),
     "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
-    "data": ("Who holds what", "Training data of each client."),
+    "data": ("Who holds what", "Training data of each client, the largest on top."),
     "error": (
         "What averaging misses",
         "How far a layer's merged product is from the mean of the clients' products, as a share of "
