@@ -88,6 +88,13 @@ def test_seconds_pass_and_the_bar_moves_inside_a_round() -> None:
     assert "left ?  working 0:07" in drawn(first, 120, 7.0)
 
 
+def test_of_a_resumed_run_only_the_rounds_that_are_left_count() -> None:
+    # the sixth of ten rounds takes 40 s, 1 of them for validation; every second is validated
+    stage = Stage("federation", 10, Pace(10, 0.0), 0.0)
+    stage.add_round(Event("federation", 6, 10, LINE), 40.0, 2)
+    assert stage.pace.left(40.0, stage.judgings) == pytest.approx(4 * 39 + 2 * 1)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")]
 )

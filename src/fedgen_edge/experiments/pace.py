@@ -24,8 +24,8 @@ class Step(NamedTuple):
 class Pace:
     """A stage's steps since this process began with it."""
 
-    work: Number
-    """Of all the steps that were left then."""
+    rest: Number
+    """Work of all the steps that are left."""
     last: float
     """When the last step ended, by the same clock as every other time here."""
     warms_up: bool = True
@@ -35,6 +35,7 @@ class Pace:
     def add(self, now: float, work: Number = 1, judging: float = 0.0) -> None:
         """Record a step that ends now."""
         self.steps.append(Step(now - self.last, work, judging))
+        self.rest -= work
         self.last = now
 
     def left(self, now: float, judgings: int = 0) -> float | None:
@@ -44,11 +45,10 @@ class Pace:
             now: by the clock of `last`.
             judgings: validations that are still to come.
         """
-        rest = self.work - sum(step.work for step in self.steps)
         typical = self.steps[1:] if self.warms_up and len(self.steps) > 1 else self.steps
         if not typical:
             return None
-        return max(0.0, estimate(typical, rest, judgings) - (now - self.last))
+        return max(0.0, estimate(typical, self.rest, judgings) - (now - self.last))
 
 
 def estimate(steps: Sequence[Step], work: Number, judgings: int) -> float:

@@ -63,6 +63,20 @@ class Stage:
         """Whether it has come to its end."""
         return self.done >= self.total
 
+    def add_round(self, event: Event, now: float, every: int) -> None:
+        """Record a round that ends now; what is left goes by its number, as a run may be resumed.
+
+        Args:
+            event: of the round.
+            now: by the clock of `began`.
+            every: rounds from one validation to the next.
+        """
+        judging = event.line.get("evaluate_seconds", 0.0) if event.line.get("validation") else 0.0
+        self.pace.add(now, judging=judging)
+        self.pace.rest = event.total - event.done
+        if "evaluate_seconds" in event.line:
+            self.judgings = judgings_left(event.done, event.total, every)
+
 
 @dataclass
 class Board:
@@ -85,14 +99,12 @@ class Board:
         now = self.clock()
         if event.stage != self.stage.name:
             self.stage = self._begin(event)
-        stage, line = self.stage, event.line
-        judging = line.get("evaluate_seconds", 0.0) if line.get("validation") else 0.0
-        work = self.works.get(line.get("client", ""), 1) if event.stage == "personal" else 1
-        stage.pace.add(now, work, judging)
+        stage, every = self.stage, self.made.settings.evaluation.every
+        if event.stage == "personal":
+            stage.pace.add(now, self.works.get(event.line["client"], 1))
+        else:
+            stage.add_round(event, now, every)
         stage.done, stage.total = event.done, event.total
-        if "evaluate_seconds" in line:
-            every = self.made.settings.evaluation.every
-            stage.judgings = judgings_left(event.done, event.total, every)
         stage.cells = describe(event, self.made.task.measure)
         if stage.finished:
             self.ended.append(stage)
@@ -100,8 +112,7 @@ class Board:
     def _begin(self, event: Event) -> Stage:
         before = self.stage.pace.last
         if event.stage != "personal":
-            left = event.total - event.done + 1
-            return Stage(event.stage, event.total, Pace(left, before), before)
+            return Stage(event.stage, event.total, Pace(event.total, before), before)
         whole = sum(self.works.values()) or event.total
         left = whole * (event.total - event.done + 1) / event.total
         return Stage(event.stage, event.total, Pace(left, before, warms_up=False), before)
