@@ -22,7 +22,6 @@ TAKE_SETTINGS = frozenset(("run", "pretrain", "plan", "deploy init"))
 
 def parse(kind: type[Told], args: list[str], name: str, default: Told | None = None) -> Told:
     """Read arguments with tyro, whose page-long complaints become one line."""
-    os.environ.setdefault("COLUMNS", "100")
     said = io.StringIO()
     read = partial(tyro.cli, kind, args=args, prog=f"fedgen {name}")
     if default is not None:
@@ -39,12 +38,15 @@ def parse(kind: type[Told], args: list[str], name: str, default: Told | None = N
 @contextlib.contextmanager
 def _wide() -> Iterator[None]:
     """No line breaks in what is read back."""
-    before = os.environ["COLUMNS"]
+    before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "5000"
     try:
         yield
     finally:
-        os.environ["COLUMNS"] = before
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
 
 
 def _one_line(page: str, command: str) -> str:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -36,10 +37,6 @@ COMMANDS = {
     "client": "take part in one, with a site's kit",
     "status": "say how far one is, and how its sites fare",
 }
-
-
-LISTED = 12
-"""Clients whose adapter's path is printed."""
 
 
 @dataclass(frozen=True)
@@ -287,38 +284,22 @@ def resume(told: Resume) -> None:
 
 
 def _finish(experiment, out: Path) -> None:
+    from fedgen_edge.experiments.pace import tuning_steps
     from fedgen_edge.experiments.progress import follow, heading
-    from fedgen_edge.experiments.report import (
-        gains_for_terminal,
-        headline,
-        table_for_terminal,
-        write,
-    )
+    from fedgen_edge.experiments.report import write
     from fedgen_edge.experiments.run import proceed
     from fedgen_edge.experiments.summary import read
+    from fedgen_edge.experiments.terminal import show
     from fedgen_edge.machine import steady_allocations
 
     steady_allocations()
+    work = partial(tuning_steps, experiment)
     try:
-        follow(proceed(experiment, out), experiment, heading(experiment))
+        follow(proceed(experiment, out), experiment, heading(experiment), work=work)
     except KeyboardInterrupt:
         print(f"fedgen: stopped; `fedgen resume {out}` goes on", file=sys.stderr)
         sys.exit(130)
-    page = write([out], out / "report.html")
-    from rich.console import Console
-
-    console = Console()
-    finished = read(out)
-    console.print(table_for_terminal(finished))
-    if (gained := gains_for_terminal(finished)).row_count:
-        console.print(gained)
-    console.print(headline(finished))
-    console.print(f"report    {page}", soft_wrap=True, markup=False)
-    folder = out / "adapters" / "clients"
-    for own in finished.personal[:LISTED]:
-        console.print(f"adapter   {folder / own['folder']}", soft_wrap=True, markup=False)
-    if more := len(finished.personal[LISTED:]):
-        console.print(f"          and {more} more in {folder}", soft_wrap=True, markup=False)
+    show(read(out), write([out], out / "report.html"))
 
 
 def report(told: Report) -> None:

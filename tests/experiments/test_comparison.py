@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,30 @@ def test_runs_that_differ_in_their_seed_are_one_group(tmp_path: Path) -> None:
     runs = [read(make_run(tmp_path / f"{s}-{lr}", s, lr)) for s in (0, 1) for lr in (0.1, 0.2)]
     found = [(group.label, group.settings, len(group.runs)) for group in grouped(runs)]
     assert found == [
-        ("lr=0.1", {"training.lr": "0.1"}, 2),
-        ("lr=0.2", {"training.lr": "0.2"}, 2),
+        ("0-0.1 and 1 more", {"training.lr": "0.1"}, 2),
+        ("0-0.2 and 1 more", {"training.lr": "0.2"}, 2),
     ]
+
+
+def test_a_run_is_called_by_its_folder_and_by_more_of_the_path_where_names_are_alike(
+    tmp_path: Path,
+) -> None:
+    alike = [read(make_run(tmp_path / name / "run", lr=lr)) for name, lr in (("a", 1), ("b", 2))]
+    assert [group.label for group in grouped(alike)] == ["a/run", "b/run"]
+    assert [group.label for group in grouped(alike[:1])] == ["run"]
+    assert [group.label for group in grouped([alike[0], alike[0]])] == ["run and 1 more"]
+
+
+def test_results_come_before_the_settings_and_settings_that_are_alike_are_left_out(
+    comparison: str,
+) -> None:
+    headings = re.findall(r"<h2>(.*?)</h2>", comparison)
+    assert headings.index("Mean test perplexity") < headings.index("Settings that differ")
+    assert headings.index("What helps") < headings.index("Settings that differ")
+    table = comparison[comparison.index("Settings that differ") :].split("</table>", maxsplit=1)[0]
+    assert re.findall(r"<tr><th>(.*?)</th>", table) == ["setting", "training.lr"]
+    assert re.findall(r'<td class="text">(.*?)</td>', table) == ["0.001", "0.1"]
+    assert "slow0 and 2 more" in table
 
 
 def test_only_settings_that_differ_are_compared(comparison: str) -> None:

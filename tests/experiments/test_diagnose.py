@@ -106,6 +106,32 @@ SICK: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rounds": trained((4.0, math.nan, 3.2, 3.0, 2.9), FALLING)},
         "First in round 2; 1 numbers",
     ),
+    "a high rate": (  # its signs are many; data, clients and tuning are not blamed
+        "The learning rate is too high: training made the model worse",
+        {
+            "rounds": trained((6.5, 6.2, 6.4, 6.1, 6.3), (5.1, 5.3, 5.2, 5.6, 5.5)),
+            "evaluation": on_test(backbone=60, local_only=59, **{"global": 150}, personal=150),
+            "personal": [{**row, "chosen": 0} for row in HEALTHY.personal],
+        },  # e^6.1 = 445.9
+        "Test perplexity is 150.0 after the rounds, and 60.0 with the backbone they began from; in "
+        "training the best round's was 445.9.",
+    ),
+    "a high rate, not tested yet": (
+        "The learning rate is too high: training made the model worse",
+        {"rounds": trained((4.0, 4.2, 4.5), (4.0, 4.2, 4.5)), "evaluation": [], "personal": []},
+        "Training loss is 4.000 nats a token in the first round, 4.500 in the last.",
+    ),
+    "some are better alone": (  # 45 against 40
+        "Some clients do better alone",
+        {
+            "evaluation": [
+                *HEALTHY.evaluation,
+                {**on_test(x=45)[0], "model": "global"},
+                {**on_test(x=45)[0], "model": "personal"},
+            ]
+        },
+        "1 of 4 with their personal adapter: a (12.5 % worse).",
+    ),
     "diverges": (  # e^3 = 20.09, e^4 = 54.60
         "Training diverges",
         {"rounds": trained(FALLING, (3.0, 3.2, 3.5, 3.8, 4.0))},
@@ -275,6 +301,50 @@ def test_the_gravest_comes_first() -> None:
 def test_advice_names_a_setting_with_its_value() -> None:
     (found,) = diagnose(replace(HEALTHY, **SICK["swings"][1]))
     assert "Lower training.lr=0.001," in found.advice
+
+
+@pytest.mark.parametrize(
+    ("losses", "validation"),
+    [
+        ((4.2, 3.0, 2.0, 1.0, 0.5), (4.0, 4.2, 4.4, 4.8, 5.0)),  # overfitting
+        ((4.2, 4.15, 4.1, 4.1, 4.1), (4.0, 4.0, 4.0, 4.0, 4.0)),  # clients that undo each other
+        ((0.9,), (5.0,)),  # one long round on little text
+    ],
+)
+def test_a_model_that_is_worse_though_training_fell_is_not_blamed_on_the_rate(
+    losses: Sequence[float], validation: Sequence[float]
+) -> None:
+    worse = on_test(backbone=60, **{"global": 150})  # e^4.09 = 60
+    run = replace(HEALTHY, rounds=trained(losses, validation), evaluation=worse, personal=[])
+    titles = {finding.title for finding in diagnose(run)}
+    assert "The global adapter is worse than the backbone for some clients" in titles
+    assert not any("learning rate" in title for title in titles)
+
+
+def test_a_rate_that_blows_up_the_first_round_is_blamed_though_later_ones_recover() -> None:
+    rounds = trained((9.0, 8.0, 7.5, 7.2, 7.0), (8.5, 8.0, 7.5, 7.1, 6.9))
+    worse = on_test(backbone=60, local_only=50, **{"global": 900}, personal=900)
+    found = diagnose(replace(HEALTHY, rounds=rounds, evaluation=worse))
+    assert [finding.severity for finding in found] == ["problem"]
+    assert "Lower training.lr=0.001 tenfold" in found[0].advice
+
+
+@pytest.mark.parametrize(("clients", "fires"), [(3, True), (4, True), (5, False)])
+def test_losses_of_less_than_a_percent_count_from_a_quarter_of_the_clients(
+    clients: int, fires: bool
+) -> None:
+    # one has 40.1 where training alone has 40, the others 25
+    names = [str(number) for number in range(clients)]
+    rows = {"local-only": [40.0] * clients, "personal": [40.1] + [25.0] * (clients - 1)}
+    evaluation = [
+        {"model": m, "client": c, "total": 100 * math.log(p), "count": 100}
+        for m, values in rows.items()
+        for c, p in zip(names, values, strict=True)
+    ]
+    people = [{**HEALTHY.clients[0], "client": name} for name in names]
+    run = replace(HEALTHY, clients=people, evaluation=evaluation, rounds=[])
+    found = [finding.title for finding in diagnose(run)]
+    assert ("Some clients do better alone" in found) == fires
 
 
 def test_an_empty_run_is_only_unfinished() -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from fedgen_edge.experiments.drawing import figure_of, finished, line
 from fedgen_edge.experiments.merging_plots import MERGING
-from fedgen_edge.experiments.plots import sorted_gains
+from fedgen_edge.experiments.plots import sorted_gains, who_holds_what
 from fedgen_edge.experiments.summary import RunFiles, read
 from reports import CLIENTS, make_run
 
@@ -100,3 +100,30 @@ def test_many_decades_are_told_by_few_ticks(high: float, ticks: list[float]) -> 
     finished(figure, axes, "round", "y")
     told = [t for t in axes.get_yticks() if 1 <= t <= high]
     assert told == pytest.approx(ticks)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_who_holds_what_is_sorted_by_what_it_draws_and_says_how_many_it_shows(
+    run: RunFiles, labelled: bool
+) -> None:
+    # Tokens grow with the client's number, examples fall: labels count examples.
+    clients = [
+        {
+            "client": f"c{n}",
+            "train": 51 - n,
+            "items": 1000 * (n + 1),
+            "labels": {"x": 50 - n, "y": 1} if labelled else {},
+        }
+        for n in range(51)
+    ]
+    axes = axes_of(who_holds_what(replace(run, clients=clients)))
+    kinds = 2 if labelled else 1
+    assert len(axes.patches) == 30 * kinds
+    widths = [bar.get_width() for bar in axes.patches]  # kind by kind, from below
+    totals = [sum(widths[at::30]) for at in range(30)]
+    assert totals == sorted(totals)
+    assert (totals[0], totals[-1]) == ((1, 51) if labelled else (1000, 51000))
+    what = "training examples" if labelled else "training tokens"
+    assert axes.get_xlabel() == f"{what} (30 of 51 clients)"
+    few = axes_of(who_holds_what(replace(run, clients=clients[:3])))
+    assert few.get_xlabel() == what

@@ -1,24 +1,16 @@
 import json
-import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots
-from fedgen_edge.experiments.report import (
-    gains_for_terminal,
-    headline,
-    samples,
-    table_for_terminal,
-    write,
-)
+from fedgen_edge.experiments.report import headline, samples, write
 from fedgen_edge.experiments.summary import read
 from fedgen_edge.tasks.language import MEASURE
-from reports import BITS, CLIENTS, make_run, several
+from reports import BITS, make_run, several
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -208,59 +200,6 @@ def test_a_page_that_cannot_be_made_leaves_the_old_one(tmp_path: Path) -> None:
         write([tmp_path / "nowhere"], tmp_path / "report.html")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
     assert (tmp_path / "report.html").read_text() == "old"
-
-
-def test_the_terminals_table_fits_80_columns(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    clients = [f"[red]a-rather-long-client-name-{i}" for i in range(15)]
-    rows = [
-        {"model": m, "client": c, "total": 100 * bits * math.log(2), "count": 100, "words": 50}
-        for m, bits in {**BITS, "fedavg-full": 4}.items()
-        for c in clients
-    ]
-    told = [{"client": c, "train": 9, "items": 900, "newcomer": c == clients[0]} for c in clients]
-    (folder / "clients.json").write_text(json.dumps(told))
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    console = Console(width=80, record=True, color_system=None, file=(tmp_path / "out").open("w"))
-    with console.file:
-        console.print(table_for_terminal(read(folder)))
-        lines = console.export_text().splitlines()
-    mean = next(line for line in lines if "mean of 14" in line)
-    assert mean.split()[3:] == ["64.0", "32.0", "16.0", "16.0", "8.00"]
-    assert max(map(len, lines)) <= 80
-    assert sum("[red]a-rather" in line for line in lines) == 15
-    assert len(lines) < 15 + 10
-
-
-def test_the_terminal_tells_gains_in_80_columns(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "run")
-    rows = [json.loads(line) for line in (folder / "evaluation.jsonl").read_text().splitlines()]
-    told = [{**row, "participated": row["client"] != CLIENTS[0]} for row in rows]
-    (folder / "evaluation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
-    console = Console(width=80, record=True, color_system=None, file=(tmp_path / "out").open("w"))
-    with console.file:
-        console.print(gains_for_terminal(read(folder)))
-        lines = console.export_text().splitlines()
-    # 8 for 32, 75 % less
-    found = next(line.split() for line in lines if "personal over local-only" in line)
-    assert found[3:] == ["2", "+75.0", "+75.0", "100", "%", "0", "%"]
-    assert sum("(new)" in line for line in lines) == 3
-    assert max(map(len, lines)) <= 80
-    assert len({line.index("%") for line in lines if "personal" in line}) == 1
-
-
-def test_a_clients_name_cannot_command_the_terminal(tmp_path: Path) -> None:
-    console = Console(width=80, file=(tmp_path / "out").open("w", encoding="utf-8"))
-    with console.file:
-        console.print(table_for_terminal(read(make_run(tmp_path / "run"))))
-    assert "日本??" in (tmp_path / "out").read_text("utf-8")
-
-
-def test_an_unfinished_run_has_an_empty_table(tmp_path: Path) -> None:
-    (tmp_path / "settings.toml").write_text("")
-    (tmp_path / "run.json").write_text(json.dumps({"measure": MEASURE}))
-    assert table_for_terminal(read(tmp_path)).row_count == 0
-    assert gains_for_terminal(read(tmp_path)).row_count == 0
 
 
 def test_a_client_that_was_never_tested_has_a_row_without_numbers(tmp_path: Path) -> None:

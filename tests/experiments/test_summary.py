@@ -73,6 +73,18 @@ def test_pooled_perplexity_is_exp_of_a_sum_over_a_sum(folder: Path) -> None:
     assert row.word == pytest.approx(8)
 
 
+@pytest.mark.parametrize(("tokens", "says"), [(20, True), (21, False)])
+def test_words_of_more_than_four_tokens_have_no_number(
+    folder: Path, tokens: int, says: bool
+) -> None:
+    # four tokens of 4 bits a word are 16 bits
+    row = {**on_test("global", "a", 4), "count": tokens, "words": 5, "total": tokens * 4 * LN2}
+    (folder / "evaluation.jsonl").write_text(lines([row]))
+    (model,) = judged(read(folder))
+    assert model.mean == pytest.approx(16)
+    assert model.word == pytest.approx(2**16 if says else math.nan, nan_ok=True)
+
+
 def test_gains_are_percent_of_the_references_mean(folder: Path) -> None:
     # Backbone (4 + 16) / 2 = 10, local-only (2 + 8) / 2 = 5, personal 3: 70 % and 40 % lower.
     rows = {row.model: row for row in judged(read(folder))}

@@ -97,7 +97,7 @@ def losers(run: RunFiles, model: str, reference: str) -> str | None:
         for client in sorted(lost, key=lambda c: lost[c], reverse=True)
     ]
     said = f"Test {run.measure.name} of {len(told)} of {len(ours)}"
-    return f"{said}: {_some(told)}." if told else None
+    return f"{said}: {name_some(told)}." if told else None
 
 
 def fallbacks(run: RunFiles) -> str | None:
@@ -105,30 +105,9 @@ def fallbacks(run: RunFiles) -> str | None:
     tuned = [row for row in run.personal if len(row["validation"]) > 1]
     kept = [row["client"] for row in tuned if row["chosen"] == 0]
     most = len(kept) > len(tuned) / 2
-    return f"{len(kept)} of {len(tuned)} kept the global adapter: {_some(kept)}." if most else None
-
-
-def alone_is_better(run: RunFiles) -> str | None:
-    """local-only beats the best that the federation has."""
-    known = [_below_local(run, model) for model in (GLOBAL, PERSONAL)]
-    best = max((percent for percent in known if not math.isnan(percent)), default=0.0)
-    return f"The best mean is {-best:.1f} % above local-only's." if best < -REAL else None
-
-
-def alone_beats_global(run: RunFiles) -> str | None:
-    """local-only beats the global adapter, not the personal ones."""
-    together, own = _below_local(run, GLOBAL), _below_local(run, PERSONAL)
-    if not (together < -REAL and own > 0):
-        return None
     return (
-        f"Mean test {run.measure.name} with the global adapter is {-together:.1f} % above "
-        f"local-only's; with personal ones, {own:.1f} % below it."
+        f"{len(kept)} of {len(tuned)} kept the global adapter: {name_some(kept)}." if most else None
     )
-
-
-def _below_local(run: RunFiles, model: str) -> float:
-    """Percent by which a model's mean lies below local-only's; nan without one."""
-    return next((row.over_local for row in judged(run) if row.model == model), math.nan)
 
 
 def too_little_data(run: RunFiles) -> str | None:
@@ -140,7 +119,7 @@ def too_little_data(run: RunFiles) -> str | None:
         if row["items"] < run.measure.few or steps.get(row["client"], FEW_STEPS) < FEW_STEPS
     ]
     least = f"{run.measure.few} training {run.measure.items} or {FEW_STEPS} steps a round"
-    return f"{len(poor)} have fewer than {least}: {_some(poor)}." if poor else None
+    return f"{len(poor)} have fewer than {least}: {name_some(poor)}." if poor else None
 
 
 def pulled_apart(run: RunFiles) -> str | None:
@@ -200,7 +179,7 @@ def never_drawn(run: RunFiles) -> str | None:
     """Some clients took part in no round."""
     drawn = {client for row in run.rounds for client in row["cohort"]}
     idle = [row["client"] for row in _learners(run) if run.rounds and row["client"] not in drawn]
-    return f"{len(idle)} of {len(run.clients)}: {_some(idle)}." if idle else None
+    return f"{len(idle)} of {len(run.clients)}: {name_some(idle)}." if idle else None
 
 
 def idle_rounds(run: RunFiles) -> str | None:
@@ -283,6 +262,7 @@ def _learners(run: RunFiles) -> Sequence[Row]:
     return [row for row in run.clients if not row.get("newcomer", False)]
 
 
-def _some(names: Sequence[str]) -> str:
+def name_some(names: Sequence[str]) -> str:
+    """The first three, and how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -43,16 +44,31 @@ def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     found: dict[tuple[str, ...], list[RunFiles]] = {}
     for run, each in zip(runs, told, strict=True):
         found.setdefault(tuple(each[name].strip('"') for name in differ), []).append(run)
+    names_of = _run_names(runs)
     return [
-        Group(_label(differ, values), dict(zip(differ, values, strict=True)), same)
+        Group(
+            _label([names_of[run.folder] for run in same]),
+            dict(zip(differ, values, strict=True)),
+            same,
+        )
         for values, same in found.items()
     ]
 
 
-def _label(names: Sequence[str], values: Sequence[str]) -> str:
-    pairs = zip(names, values, strict=True)
-    told = [v if n == "method.name" else f"{n.split('.')[-1]}={v}" for n, v in pairs]
-    return ", ".join(told) or "all runs"
+def _run_names(runs: Sequence[RunFiles]) -> dict[Path, str]:
+    """Each run's folder, with as much of its path as tells it from the others."""
+    folders = list(dict.fromkeys(run.folder for run in runs))
+    parts = [folder.resolve().parts for folder in folders]
+    most = max(map(len, parts))
+    enough = (n for n in range(1, most + 1) if len({own[-n:] for own in parts}) == len({*parts}))
+    length = next(enough, most)
+    return {folder: "/".join(own[-length:]) for folder, own in zip(folders, parts, strict=True)}
+
+
+def _label(names: Sequence[str]) -> str:
+    """What a group is called: its first run, and how many more there are."""
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return names[0] + more
 
 
 def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
@@ -60,20 +76,20 @@ def compared(runs: Sequence[RunFiles]) -> dict[str, Any]:
     groups = grouped(runs)
     models = list(dict.fromkeys(m for run in runs for m in by_model(run)))
     rows = [_group_row(group, groups[0], models) for group in groups]
-    differ = list(groups[0].settings)
+    differ, names = list(groups[0].settings), _run_names(runs)
     apart = [n for n in differ if n.split(".")[0] in {"data", "partition", "backbone"}]
     return {
         "kind": "comparison",
         "title": f"{len(runs)} runs compared",
-        "headline": f"Settings compared: {len(groups)}. {_lowest(rows, models)}",
+        "headline": f"Groups compared: {len(groups)}. {_lowest(rows, models)}",
         "note": noted([(group.label, run) for group in groups for run in group.runs]),
         "measure": runs[0].measure,
-        "differ": differ,
+        "differ": [(name, [group.settings[name] for group in groups]) for name in differ],
         "apart": apart,
         "models": models,
         "pairs": PAIRS,
         "groups": rows,
-        "runs": [(run, diagnose(run)) for run in runs],
+        "runs": [(names[run.folder], run, diagnose(run)) for run in runs],
         "pictures": plots.overlay({group.label: group.runs for group in groups}),
     }
 
@@ -94,7 +110,6 @@ def _group_row(group: Group, first: Group, models: Sequence[str]) -> dict[str, A
     sent = [summary.uplink(run) for run in group.runs]
     return {
         "label": group.label,
-        "settings": list(group.settings.values()),
         "seeds": [run.settings.get(SEED) for run in group.runs],
         "means": [_interval([m[model] for m in means if model in m]) for model in models],
         "within": [_interval([_gap(run, run, *pair) for run in group.runs]) for pair in PAIRS],

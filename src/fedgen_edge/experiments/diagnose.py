@@ -9,8 +9,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
-from fedgen_edge.experiments import checks
+from fedgen_edge.experiments import alone, checks
 from fedgen_edge.experiments.called import reworded
+from fedgen_edge.experiments.learning_rate import rate_too_high
 from fedgen_edge.experiments.summary import BACKBONE, GLOBAL, PERSONAL, RunFiles
 
 Severity = Literal["problem", "warning", "note", "good"]
@@ -28,6 +29,7 @@ class Finding(NamedTuple):
 
 def diagnose(run: RunFiles) -> list[Finding]:
     """Every signature that fires, the gravest first; a healthy run gets one good finding."""
+    explained = OF_A_HIGH_RATE if rate_too_high(run) else ()
     found = [
         Finding(
             severity,
@@ -36,7 +38,7 @@ def diagnose(run: RunFiles) -> list[Finding]:
             reworded(run, _with_values(advice, run)),
         )
         for severity, title, check, advice in SIGNATURES
-        if (evidence := check(run))
+        if check not in explained and (evidence := check(run))
     ]
     return sorted(found, key=lambda f: SEVERITIES.index(f.severity)) or [_nothing(run)]
 
@@ -46,10 +48,30 @@ def _nothing(run: RunFiles) -> Finding:
     return Finding("good", "Nothing found", f"{len(SIGNATURES)} checks over {judged}.")
 
 
+worse_than_backbone = partial(checks.losers, model=GLOBAL, reference=BACKBONE)
+worse_by_tuning = partial(checks.losers, model=PERSONAL, reference=GLOBAL)
+OF_A_HIGH_RATE = (
+    checks.diverges,
+    checks.relapses,
+    checks.swings,
+    checks.stuck,
+    checks.fallbacks,
+    alone.alone_is_better,
+    alone.alone_beats_global,
+    alone.better_alone,
+    checks.pulled_apart,
+    checks.rank_collapses,
+    worse_than_backbone,
+    worse_by_tuning,
+)
+"""What a learning rate that is too high explains: data and clients are not to blame."""
 Signature = tuple[Severity, str, Callable[[RunFiles], str | None], str]
 SIGNATURES: tuple[Signature, ...] = (
     ("problem", "Training broke down: a loss is not a number", checks.not_finite,
      "Lower [training.lr], clip more ([training.clip]), or use backbone.precision=float32."),
+    ("problem", "The learning rate is too high: training made the model worse", rate_too_high,
+     "Lower [training.lr] tenfold, and again until the loss falls: LoRA with AdamW mostly learns "
+     "at 1e-4 to 1e-2. If a server has a rate of its own, [method.server_lr], lower that too."),
     ("problem", "Training diverges", checks.diverges,
      "Lower [training.lr], warm it up ([training.warmup]), or do less work a round."),
     ("warning", "Validation is past its best", checks.relapses,
@@ -63,21 +85,24 @@ SIGNATURES: tuple[Signature, ...] = (
      "Allow more time ([federation.deadline]) or ask more clients ([federation.over]); "
      "devices.available and devices.fails say who is there, and stays."),
     ("warning", "The global adapter is worse than the backbone for some clients",
-     partial(checks.losers, model=GLOBAL, reference=BACKBONE),
+     worse_than_backbone,
      "Their data are unlike the others': give them personal adapters ([personal.epochs]), or "
      "federate them apart."),
     ("warning", "Personal tuning makes some clients worse",
-     partial(checks.losers, model=PERSONAL, reference=GLOBAL),
+     worse_by_tuning,
      "They overfit: lower [personal.lr] or [personal.epochs], pull towards the global adapter "
      "([personal.pull]), and keep [personal.fallback] on."),
     ("warning", "Most clients gain nothing from personal tuning", checks.fallbacks,
      "Lower [personal.lr]; if that does not help, the clients are alike and the global adapter is "
      "all they need."),
-    ("warning", "The federation does not help: clients do better alone", checks.alone_is_better,
+    ("warning", "The federation does not help: clients do better alone", alone.alone_is_better,
      "They differ much, or train too little: personalise ([personal.epochs]), keep some layers "
      "at the clients (method.name=fedper), or raise [federation.rounds]."),
+    ("warning", "Some clients do better alone", alone.better_alone,
+     "They differ from the others, or tuning was short: raise [personal.epochs], or have them keep "
+     "what they train alone."),
     ("note", "Clients alone do better than the global adapter, not than personal ones",
-     checks.alone_beats_global, "They differ much: serve the personal adapters."),
+     alone.alone_beats_global, "They differ much: serve the personal adapters."),
     ("warning", "Some clients have too little data", checks.too_little_data,
      "Raise [partition.minimum], have fewer clients, or let them use the global adapter."),
     ("warning", "Clients pull the adapter apart", checks.pulled_apart,

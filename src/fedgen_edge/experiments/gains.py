@@ -10,9 +10,11 @@ from fedgen_edge.experiments.summary import (
     GLOBAL,
     LOCAL,
     PERSONAL,
+    Number,
     RunFiles,
     by_client,
     by_model,
+    number,
     shared,
     tenth,
 )
@@ -90,6 +92,16 @@ def gains(run: RunFiles) -> list[Gain]:
     return found
 
 
+def gains_over(run: RunFiles, reference: str, newcomers: bool = False) -> dict[str, Gain]:
+    """Every other model's gain over one, by model; none where the run lacks that one."""
+    models = {m: by_client(run.measure, rows) for m, rows in shared(run, newcomers).items()}
+    return {
+        model: Gain(model, reference, newcomers, _each(own, models[reference]))
+        for model, own in models.items()
+        if reference in models and model != reference
+    }
+
+
 def _each(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, float]:
     """Percent by client; a client with a broken model has gained least."""
     found = {c: _percent(ours[c], theirs[c]) for c in ours}
@@ -99,6 +111,11 @@ def _each(ours: Mapping[str, float], theirs: Mapping[str, float]) -> dict[str, f
 
 def _percent(ours: float, theirs: float) -> float:
     return 100 * (theirs - ours) / abs(theirs) if theirs else math.nan
+
+
+def signed(value: Number) -> str:
+    """A difference to read."""
+    return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + number(abs(value))
 
 
 def per_client(run: RunFiles) -> list[ClientRow]:

@@ -122,8 +122,8 @@ def against(
 
 def client_gains(run: RunFiles) -> Figure | None:
     """Each model on each client's test data, the worst client on top."""
-    rows = [row for row in per_client(run) if any(map(math.isfinite, row.tested.values()))]
-    rows = _spread(sorted(rows, key=lambda row: min(row.tested.values())))
+    tested = [row for row in per_client(run) if any(map(math.isfinite, row.tested.values()))]
+    rows = _spread(sorted(tested, key=lambda row: min(row.tested.values())))
     figure, axes = figure_of(len(rows))
     for y, row in enumerate(rows):
         ends = min(row.tested.values()), max(row.tested.values())
@@ -134,7 +134,8 @@ def client_gains(run: RunFiles) -> Figure | None:
         mark = MARKS.get(model, "v")
         axes.plot(values, heights, mark, color=colour, markersize=6.5, label=model)
     _label(axes, [_name(row.client, row.newcomer) for row in rows])
-    return finished(figure, axes, f"test {run.measure.name}", "", columns=4)
+    name = f"test {run.measure.name}{_shown(rows, tested)}"
+    return finished(figure, axes, name, "", columns=4)
 
 
 def sorted_gains(run: RunFiles) -> Figure | None:
@@ -162,9 +163,14 @@ def sorted_gains(run: RunFiles) -> Figure | None:
 
 
 def who_holds_what(run: RunFiles) -> Figure | None:
-    """Training examples of each client by label, or its items where labels say nothing."""
-    rows = _spread(sorted(run.clients, key=lambda row: row["train"]))
+    """Training examples of each client by label, or its items where labels say nothing.
+
+    The client that holds most of what is drawn is on top.
+    """
     items = f"training {run.measure.items}"
+    totals = [sum(own) for own in zip(*_held(run.clients, items).values(), strict=True)]
+    by_size = sorted(zip(totals, run.clients, strict=True), key=lambda pair: pair[0])
+    rows = _spread([row for _, row in by_size])
     held = _held(rows, items)
     figure, axes = figure_of(len(rows))
     left: list[Number] = [0.0] * len(rows)
@@ -173,7 +179,13 @@ def who_holds_what(run: RunFiles) -> Figure | None:
         left = [a + b for a, b in zip(left, widths, strict=True)]
     _label(axes, [_name(row["client"], row.get("newcomer", False)) for row in rows])
     name = "training examples" if len(held) > 1 else items
-    return finished(figure, axes, name, "", columns=3 if max(map(len, held)) <= SHORT else 2)
+    return finished(
+        figure,
+        axes,
+        name + _shown(rows, run.clients),
+        "",
+        columns=3 if max(map(len, held)) <= SHORT else 2,
+    )
 
 
 PICTURES: dict[str, Draw] = {
@@ -215,6 +227,11 @@ def _label(axes: Axes, names: Sequence[str]) -> None:
 def _name(client: str, newcomer: bool) -> str:
     short = client if len(client) < 24 else client[:22] + "\N{HORIZONTAL ELLIPSIS}"
     return printable(short) + " (new)" * newcomer
+
+
+def _shown(rows: Sequence[Any], of: Sequence[Any]) -> str:
+    """How many clients a picture has, where it has not all of them."""
+    return f" ({len(rows)} of {len(of)} clients)" if len(rows) < len(of) else ""
 
 
 def _spread(rows: Sequence[Any]) -> list[Any]:

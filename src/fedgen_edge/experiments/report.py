@@ -8,23 +8,19 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
 
 from fedgen_edge import files
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import plots, summary, targets
 from fedgen_edge.experiments.apart import distances
-from fedgen_edge.experiments.called import called, noted
+from fedgen_edge.experiments.called import CALLED, called, noted
 from fedgen_edge.experiments.comparison import SEED, compared
 from fedgen_edge.experiments.diagnose import diagnose
 from fedgen_edge.experiments.drawing import standalone
-from fedgen_edge.experiments.gains import gains, per_client
+from fedgen_edge.experiments.gains import gains, per_client, signed
 from fedgen_edge.experiments.merging import layer_rows
 from fedgen_edge.experiments.summary import (
     ModelRow,
-    Number,
     RunFiles,
     number,
     size,
@@ -32,7 +28,10 @@ from fedgen_edge.experiments.summary import (
 
 CAPTIONS = {
     "validation": ("Learning", "Validation {name} after each round."),
-    "clients": ("Every client", "Test {name} on each client's own {material}; left is better."),
+    "clients": (
+        "Every client",
+        "Test {name} on each client's own {material}, the worst on top; left is better.",
+    ),
     "gains": (
         "Who gains from a personal adapter",
         "Percent by which each client's test {name} falls; hollow: clients that never took part.",
@@ -40,7 +39,7 @@ CAPTIONS = {
     "bytes": ("Quality for bytes", "Validation {name} against what clients have sent."),
     "clock": ("Quality for time", "Validation {name} against the virtual clock of the devices."),
     "training": ("Training loss", "Mean of the cohort; the band spans its clients."),
-    "data": ("Who holds what", "Training data of each client."),
+    "data": ("Who holds what", "Training data of each client, the largest on top."),
     "error": (
         "What averaging misses",
         "How far a layer's merged product is from the mean of the clients' products, as a share of "
@@ -63,6 +62,8 @@ CAPTIONS = {
     ),
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
 }
+NAMED = 5
+"""Models whose means a sentence can name."""
 PROVENANCE = {
     "fedgen-edge": "version",
     "PyTorch": "torch",
@@ -114,7 +115,7 @@ def render(page: Mapping[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    engine.filters |= {"number": number, "size": size, "signed": _signed, "after": str.removeprefix}
+    engine.filters |= {"number": number, "size": size, "signed": signed, "after": str.removeprefix}
     pictures = {name: Markup(svg) for name, svg in page["pictures"].items()}
     template = engine.get_template("report.html.jinja")
     return template.render({**page, "pictures": pictures, "captions": CAPTIONS})
@@ -182,7 +183,10 @@ def _apart(run: RunFiles) -> str:
 
 
 def _means(run: RunFiles, rows: Sequence[ModelRow]) -> str:
-    return ", ".join(f"{number(row.mean)} with {called(run, row.model)}" for row in rows)
+    usual = [row for row in rows if row.model in CALLED]
+    named = rows if len(rows) <= NAMED else usual
+    told = ", ".join(f"{number(row.mean)} with {called(run, row.model)}" for row in named)
+    return told + f" ({len(rows) - len(named)} more in the table)" * (len(rows) > len(named))
 
 
 def samples(run: RunFiles) -> list[dict[str, Any]]:
@@ -226,44 +230,3 @@ def provenance(run: RunFiles) -> list[tuple[str, str]]:
         (label, f"{round(value, 1):,}" if isinstance(value, int | float) else str(value))
         for label, value in (*known, *scale, *spent)
     ]
-
-
-def table_for_terminal(run: RunFiles) -> Table:
-    """The test in at most 80 columns: clients, mean and worst by model."""
-    rows, models = per_client(run), summary.judged(run)
-    title = f"Test {run.measure.name} (lower is better)"
-    table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
-    table.add_column("client", no_wrap=True, max_width=20)
-    for row in models:
-        table.add_column(Text(row.model), justify="right", no_wrap=True)
-    for row in rows:
-        name = Text(summary.printable(row.client) + " (new)" * row.newcomer)
-        table.add_row(name, *_best([row.tested.get(m.model, math.nan) for m in models]))
-    if models:
-        count = models[0].clients
-        table.add_section()
-        table.add_row(f"mean of {count}", *_best([m.mean for m in models]), style="bold")
-        table.add_row("worst client", *_best([m.worst for m in models]))
-    return table
-
-
-def gains_for_terminal(run: RunFiles) -> Table:
-    """Gains over clients in at most 80 columns; without a row where nothing is compared."""
-    table = Table(title="Gain of each client, %", box=SIMPLE_HEAD, pad_edge=False)
-    for name in ("", "clients", "mean", "worst tenth", "gained", "lost"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for gain in gains(run):
-        told = f"{gain.model} over {gain.reference}" + " (new)" * gain.newcomers
-        shares = (f"{100 * share:.0f} %" for share in (gain.gained, gain.lost))
-        numbers = (_signed(gain.mean), _signed(gain.worst_decile))
-        table.add_row(Text(told), str(len(gain.each)), *numbers, *shares)
-    return table
-
-
-def _best(values: Sequence[Number]) -> list[Text]:
-    low = min(values, default=0.0)
-    return [Text(number(value), "green" if value == low else "") for value in values]
-
-
-def _signed(value: Number) -> str:
-    return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + number(abs(value))

@@ -17,7 +17,8 @@ Row = dict[str, Any]
 """One line of a run's file."""
 
 BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
-
+PIECES = 4
+"""Most tokens a word, where tokens are parts of words: of bytes there are about six."""
 T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
 """Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
 FISHER = (1.95996, 2.37227, 2.82250, 2.55585)
@@ -60,7 +61,7 @@ class ModelRow:
     worst_decile: float
     """Mean over the tenth of the clients that fare worst (at least one)."""
     word: float
-    """The same over words, where there are any: compares across tokenizers."""
+    """The same over words: compares across tokenizers; nan where tokens are letters or bytes."""
     over_backbone: float
     """Percent by which the mean lies below the backbone's."""
     over_local: float
@@ -167,16 +168,17 @@ def _model_row(measure: Measure, model: str, fair: Mapping[str, Mapping[str, Row
     rows = fair[model]
     each = by_client(measure, rows)
     worst = sorted(each, key=lambda c: math.inf if math.isnan(each[c]) else each[c], reverse=True)
-    total = sum(row["total"] for row in rows.values())
+    total, words = (sum(row.get(k, 0) for row in rows.values()) for k in ("total", "words"))
+    count = sum(row["count"] for row in rows.values())
     return ModelRow(
         model=model,
         clients=len(each),
         mean=fmean(each.values()),
-        pooled=measure.shown(total, sum(row["count"] for row in rows.values())),
+        pooled=measure.shown(total, count),
         worst=each[worst[0]],
         worst_client=worst[0],
         worst_decile=fmean(each[client] for client in worst[: tenth(len(worst))]),
-        word=measure.shown(total, sum(row.get("words", 0) for row in rows.values())),
+        word=measure.shown(total, words if count <= PIECES * words else 0),
         over_backbone=gain(measure, rows, fair.get(BACKBONE, {})),
         over_local=gain(measure, rows, fair.get(LOCAL, {})),
     )

@@ -20,6 +20,8 @@ from fedgen_edge.types import Batch, Leaves, PerClient, Statistics
 
 MOST = 64
 """Pictures in one pass of an evaluation, or of sampling."""
+VISIBLE = 512
+"""Pixels of the longer side of a picture's file, at least."""
 
 
 def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], classes: int) -> Batch:
@@ -198,7 +200,12 @@ def samples(
 
 
 def png(picture: Tensor) -> bytes:
-    """A picture, uint8 `[channels, height, width]`, as a file's content."""
+    """A picture, uint8 `[channels, height, width]`, as a file's content.
+
+    One too small to be seen is enlarged: each of its values becomes a square.
+    """
+    times = -(-VISIBLE // max(picture.shape[1:]))
+    picture = picture.repeat_interleave(times, 1).repeat_interleave(times, 2)
     drawn = io.BytesIO()
     Image.fromarray(picture.permute(1, 2, 0).squeeze(-1).numpy()).save(drawn, "png")
     return drawn.getvalue()
