@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -520,6 +520,30 @@ def test_a_run_whose_files_were_altered_is_refused(
     shutil.copytree(done[0], copy)
     (copy / name).write_text(content)
     refuses(["resume", str(copy)], [word], capsys)
+
+
+@pytest.mark.parametrize(
+    ("act", "told"),
+    [
+        (lambda: torch.empty(2**48), True),  # more than a process can address
+        (lambda: bytearray(2**62), True),
+        (lambda: torch.empty(2) @ torch.empty(3), False),
+    ],
+)
+def test_no_room_is_told_from_other_errors(act: Callable[[], object], told: bool) -> None:
+    with pytest.raises((MemoryError, RuntimeError)) as caught:
+        act()
+    assert cli.is_out_of_memory(caught.value) == told
+
+
+def test_no_room_for_a_model_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def grows(arguments: list[str]) -> None:
+        torch.empty(2**48)
+
+    monkeypatch.setattr(cli, "run", grows)
+    refuses(["run"], ["out of memory", "engine.stack", "fedgen resume"], capsys)
 
 
 # ---- how it explains itself

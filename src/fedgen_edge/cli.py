@@ -39,6 +39,12 @@ COMMANDS = {
 }
 
 
+OUT_OF_MEMORY = (
+    "out of memory: set engine.stack (clients at once), lower training.batch or data.length, or "
+    "take a machine with more; a run's last commit stands, and `fedgen resume` goes on from it"
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """Train a federation, personalise it, judge it and report.
@@ -147,6 +153,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (FedGenError, OSError) as error:
         print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"fedgen: {OUT_OF_MEMORY}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("fedgen: stopped", file=sys.stderr)
         sys.exit(130)
@@ -160,6 +171,12 @@ def _wait_passively() -> None:
     """
     if "GOMP_SPINCOUNT" not in os.environ:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether there was no room for a tensor, on a processor or an accelerator, or for anything."""
+    no_room = ("can't allocate memory", "out of memory")  # torch's words, in a RuntimeError
+    return isinstance(error, MemoryError) or any(words in str(error) for words in no_room)
 
 
 def _check_text(args: list[str]) -> None:
