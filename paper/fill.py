@@ -28,7 +28,7 @@ BENCHMARKS = ROOT / "benchmarks" / "results"
 
 PAGES = (
     ROOT / "README.md",
-    *(ROOT / "docs" / f"{name}.md" for name in ("results", "deploy", "methods")),
+    *(ROOT / "docs" / f"{name}.md" for name in ("results", "deploy", "methods", "backbones")),
 )
 
 
@@ -209,6 +209,29 @@ def network() -> str:
     return "\n".join([*rows, "", about])
 
 
+def backbones() -> str:
+    """Which architectures of transformers work, a row each, from a tiny random model of each."""
+    judged = _benchmarks("architectures")["tiny"]
+    results = {kind: _result(verdicts) for kind, verdicts in judged["rows"].items()}
+    count = sum(text.startswith("works") for text in results.values())
+    versions = ", ".join(f"{name} {number}" for name, number in judged["versions"].items())
+    rows = [f"| `{kind}` | {text} |" for kind, text in results.items()]
+    head = f"{count} of {len(results)} work ({versions})."
+    return "\n".join([head, "", "| `model_type` | |", "|---|---|", *rows])
+
+
+def _result(verdicts: dict[str, str]) -> str:
+    """What a row says: of the default targets, and of `all-linear` where that differs."""
+    default, every = verdicts["default"], verdicts["all-linear"]
+    other = next((t for t, v in verdicts.items() if v == "works"), "default")
+    if other not in {"default", "all-linear"}:
+        names = ", ".join(f"`{name}`" for name in other.split(", "))
+        text = f"works with {names}: PEFT reads adapters of its other layers as something else"
+    else:
+        text = default if default == every else f"{default}; with `all-linear` {every}"
+    return text.replace("|", "\\|")
+
+
 def codes() -> str:
     """Every code that the gate refuses by."""
     from fedgen_edge.engines.gate import CODES
@@ -290,6 +313,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "overhead": overhead,
     "planned": planned,
     "network": network,
+    "backbones": backbones,
     "codes": codes,
     "settings": settings,
     "matrix": matrix,
