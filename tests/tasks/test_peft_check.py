@@ -180,6 +180,18 @@ def test_peft_reads_every_tasks_adapters_and_not_those_of_another(
         task.model.check_written(tmp_path / "anna", own)
 
 
+def test_an_initial_adapter_of_another_backbone_is_refused(moe: Path, tmp_path: Path) -> None:
+    task = language(settings(str(moe), ATTENTION))
+    origin = {"backbone_sha256": task.model.sha256}
+    task.model.save(tmp_path / "anna", noisy(task), settings(str(moe), ATTENTION), origin)
+    first = {"rank": 4, "target_modules": ATTENTION, "initial": str(tmp_path / "anna")}
+    same = from_table({"backbone": {"path": str(moe), "precision": "float32"}, "adapter": first})
+    assert language(same).model.initial is not None
+    other = from_table({"backbone": {"path": "tiny", "precision": "float32"}, "adapter": first})
+    with pytest.raises(AdapterError, match="anna was trained on another backbone, of SHA-256"):
+        built(other)
+
+
 def test_a_run_compares_a_noisy_adapter_before_it_and_its_own_after_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,7 +66,7 @@ def compare(
                 return fault
             theirs = forward().float()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
-        return " ".join(str(error).split())[:160]
+        return f"it refuses: {' '.join(str(error).split())[:160]}"
     off, moved = float((theirs - ours).norm()), float((ours - plain).norm())
     last_place = torch.finfo(next(model.parameters()).dtype).eps * float(ours.norm())
     if off <= SHARE * moved + ROUNDINGS * last_place:
