@@ -3,10 +3,9 @@
 The string under a field is its only documentation; the command's help prints it.
 """
 
-import difflib
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +15,29 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.spelling import nearest
+
+USUAL = {
+    "algorithm": "method.name",
+    "base_model": "backbone.path",
+    "batch_size": "training.batch",
+    "data": "data.path",
+    "dataset": "data.source",
+    "dtype": "backbone.precision",
+    "learning_rate": "training.lr",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_r": "adapter.rank",
+    "max_length": "data.length",
+    "method": "method.name",
+    "model": "backbone.path",
+    "num_clients": "federation.clients",
+    "num_rounds": "federation.rounds",
+    "num_train_epochs": "training.epochs",
+    "optimizer": "training.optimiser",
+    "output_dir": "--out",
+}
+"""What other libraries call some settings, and an option."""
 
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -548,13 +570,26 @@ def explain(where: tuple[str | int, ...], kind: str, message: str, value: object
     return f"{name}={value!r}: {message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
 
 
-def unknown(name: str) -> str:
-    """One line for a key that is no setting, with the nearest one that is."""
-    known = [key for key, _ in flat(Settings())]
+def unknown(name: str, options: Sequence[str] = ()) -> str:
+    """One line for a key that is no setting, with what its user may have meant.
+
+    Args:
+        name: of no setting.
+        options: of the command, beside the settings.
+    """
+    near = _meant(name.replace("-", "_"), [key for key, _ in flat(Settings())], options)
+    hint = f"did you mean {near!r}?" if near else "`fedgen run --help` explains every one"
+    return f"unknown setting {name!r}: {hint}"
+
+
+def _meant(name: str, settings: Sequence[str], options: Sequence[str]) -> str | None:
+    parts = {part: part for part in (key.partition(".")[0] for key in settings)}
+    keys = parts | {key.rpartition(".")[2]: key for key in reversed(settings)}
+    if USUAL.get(name) in (*settings, *options):
+        return USUAL[name]
     # the part left out is the commonest mistake
-    known = [key for key in known if key.rpartition(".")[2] == name] or known
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"unknown setting {name!r}: did you mean {near!r}?"
+    leaf = name if name in keys else nearest(name, keys)
+    return keys[leaf] if leaf else nearest(name, [*settings, *options])
 
 
 def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:

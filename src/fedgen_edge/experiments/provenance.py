@@ -10,9 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from fedgen_edge.config import Settings
+from fedgen_edge.data.corpus import Texts
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.machine import hardware
-from fedgen_edge.tasks.task import Learnt
+from fedgen_edge.tasks.task import Learnt, Worded
 from fedgen_edge.types import ServerState
 from fedgen_edge.uplink.transform import length
 
@@ -58,7 +59,14 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         **facts(experiment.task, experiment.settings, experiment.clients.device),
         "data_sha256": data_digest(experiment),
         "duplicates": experiment.corpus.duplicates,
+        "chat": _holds_chats(experiment),
     }
+
+
+def _holds_chats(experiment: Experiment) -> bool:
+    """Whether the texts are chats, in which case a prompt is a user's message."""
+    held, task = experiment.corpus.examples, experiment.task
+    return isinstance(held, Texts) and isinstance(task, Worded) and task.holds_chats(held.texts)
 
 
 def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,73 @@
+"""A run's folder, and the folders of its models; nothing heavy is imported to look at them."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgen_edge.config import Settings, load
+from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import records
+from fedgen_edge.spelling import suggest
+
+LISTED = 12
+"""Names of clients in a message."""
+
+
+def began(run: Path) -> tuple[Settings, Any]:
+    """A run's settings, and what it rests on."""
+    if not (run / "settings.toml").exists():
+        raise CheckpointError(f"{run} holds no run: it has no settings.toml")
+    if not (run / "run.json").exists():
+        raise CheckpointError(f"{run} was stopped before its first round: delete it and run again")
+    settings, facts = load(run / "settings.toml"), records.read_json(run / "run.json")
+    if not isinstance(facts, dict):
+        raise CheckpointError(f"{run / 'run.json'} was altered: restore it")
+    return settings, facts
+
+
+def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Path]:
+    """The folders of models by their names: clients' own, and clusters'; the global one by None.
+
+    Args:
+        run: the run's folder.
+        wanted: whose; none is all clients', with the global one or the clusters' where there are.
+
+    Raises:
+        CheckpointError: there is no such client, or its model is not there (yet).
+    """
+    (settings, facts), root = began(run), run / "adapters"
+    names = records.folder_names([row["client"] for row in records.read_json(run / "clients.json")])
+    own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
+    known = {None: root / "global", **{p.name: p for p in sorted(root.glob("cluster-*"))}, **own}
+    alike = facts.get("finished") and not (root / "clients").exists()
+    there = [who for who, folder in known.items() if folder.exists() or (who and not alike)]
+    asked = wanted or there
+    found = {who: known.get(who) for who in asked}
+    for who, folder in found.items():
+        if folder is None:
+            raise CheckpointError(f"client {who!r} is not in {run}: {_near(who, known)}")
+        if not folder.exists() and who is None and facts.get("finished"):
+            name = settings.method.name
+            raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
+        if not folder.exists() and alike:
+            why = "they are at the sites" if settings.personal.epochs else "personal.epochs is 0"
+            raise CheckpointError(f"{run} has no models of clients' own, as {why}: name no client")
+        if not folder.exists():
+            raise CheckpointError(
+                f"{run} has no {folder.name} model yet: go on with `fedgen resume {run}`"
+            )
+    return {who: folder for who, folder in found.items() if folder}
+
+
+def folder_of(run: Path, client: str | None) -> Path:
+    """The folder of one client's own model, or of the global one."""
+    return folders(run, [client])[client]
+
+
+def _near(name: str | None, known: Iterable[str | None]) -> str:
+    """Models with names like this one, or the first of all."""
+    names = [other for other in known if other]
+    if hint := suggest(name or "", names):
+        return hint
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"it has {', '.join(names[:LISTED])}{more}"
