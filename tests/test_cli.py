@@ -19,7 +19,7 @@ import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
-from fedgen_edge import cli, config
+from fedgen_edge import cli, cli_deploy, cli_models, cli_plan, config
 from fedgen_edge.algorithms.methods import METHODS
 
 FRAME = re.compile(r"[╭╮╰╯│─\s]+")
@@ -348,7 +348,11 @@ FLAGS = {
         "--engine.name stacked --method.name fedavg-full",
         ["engine.name='stacked'", "method.name='fedavg-full'", "say serial"],
     ),
-    "a stray word": ("stray", ["stray"]),
+    "a stray word": ("stray", ["fedgen run cannot use 'stray' here"]),
+    "a switch with a value": ("--personal.fallback false", ["'false'", "--no-NAME"]),
+    "a recipe that comes late": ("late.toml", ["'late.toml'", "a recipe comes first"]),
+    "a setting like no other": ("--wandb", ["'wandb'", "--help"]),
+    "a misspelt option": ("--outt there", ["'outt'", "did you mean '--out'?"]),
 }
 
 
@@ -382,6 +386,36 @@ def test_a_mistaken_recipe_is_one_line(
     recipe = tmp_path_factory.mktemp("recipe") / "own.toml"
     recipe.write_text(content)
     refuses(["run", str(recipe)], words, capsys)
+
+
+USUAL = {
+    "--seed": "federation.seed",
+    "--model": "backbone.path",
+    "--epochs": "training.epochs",
+    "--lr": "training.lr",
+    "--rounds": "federation.rounds",
+    "--batch-size": "training.batch",
+    "--learning_rate": "training.lr",
+    "--epoch": "training.epochs",
+}
+
+
+@pytest.mark.parametrize("typed", USUAL)
+def test_what_people_type_leads_to_the_setting(
+    typed: str, texts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuses([*run(texts), typed, "3"], [f"did you mean {USUAL[typed]!r}?"], capsys)
+
+
+def test_every_usual_name_leads_to_a_setting_or_an_option() -> None:
+    known = {key for key, _ in config.flat(config.Settings())} | {"--out"}
+    assert set(config.USUAL.values()) <= known
+    assert not config.USUAL.keys() & known
+
+
+def test_a_name_that_is_near_to_nothing_is_told_of_no_other() -> None:
+    assert "did you mean" not in config.unknown("wandb")
+    assert "did you mean" not in config.unknown("quantisation.scheme")
 
 
 def test_a_recipe_that_is_not_there_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -471,7 +505,48 @@ COMMANDS = {
         "generate {run} --prompt x --client nobody",
         ["'nobody'", "anna, berta"],
     ),
-    "generate nothing": ("generate {run} --prompt x --tokens 0", ["--tokens=0", "at least 1"]),
+    "generate nothing": (
+        "generate {run} --prompt x --tokens 0",
+        ["--max-new-tokens=0", "at least 1"],
+    ),
+    "generate at a temperature below 0": (
+        "generate {run} --prompt x --temperature -1",
+        ["--temperature=-1.0", "at least 0"],
+    ),
+    "generate at no temperature": (
+        "generate {run} --prompt x --temperature nan",
+        ["--temperature=nan", "finite"],
+    ),
+    "generate from no token": ("generate {run} --prompt x --top-p 0", ["--top-p=0.0", "above 0"]),
+    "generate from more than all": ("generate {run} --prompt x --top-p 2", ["--top-p=2.0"]),
+    "generate from fewer than none": ("generate {run} --prompt x --top-k -1", ["--top-k=-1"]),
+    "generate with a penalty of 0": (
+        "generate {run} --prompt x --repetition-penalty 0",
+        ["--repetition-penalty=0.0", "above 0"],
+    ),
+    "generate with a chat and without": (
+        "generate {run} --prompt x --chat --no-chat",
+        ["--chat and --no-chat"],
+    ),
+    "generate with two models": (
+        "generate {run} --prompt x --client anna --backbone",
+        ["--client and --backbone"],
+    ),
+    "generate a chat without a template": (
+        "generate {run} --prompt x --chat",
+        ["has no chat template", "leave --chat out"],
+    ),
+    "generate for a misspelt client": (
+        "generate {run} --prompt x --client bertha",
+        ["'bertha'", "did you mean 'berta'?"],
+    ),
+    "generate pictures of text": ("generate {run} --class 3", ["--class='3'", "say --prompt"]),
+    "generate with a misspelt option": (
+        "generate {run} --prompt x --temprature 1",
+        ["no option --temprature", "did you mean '--temperature'?"],
+    ),
+    "generate with a short option": ("generate {run} -x 3", ["no option -x", "--help"]),
+    "generate from two runs": ("generate {run} {run} --prompt x", ["cannot use", "--help"]),
     "generate beyond the context": (
         "generate {run} --prompt x --tokens 99999",
         ["99999 tokens after a prompt", "context"],
@@ -482,7 +557,9 @@ COMMANDS = {
     ),
     "export no run": ("export none --out copy", ["none holds no run"]),
     "export of nobody": ("export {run} --out copy --client nobody", ["'nobody'", "anna, berta"]),
-    "export over a run": ("export {run} --out {run}", ["already holds a run", "another folder"]),
+    "export over a run": ("export {run} --out {run}", ["already holds a run", "folder by --out"]),
+    "export over files": ("export {run} --out {run}/adapters", ["holds files", "folder by --out"]),
+    "resume a misspelt run": ("resume nonesuch", ["nonesuch holds no run"]),
 }
 
 
@@ -549,6 +626,52 @@ def test_no_room_for_a_model_is_one_line(
 # ---- how it explains itself
 
 
+def test_the_package_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> None:
+    told = [sys.executable, "-m", "fedgen_edge", "--help"]
+    module = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert (module.returncode, module.stderr) == (0, "")
+    assert module.stdout == says(["--help"], capsys)
+
+
+# Python says of a module that is None in sys.modules what it says of one that is not installed.
+@pytest.mark.parametrize("library", ["torch", "transformers"])
+@pytest.mark.parametrize("line", ["methods", "run --out never --backbone.path tiny"])
+def test_a_library_that_is_not_installed_is_one_line(library: str, line: str) -> None:
+    if (library, line) == ("transformers", "methods"):
+        pytest.skip("nothing of transformers is needed")
+    code = f"import sys; sys.modules[{library!r}] = None\n"
+    code += f"from fedgen_edge.cli import main; main({line.split()!r})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"fedgen: {library} is not installed: pip install {library}\n"
+
+
+QUICK = {
+    "generate for nobody": "generate {run} --prompt x --client nobody",
+    "generate no tokens": "generate {run} --prompt x --tokens 0",
+    "generate without a run": "generate none --prompt x",
+    "export of nobody": "export {run} --client nobody --out there",
+    "resume no run": "resume none",
+    "server of nothing": "server none",
+    "report no run": "report none",
+    "status of nothing": "status none",
+    "an unknown setting": "run --wandb",
+    "a bad plan": "plan --memory 0",
+}
+
+
+def test_mistakes_are_told_before_anything_heavy_is_loaded(done: tuple[Path, str]) -> None:
+    lines = [line.format(run=done[0]) for line in QUICK.values()]
+    code = (
+        "import sys\nfrom fedgen_edge.cli import main\n"
+        f"for line in {lines!r}:\n"
+        "    try: main(line.split())\n"
+        "    except SystemExit as ended: print(line, ended.code, 'torch' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout.splitlines() == [f"{line} 2 False" for line in lines]
+
+
 def test_help_names_every_command_and_needs_no_heavy_library() -> None:
     code = (
         "import json, sys; from fedgen_edge.cli import main; main(['--help']); "
@@ -580,7 +703,9 @@ def test_every_commands_help_explains_every_setting(
     said, complained = capsys.readouterr()
     assert (caught.value.code or 0, complained) == (0, "")
     page = FRAME.sub(" ", said)
-    told = sentences(cli, name.capitalize())
+    modules = (cli, cli_models, cli_plan, cli_deploy)
+    told = [text for module in modules for text in sentences(module, name.capitalize())]
+    assert told or name in {"deploy"}
     if name == "run":
         told += sentences(config)
         for setting, _ in config.flat(config.Settings()):

@@ -13,6 +13,7 @@ import tyro
 from fedgen_edge.config import Settings, load, unknown
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.files import find_recipe
+from fedgen_edge.spelling import suggest
 
 Told = TypeVar("Told")
 
@@ -32,7 +33,8 @@ def parse(kind: type[Told], args: list[str], name: str, default: Told | None = N
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said), _wide():
             return read()
     except SystemExit:
-        raise ConfigError(_one_line(said.getvalue(), name)) from None
+        options = [f"--{field.replace('_', '-')}" for field in kind.__annotations__]
+        raise ConfigError(_one_line(said.getvalue(), name, options)) from None
 
 
 @contextlib.contextmanager
@@ -49,15 +51,10 @@ def _wide() -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
-def _one_line(page: str, command: str) -> str:
+def _one_line(page: str, command: str, options: list[str]) -> str:
     text = " ".join(re.sub(r"[╭╮╰╯│─]|-{3,}", " ", page).split())
-    if missing := re.search(r"Unrecognized options: --([^\s,=]+)", text):
-        name = missing[1].replace("-", "_")
-        return (
-            unknown(name)
-            if command in TAKE_SETTINGS
-            else f"fedgen {command} has no option --{missing[1]}"
-        )
+    if unrecognized := re.search(r"Unrecognized options: ([^\s,=]+)", text):
+        return _unrecognized(unrecognized[1], command, options)
     refused = re.search(
         r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\S+ "
         r"input_value=(.*?), input_type",
@@ -71,6 +68,21 @@ def _one_line(page: str, command: str) -> str:
     text = re.sub(r"^(Required options|Missing argument|Invalid choice|Value error) ", "", text)
     text = text.split(" Argument helptext")[0].split(" For full helptext")[0]
     return f"{text} (`fedgen {command} --help` explains it)"
+
+
+def _unrecognized(word: str, command: str, options: list[str]) -> str:
+    if word.startswith("--") and command in TAKE_SETTINGS:
+        return unknown(word.removeprefix("--"), options)
+    if word.startswith("-"):
+        near = suggest(word, options) if word.startswith("--") else ""
+        hint = near or f"`fedgen {command} --help` lists them"
+        return f"fedgen {command} has no option {word}: {hint}"
+    hint = f"`fedgen {command} --help` explains it"
+    if word.lower() in {"true", "false"}:
+        hint = "a switch takes no value: say --NAME, or --no-NAME"
+    elif word.endswith(".toml") and command in TAKE_SETTINGS:
+        hint = f"a recipe comes first: fedgen {command} {word} --..."
+    return f"fedgen {command} cannot use {word!r} here: {hint}"
 
 
 def recipe(args: list[str]) -> tuple[str | None, Settings]:

@@ -7,21 +7,22 @@ import atexit
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
-from fedgen_edge import files
 from fedgen_edge.arguments import parse, recipe
 from fedgen_edge.cli_deploy import Client, Server, Status, client, deploy, server, status
+from fedgen_edge.cli_models import Export, Generate, export, generate
 from fedgen_edge.cli_plan import plan
-from fedgen_edge.config import Evaluation, Settings
+from fedgen_edge.config import Settings
 from fedgen_edge.errors import ConfigError, FedGenError
+from fedgen_edge.experiments.folders import began
+from fedgen_edge.imports import explain_missing, importing
 
 COMMANDS = {
     "run": "train a federation, personalise it, and report",
@@ -91,48 +92,6 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Have the backbone, the global model or one client's own go on with a text, or draw."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's folder."""
-    prompt: str | None = None
-    """Text to continue."""
-    kind: Annotated[str | None, tyro.conf.arg(name="class")] = None
-    """Class of pictures to draw; none is all."""
-    client: str | None = None
-    """Whose model; none is the global one."""
-    backbone: bool = False
-    """Use the backbone as it came."""
-    tokens: int = 60
-    """Tokens to add."""
-    n: int = 8
-    """Pictures of a class."""
-    steps: int = 25
-    """Denoising steps of a picture (diffusion)."""
-    sampler: Literal["ddim", "dpm-solver"] = "ddim"
-    """Takes those steps; dpm-solver does with fewer."""
-    out: Path | None = None
-    """Where the pictures go, as one PNG; none is RUN/generated.png."""
-    seed: int = 0
-    """Seeds the sampling."""
-
-
-@dataclass(frozen=True)
-class Export:
-    """Copy out a run's adapters as PEFT folders, or merge one into the backbone."""
-
-    run: tyro.conf.Positional[Path]
-    """The run's folder."""
-    out: Path | None = None
-    """Folder to make; none is RUN/export."""
-    client: str | None = None
-    """Whose adapter; none is the global one, and all clients' where they are not merged."""
-    merge: bool = False
-    """Write a whole Hugging Face model instead."""
-
-
-@dataclass(frozen=True)
 class Methods:
     """List the methods, and what each works with; why not, with a method's name."""
 
@@ -152,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (FedGenError, OSError) as error:
         print(f"fedgen: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        print(f"fedgen: {explain_missing(error)}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -225,25 +187,6 @@ def _usage() -> str:
     )
 
 
-@contextmanager
-def importing() -> Iterator[None]:
-    """Import heavy libraries without looking through what they leave for cycles, then or later.
-
-    Once they are there, nothing is done.
-    """
-    if "torch" in sys.modules:
-        yield
-        return
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was:
-            gc.enable()
-
-
 def run(args: list[str]) -> None:
     """`fedgen run [RECIPE] [--out FOLDER] [--part.setting value ...]`."""
     name, settings = recipe(args)
@@ -294,6 +237,7 @@ def resume(told: Resume) -> None:
     if (told.run / "federation.toml").exists():
         server(Server(told.run))
         return
+    began(told.run)
     with importing():
         from fedgen_edge.experiments.models import reopen
 
@@ -332,50 +276,6 @@ def report(told: Report) -> None:
             told.out or (told.runs[0] / "report.html" if alone else Path("comparison.html")),
         )
     )
-
-
-def generate(told: Generate) -> None:
-    """`fedgen generate RUN --client ID --prompt TEXT`, or `--class NAME --out FILE`."""
-    with importing():
-        from fedgen_edge.experiments.models import folder_of, serve
-    from fedgen_edge.tasks.pictures import png
-
-    for name in ("tokens", "n", "steps"):
-        if getattr(told, name) < 1:
-            raise ConfigError(f"--{name}={getattr(told, name)} must be at least 1")
-    task = serve(told.run)
-    if task.measure.material == "text" and told.prompt is None:
-        raise ConfigError("--prompt is missing: give the text to continue")
-    asked = tuple(text for text in (told.prompt, told.kind) if text is not None)
-    plan = Evaluation(
-        prompts=asked,
-        sample_tokens=told.tokens,
-        sample_pictures=told.n,
-        sample_steps=told.steps,
-        sampler=told.sampler,
-    )
-    adapter = (
-        task.model.backbone()
-        if told.backbone
-        else task.model.load(folder_of(told.run, told.client))
-    )
-    for sample in task.samples(adapter, plan, told.seed):
-        if sample.picture is None:
-            print(sample.text)
-            continue
-        out = told.out or told.run / "generated.png"
-        files.write(out, png(sample.picture))
-        print(out)
-
-
-def export(told: Export) -> None:
-    """`fedgen export RUN --out FOLDER`."""
-    with importing():
-        from fedgen_edge.experiments.models import export as copy_out
-
-    out = told.out or told.run / "export"
-    for path in copy_out(told.run, out, told.client, merge=told.merge):
-        print(path)
 
 
 def methods(told: Methods) -> None:

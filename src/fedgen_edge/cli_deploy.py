@@ -139,6 +139,9 @@ def revoke(told: Revoke) -> None:
 
 def server(told: Server) -> None:
     """`fedgen server FOLDER`."""
+    from fedgen_edge.deploy.settings import Federation, read
+
+    read(Federation, told.folder / "federation.toml")
     from fedgen_edge.deploy.server import begin, conduct, heading
     from fedgen_edge.experiments.progress import follow
     from fedgen_edge.experiments.report import headline, write

@@ -3,10 +3,10 @@
 The string under a field is its only documentation; the command's help prints it.
 """
 
-import difflib
+import json
 import math
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +17,29 @@ from pydantic.dataclasses import dataclass
 
 from fedgen_edge import files
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.spelling import nearest
+
+USUAL = {
+    "algorithm": "method.name",
+    "base_model": "backbone.path",
+    "batch_size": "training.batch",
+    "data": "data.path",
+    "dataset": "data.source",
+    "dtype": "backbone.precision",
+    "learning_rate": "training.lr",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_r": "adapter.rank",
+    "max_length": "data.length",
+    "method": "method.name",
+    "model": "backbone.path",
+    "num_clients": "federation.clients",
+    "num_rounds": "federation.rounds",
+    "num_train_epochs": "training.epochs",
+    "optimizer": "training.optimiser",
+    "output_dir": "--out",
+}
+"""What other libraries call some settings, and an option."""
 
 SHOWN = 200
 """Letters of a wrong value that a message has."""
@@ -587,13 +610,26 @@ def explain(where: tuple[str | int, ...], kind: str, message: str, value: object
     return f"{name}={repr(value)[:SHOWN]}: {said}"
 
 
-def unknown(name: str) -> str:
-    """One line for a key that is no setting, with the nearest one that is."""
-    known = [key for key, _ in flat(Settings())]
+def unknown(name: str, options: Sequence[str] = ()) -> str:
+    """One line for a key that is no setting, with what its user may have meant.
+
+    Args:
+        name: of no setting.
+        options: of the command, beside the settings.
+    """
+    near = _meant(name.replace("-", "_"), [key for key, _ in flat(Settings())], options)
+    hint = f"did you mean {near!r}?" if near else "`fedgen run --help` explains every one"
+    return f"unknown setting {name!r}: {hint}"
+
+
+def _meant(name: str, settings: Sequence[str], options: Sequence[str]) -> str | None:
+    parts = {part: part for part in (key.partition(".")[0] for key in settings)}
+    keys = parts | {key.rpartition(".")[2]: key for key in reversed(settings)}
+    if USUAL.get(name) in (*settings, *options):
+        return USUAL[name]
     # the part left out is the commonest mistake
-    known = [key for key in known if key.rpartition(".")[2] == name] or known
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-    return f"unknown setting {name!r}: did you mean {near!r}?"
+    leaf = name if name in keys else nearest(name, keys)
+    return keys[leaf] if leaf else nearest(name, [*settings, *options])
 
 
 def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -605,6 +641,11 @@ def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from flat(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value
+
+
+def plain(settings: Settings) -> dict[str, Any]:
+    """Every setting by its dotted name, as JSON has it."""
+    return json.loads(json.dumps(dict(flat(settings)), default=str))
 
 
 def to_table(settings: object) -> dict[str, Any]:

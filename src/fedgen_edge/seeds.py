@@ -25,10 +25,19 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 @contextmanager
-def seeded(*key: int | str) -> Iterator[None]:
-    """What draws from torch's global generator draws the same for this key, and leaves it be."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed(*key))
+def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
+    """What draws from torch's global generators draws the same for this key, and leaves them be.
+
+    Args:
+        key: of the seed.
+        device: an accelerator whose generator is seeded too; default: the processor's alone.
+    """
+    beside = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=beside):
+        torch.default_generator.manual_seed(seed(*key))
+        for accelerator in beside:
+            with torch.cuda.device(accelerator):
+                torch.cuda.manual_seed(seed(*key))
         yield
 
 

@@ -207,26 +207,6 @@ def test_blocks_beyond_a_window_of_attention_are_refused(
         make(str(tmp_path))
 
 
-def test_generating_repeats_with_its_seed_and_follows_the_adapter(task: Language) -> None:
-    one = task.generate({}, "One day", 12, seed=1)
-    assert one == task.generate({}, "One day", 12, seed=1)
-    assert one.startswith("One day")
-    assert one != task.generate(trained(task), "One day", 12, seed=1)
-
-
-def test_greedy_reading_with_memory_equals_reading_anew(task: Language) -> None:
-    # the reader keeps what it has read; its logits must be those of the whole text.
-    ids = torch.tensor([task.encode(["One day a dog"])[0][:-1]])
-    reader = language._Reader(task.module.model)
-    adapter = trained(task)
-    with torch.no_grad():
-        task.model.adapter.call(reader, adapter, ids[:, :-2], None)
-        task.model.adapter.call(reader, adapter, ids[:, -2:-1], None)
-        stepped = task.model.adapter.call(reader, adapter, ids[:, -1:], None)
-        fresh = task.model.adapter.call(language._Reader(task.module.model), adapter, ids, None)
-    torch.testing.assert_close(stepped, fresh, atol=1e-5, rtol=1e-5)
-
-
 @pytest.mark.parametrize("path", ["package:no_such_package", "no/such.gguf", "./nowhere"])
 def test_a_backbone_that_is_not_there_says_what_would_do(path: str) -> None:
     with pytest.raises(ConfigError, match=r"backbone.path=.*(GGUF|gguf)"):

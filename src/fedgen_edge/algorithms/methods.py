@@ -5,7 +5,6 @@ they are not FedAvg's), a known-answer test, and a row in docs/methods.md, which
 to this table.
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter
@@ -32,6 +31,7 @@ from fedgen_edge.algorithms.merge import Summed, by_agreement, by_steps
 from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
 from fedgen_edge.config import Adapter, Method, Settings
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.spelling import suggest
 
 
 class Entry(NamedTuple):
@@ -240,11 +240,8 @@ def method(
         ConfigError: no method has this name, or it cannot merge adapters of these ranks.
     """
     if settings.name not in METHODS:
-        near = difflib.get_close_matches(settings.name, METHODS, n=1, cutoff=0.0)[0]
-        raise ConfigError(
-            f"{setting}={settings.name!r} is not known: did you mean {near!r}? "
-            f"There are {', '.join(METHODS)}"
-        )
+        hint = suggest(settings.name, METHODS) or f"there are {', '.join(METHODS)}"
+        raise ConfigError(f"{setting}={settings.name!r} is not known: {hint}")
     entry = METHODS[settings.name]
     if adapter and {*adapter.ranks} - {adapter.rank} and not entry.unequal:
         able = ", ".join(name for name, other in METHODS.items() if other.unequal)

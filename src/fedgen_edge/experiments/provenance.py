@@ -11,10 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from fedgen_edge.config import Settings, flat
+from fedgen_edge.config import Settings, plain
+from fedgen_edge.data.corpus import Texts
 from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.machine import hardware
-from fedgen_edge.tasks.task import Learnt
+from fedgen_edge.tasks.task import Learnt, Worded
 from fedgen_edge.types import ServerState
 from fedgen_edge.uplink.transform import length
 
@@ -62,7 +63,14 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         **facts(experiment.task, experiment.settings, experiment.clients.device),
         "data_sha256": data_digest(experiment),
         "duplicates": experiment.corpus.duplicates,
+        "chat": _holds_chats(experiment),
     }
+
+
+def _holds_chats(experiment: Experiment) -> bool:
+    """Whether the texts are chats, in which case a prompt is a user's message."""
+    held, task = experiment.corpus.examples, experiment.task
+    return isinstance(held, Texts) and isinstance(task, Worded) and task.holds_chats(held.texts)
 
 
 def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, Any]:
@@ -90,11 +98,6 @@ def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, A
         "settings": plain(settings),
         "finished": False,
     }
-
-
-def plain(settings: Settings) -> dict[str, Any]:
-    """Every setting by its dotted name, as JSON has it."""
-    return json.loads(json.dumps(dict(flat(settings)), default=str))
 
 
 def library_versions(task: str) -> dict[str, str]:

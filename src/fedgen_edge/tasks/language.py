@@ -17,12 +17,13 @@ from fedgen_edge.data.batches import pack, parts
 from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.measure import Measure
-from fedgen_edge.seeds import generator
+from fedgen_edge.seeds import seeded
 from fedgen_edge.tasks import backbones, whole_models
 from fedgen_edge.tasks.adapted import Adapted, adapt
 from fedgen_edge.tasks.backbone_checks import check_causal, check_packing
 from fedgen_edge.tasks.backbones import Loaded
 from fedgen_edge.tasks.compiling import compiled
+from fedgen_edge.tasks.generation import Decoding, Generation, encode_chat, holds_chats
 from fedgen_edge.tasks.loss import TokenLoss
 from fedgen_edge.tasks.lower import NONE, ROOM, STATES, Lower, lower
 from fedgen_edge.tasks.multimodal import check_text_layers, keep_to_text
@@ -152,44 +153,43 @@ class Language:
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """How each prompt goes on."""
+        decoding = Decoding(settings.sample_tokens)
         for prompt in _prompts(settings):
-            said = self.generate(adapter, prompt, settings.sample_tokens, key)
-            yield Sample(prompt, said)
+            yield Sample(prompt, self.generate(adapter, prompt, decoding, key))
 
-    @torch.no_grad()
-    def generate(self, adapter: Leaves, prompt: str, tokens: int, seed: int) -> str:
-        """The prompt, continued by sampling (temperature 0.7, top-p 0.9) from a seed."""
-        told = self.encode([prompt])[0][:-1]
-        if len(told) + tokens > _context(self.loaded.model.config):
+    def generate(
+        self, adapter: Leaves, prompt: str, decoding: Decoding, seed: int, *, chat: bool = False
+    ) -> str:
+        """A prompt and how it goes on, or the answer to it; the same seed gives the same text.
+
+        Args:
+            adapter: what the model computes with.
+            prompt: plain text, or a user's message.
+            decoding: how tokens are chosen.
+            seed: of the sampling.
+            chat: answer the prompt by the chat template, where else it is continued.
+
+        Raises:
+            ConfigError: the context has no room, or there is no chat template.
+        """
+        model, tokenizer = self.module.model, self.loaded.tokenizer
+        encoded = encode_chat(tokenizer, prompt) if chat else self.encode([prompt])[0][:-1]
+        tokens, most = decoding.max_new_tokens, _context(model.config)
+        if len(encoded) + tokens > most:
             raise ConfigError(
-                f"{tokens} tokens after a prompt of {len(told)} are above "
-                f"{_context(self.loaded.model.config)}, the context of this backbone: ask for fewer"
+                f"{tokens} tokens after a prompt of {len(encoded)} are above {most}, the context "
+                "of this backbone: ask for fewer"
             )
-        adapter = {k: v.to(self.module.model.device) for k, v in adapter.items()}
-        reader, said, new = _Reader(self.module.model), [], told
-        for at in range(tokens):
-            ids = torch.tensor([new], device=self.module.model.device)
-            logits = self.model.adapter.call(reader, adapter, ids, None).float().cpu()
-            token = _sample(logits, generator(seed, "sample", at))
-            if token == self.loaded.tokenizer.eos_token_id:
-                break
-            said.append(token)
-            new = [token]
-        return self.loaded.tokenizer.decode([*told[1:], *said])
+        weights = {k: v.to(model.device) for k, v in adapter.items()}
+        ids = torch.tensor([encoded], device=model.device)
+        generation = Generation(model, tokenizer, decoding)
+        with seeded("sample", seed, device=model.device):
+            new = self.model.adapter.call(generation, weights, ids, None)[0].tolist()
+        return tokenizer.decode(new if chat else encoded[1:] + new, skip_special_tokens=True)
 
-
-class _Reader(torch.nn.Module):
-    """Logits of the token after the last; what was read before is remembered."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-        self.read: Any = None
-
-    def forward(self, ids: Tensor) -> Tensor:
-        out = self.model(ids, cache=self.read, use_cache=True)
-        self.read = out.cache
-        return out.logits[0, -1]
+    def holds_chats(self, texts: Sequence[str]) -> bool:
+        """Whether most texts are written by the backbone's chat template."""
+        return holds_chats(self.loaded.tokenizer, texts)
 
 
 def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -205,13 +205,6 @@ def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
 
 def _blocks(batch: Batch) -> Batch:
     return {k: batch[k] for k in ("tokens", "labels", "mask", "segment", "position")}
-
-
-def _sample(logits: Tensor, rng: Generator, temperature: float = 0.7, top: float = 0.9) -> int:
-    """One token of the smallest set whose probability reaches `top`."""
-    share, order = (logits / temperature).softmax(-1).sort(descending=True)
-    share[share.cumsum(-1) - share >= top] = 0
-    return int(order[torch.multinomial(share, 1, generator=rng)])
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
@@ -319,8 +312,9 @@ def _window(config: Any) -> int | None:
 
 def _check_samples(settings: Settings, loaded: Loaded) -> None:
     most, e = _context(loaded.model.config), settings.evaluation
-    longest = max((len(loaded.tokenizer(prompt)["input_ids"]) for prompt in _prompts(e)), default=0)
-    if e.sample_tokens and longest + 2 + e.sample_tokens > most:
+    prompts = [_ids(loaded.tokenizer, [prompt])[0] for prompt in _prompts(e)]
+    longest = 1 + max(map(len, prompts), default=0)
+    if longest + e.sample_tokens > most:
         raise ConfigError(
             f"evaluation.sample_tokens={e.sample_tokens} after a prompt of {longest} tokens is "
             f"above {most}, the context of this backbone: take fewer"

@@ -15,6 +15,7 @@ from fedgen_edge.errors import ConfigError, MissingExtraError
 from fedgen_edge.measure import Measure
 from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.generation import Decoding
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 
@@ -102,6 +103,21 @@ class Learnt(Task, Protocol):
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
         """What the model makes of each prompt, or of its own choice where there are none."""
+        ...
+
+
+@runtime_checkable
+class Worded(Learnt, Protocol):
+    """What generating text needs of a task."""
+
+    def generate(
+        self, adapter: Leaves, prompt: str, decoding: Decoding, seed: int, *, chat: bool = False
+    ) -> str:
+        """A prompt and how it goes on, or the answer to it."""
+        ...
+
+    def holds_chats(self, texts: Sequence[str]) -> bool:
+        """Whether most texts are written by the backbone's chat template."""
         ...
 
 

@@ -1,0 +1,6 @@
+"""`python -m fedgen_edge` is `fedgen`."""
+
+from fedgen_edge.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""A run's folder, and the folders of its models; nothing heavy is imported to look at them."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgen_edge.config import Settings, load, plain
+from fedgen_edge.errors import CheckpointError
+from fedgen_edge.experiments import records
+from fedgen_edge.spelling import suggest
+
+LISTED = 12
+"""Names of clients in a message."""
+FREE = (
+    "engine.", "evaluation.keep", "evaluation.target", "evaluation.tensorboard",
+    "data.path", "backbone.path", "backbone.autoencoder", "judging.weights",
+    "training.lr", "training.clip", "method.server_lr", "personal.lr", "personal.fallback",
+)  # fmt: skip
+"""Settings that may change before a run is resumed: where it runs, what its files are called (what
+these hold is compared by hash), and what a message about infinite numbers says to change.
+"""
+
+
+def began(run: Path) -> tuple[Settings, Any]:
+    """A run's settings, and what it rests on."""
+    if not (run / "settings.toml").exists():
+        raise CheckpointError(f"{run} holds no run: it has no settings.toml")
+    if not (run / "run.json").exists():
+        raise CheckpointError(f"{run} was stopped before its first round: delete it and run again")
+    settings, facts = load(run / "settings.toml"), records.read_json(run / "run.json")
+    _check_settings(run, settings, facts.get("settings", {}))
+    return settings, facts
+
+
+def _check_settings(run: Path, settings: Settings, before: Mapping[str, Any]) -> None:
+    """Refuse settings that are other than the run's own: its adapters and records rest on those.
+
+    Args:
+        run: the run's folder.
+        settings: as settings.toml says now.
+        before: by dotted name, as the run began with; one that a later version added is not there.
+
+    Raises:
+        CheckpointError: names the first that differs.
+    """
+    for name, now in plain(settings).items():
+        fixed = name in before and not name.startswith(FREE)
+        if fixed and before[name] != now:
+            raise CheckpointError(
+                f"{run / 'settings.toml'}: {name} was {before[name]!r} when the run began, and is "
+                f"{now!r} now: set it back, or begin another run"
+            )
+
+
+def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Path]:
+    """The folders of models by their names: clients' own, and clusters'; the global one by None.
+
+    Args:
+        run: the run's folder.
+        wanted: whose; none is all clients', with the global one or the clusters' where there are.
+
+    Raises:
+        CheckpointError: there is no such client, or its model is not there (yet).
+    """
+    (settings, facts), root = began(run), run / "adapters"
+    names = records.folder_names([row["client"] for row in records.read_json(run / "clients.json")])
+    own: dict[str | None, Path] = {k: root / "clients" / v for k, v in names.items()}
+    known = {None: root / "global", **{p.name: p for p in sorted(root.glob("cluster-*"))}, **own}
+    alike = facts.get("finished") and not (root / "clients").exists()
+    there = [who for who, folder in known.items() if folder.exists() or (who and not alike)]
+    asked = wanted or there
+    found = {who: known.get(who) for who in asked}
+    for who, folder in found.items():
+        if folder is None:
+            raise CheckpointError(f"client {who!r} is not in {run}: {_near(who, known)}")
+        if not folder.exists() and who is None and facts.get("finished"):
+            name = settings.method.name
+            raise CheckpointError(f"{run}: {name} has no global model: name a client by --client")
+        if not folder.exists() and alike:
+            why = "they are at the sites" if settings.personal.epochs else "personal.epochs is 0"
+            raise CheckpointError(f"{run} has no models of clients' own, as {why}: name no client")
+        if not folder.exists():
+            raise CheckpointError(
+                f"{run} has no {folder.name} model yet: go on with `fedgen resume {run}`"
+            )
+    return {who: folder for who, folder in found.items() if folder}
+
+
+def folder_of(run: Path, client: str | None) -> Path:
+    """The folder of one client's own model, or of the global one."""
+    return folders(run, [client])[client]
+
+
+def _near(name: str | None, known: Iterable[str | None]) -> str:
+    """Models with names like this one, or the first of all."""
+    names = [other for other in known if other]
+    if hint := suggest(name or "", names):
+        return hint
+    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return f"it has {', '.join(names[:LISTED])}{more}"
