@@ -216,7 +216,7 @@ def _config(folder: Path) -> dict[str, Any]:
         value: Any = config.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or not value < LARGEST:
             raise AdapterError(
-                f"{path} cannot be read ({name}={reprlib.repr(value)} is no number that it may be): "
+                f"{path} cannot be read ({name}={reprlib.repr(value)} is no number it may be): "
                 "write it with PEFT again"
             )
         if value <= 0:
