@@ -178,6 +178,9 @@ def test_an_adapter_of_another_backbone_is_refused_by_its_provenance(tmp_path: P
     formats.check_origin(tmp_path / "anna", "a" * 64)
     with pytest.raises(AdapterError, match=r"another backbone, of SHA-256 aaaaaaaaaaaaaaaa\.\.\. "):
         formats.check_origin(tmp_path / "anna", "b" * 64)
+    origin.write_text(json.dumps({"backbone_sha256": ["a" * 64]}))
+    with pytest.raises(AdapterError, match="another backbone"):
+        formats.check_origin(tmp_path / "anna", "a" * 64)
     # PEFT's own folders have none
     origin.unlink()
     formats.check_origin(tmp_path / "anna", "b" * 64)

@@ -5,6 +5,7 @@ Only safetensors: a folder that holds a pickle alone is refused, and nothing in 
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -180,7 +181,7 @@ def check_origin(folder: Path, backbone: str) -> None:
     path = folder / PROVENANCE
     origin = _read_json(path) if path.is_file() else {}
     trained_on = origin.get("backbone_sha256")
-    if trained_on not in {None, backbone}:
+    if trained_on is not None and trained_on != backbone:
         raise AdapterError(
             f"{folder} was trained on another backbone, of SHA-256 {str(trained_on)[:16]}... and "
             f"not {backbone[:16]}...: set backbone.path to that one, or take another adapter"
@@ -215,7 +216,7 @@ def _config(folder: Path) -> dict[str, Any]:
         value: Any = config.get(name)
         if not isinstance(value, kind) or isinstance(value, bool) or not value < LARGEST:
             raise AdapterError(
-                f"{path} cannot be read ({name}={_short(value)} is no number that it may be): "
+                f"{path} cannot be read ({name}={reprlib.repr(value)} is no number it may be): "
                 "write it with PEFT again"
             )
         if value <= 0:
@@ -234,14 +235,9 @@ def _is_plain(name: str, value: Any) -> bool:
 
 def _not_plain(folder: Path, name: str, value: Any) -> str:
     return (
-        f"{folder} is not plain LoRA ({name}={_short(value)}), which alone is computed here: "
+        f"{folder} is not plain LoRA ({name}={reprlib.repr(value)}), which alone is computed here: "
         "convert it by PEFT, or train another"
     )
-
-
-def _short(value: Any) -> str:
-    text = " ".join(repr(value)[:60].split())
-    return text if len(text) < 60 else f"{text[:57]}..."
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
