@@ -47,7 +47,17 @@ def convert(file: Path, setting: str, folder: Path) -> None:
     Raises:
         ConfigError: it is damaged or no language model, or holds what cannot be carried over.
     """
-    with TemporaryDirectory() as place:
+    model, tokenizer, scaling = _read_checked(file, setting)
+    values = {k: v for k, v in model.config.to_dict().items() if k not in DROPPED} | scaling
+    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _read_checked(file: Path, setting: str) -> tuple[Any, Any, dict[str, Any]]:
+    """A file's model, its tokenizer, and the scaling of positions that its configuration lacks."""
+    with TemporaryDirectory() as place:  # transformers reads what lies beside a file
         link = Path(place) / "model.gguf"
         link.symlink_to(file.resolve())
         try:
@@ -61,12 +71,7 @@ def convert(file: Path, setting: str, folder: Path) -> None:
             ) from None
         check_weights(loading, type(model).__name__, setting)
         _check_all_is_used(reader, model, setting)
-        scaling = _rope_scaling(reader, model.config, setting)
-    values = {k: v for k, v in model.config.to_dict().items() if k not in DROPPED} | scaling
-    plain = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values), dtype=torch.float32)
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+        return model, tokenizer, _rope_scaling(reader, model.config, setting)
 
 
 DROPPED = {"quantization_config", "_name_or_path"}
@@ -135,25 +140,25 @@ def _rope_scaling(reader: GGUFReader, config: Any, setting: str) -> dict[str, An
     keys = {k.removeprefix(prefix): v for k, v in header.items() if k.startswith(f"{prefix}scal")}
     kind = keys.get("scaling.type", "linear")  # llama.cpp's default
     factor = keys.get("scaling.factor") or keys.get("scale_linear") or 1.0
-    frequencies = {t.name: t.data for t in reader.tensors if t.name in FREQUENCIES}
+    frequencies = {t.name: torch.tensor(t.data) for t in reader.tensors if t.name in FREQUENCIES}
     linear = kind == "linear" and not keys.keys() - CARRIED
     scales = kind != "none" and not (linear and factor == 1)
     if not scales and not frequencies:
         return {}
-    rope = getattr(config, "rope_parameters", None) or {}
-    carried = None
-    if rope.get("rope_type") == "default":
-        if linear and not frequencies:
-            carried = {**rope, "rope_type": "linear", "factor": float(factor)}
-        elif not scales and [*frequencies] == ["rope_freqs.weight"]:
-            carried = _as_llama3(config, torch.tensor(frequencies["rope_freqs.weight"]))
-    if carried:
-        return {"rope_parameters": carried}
-    ways = ", ".join([*(f"rope.{k}={v}" for k, v in keys.items()), *frequencies])
-    raise ConfigError(
-        f"{setting} scales rotary positions in a way that cannot be carried over ({ways}): give "
-        "the model's Hugging Face folder"
-    )
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type")
+    if rope == "default" and linear and not frequencies:
+        scaling = {**config.rope_parameters, "rope_type": "linear", "factor": float(factor)}
+    elif rope == "default" and not scales and [*frequencies] == ["rope_freqs.weight"]:
+        scaling = _as_llama3(config, frequencies["rope_freqs.weight"])
+    else:
+        scaling = None
+    if not scaling:
+        ways = ", ".join([*(f"rope.{k}={v}" for k, v in keys.items()), *frequencies])
+        raise ConfigError(
+            f"{setting} scales rotary positions in a way that cannot be carried over ({ways}): "
+            "give the model's Hugging Face folder"
+        )
+    return {"rope_parameters": scaling}
 
 
 def _as_llama3(config: Any, divisors: Tensor) -> dict[str, Any] | None:
@@ -165,5 +170,6 @@ def _as_llama3(config: Any, divisors: Tensor) -> dict[str, Any] | None:
     scaled = AutoConfig.for_model(**{**config.to_dict(), "rope_parameters": rope})
     frequencies, _ = ROPE_INIT_FUNCTIONS["llama3"](scaled, torch.device("cpu"))
     plain = rope["rope_theta"] ** -(torch.arange(len(divisors)) / len(divisors))
-    same = len(frequencies) == len(divisors) and torch.allclose(plain / divisors, frequencies)
-    return rope if same else None
+    if frequencies.shape != divisors.shape:
+        return None
+    return rope if torch.allclose(plain / divisors, frequencies, atol=0) else None

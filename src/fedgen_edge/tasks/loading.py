@@ -107,12 +107,8 @@ def check_code(values: Mapping[str, Any], config: Any, setting: str) -> None:
             )
 
 
-def read_config(folder: Path, setting: str) -> Any:
-    """The configuration of a folder's causal language model.
-
-    Raises:
-        ConfigError: there is none that can be used; or its model is quantized, or needs code.
-    """
+def _read_folders_config(folder: Path, setting: str) -> Mapping[str, Any]:
+    """The values of a folder's config.json, which are those of a plain model."""
     if (folder / "adapter_config.json").is_file():  # transformers would load it into the model
         raise ConfigError(
             f"{setting} holds an adapter (adapter_config.json): give the folder of the model "
@@ -122,6 +118,16 @@ def read_config(folder: Path, setting: str) -> Any:
         raise ConfigError(f"{setting} has no config.json: give a model's whole folder, or another")
     values = read_config_file(folder / "config.json", setting)
     check_quantization(values, setting)
+    return values
+
+
+def read_config(folder: Path, setting: str) -> Any:
+    """The configuration of a folder's causal language model.
+
+    Raises:
+        ConfigError: there is none that can be used; or its model is quantized, or needs code.
+    """
+    values = _read_folders_config(folder, setting)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except FAILURES as error:
