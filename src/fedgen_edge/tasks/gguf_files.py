@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.tasks import whole_models
 from fedgen_edge.tasks.loading import check_weights, describe, first_names
 
-VERSION = 2
+VERSION = 3
 """Of what a file is converted to; folders of another version in the cache are not used."""
 CARRIED = {"scale_linear"} | {
     f"scaling.{key}" for key in ("type", "factor", "finetuned", "original_context_length")
@@ -53,6 +54,7 @@ def convert(file: Path, setting: str, folder: Path) -> None:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    whole_models.complete(folder)
 
 
 def _read_checked(file: Path, setting: str) -> tuple[Any, Any, dict[str, Any]]:
