@@ -61,5 +61,5 @@ def test_pages_of_one_run_and_of_several_say_what_the_column_is(tmp_path: Path) 
     assert f"The row or column global {note}" in page
     assert GLOBAL not in page.lower()
     page = write([run, other], tmp_path / "two.html").read_text()
-    assert f"The row or column global of ifca {note}" in page
+    assert f"The row or column global of run {note}" in page
     assert note not in write([other], tmp_path / "plain.html").read_text()
