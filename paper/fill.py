@@ -217,7 +217,7 @@ def backbones() -> str:
     versions = ", ".join(f"{name} {number}" for name, number in judged["versions"].items())
     rows = [f"| `{kind}` | {text} |" for kind, text in results.items()]
     head = f"{count} of {len(results)} work ({versions})."
-    return "\n".join([head, "", "| `model_type` | |", "|---|---|", *rows])
+    return "\n".join([head, "", "| `model_type` | result |", "|---|---|", *rows])
 
 
 def _result(verdicts: dict[str, str]) -> str:
