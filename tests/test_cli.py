@@ -199,6 +199,14 @@ def test_adapters_are_exported_into_the_run_where_no_folder_is_named(
     assert said == "run/export/clients/anna\n"
 
 
+def test_the_status_of_a_simulation_says_how_far_it_is(
+    done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_, last = says(["status", str(done[0])], capsys).splitlines()
+    assert first.startswith(f"simulation in {done[0]}: round 2 of 2, finished: `fedgen report")
+    assert last == "2 clients have a personal adapter"
+
+
 def test_every_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = says(["methods"], capsys).splitlines()[: len(METHODS)]
     assert [line.split()[0] for line in listed] == list(METHODS)

@@ -185,8 +185,8 @@ def pretrain(args: list[str]) -> None:
         )
     out = told.out or Path(told.settings.backbone.path)
     with importing():
-        from fedgen_edge.experiments.pretrain import STAGE, begin, train
-    from fedgen_edge.experiments.progress import follow, heading
+        from fedgen_edge.experiments.pretrain import STAGE, begin, heading, train
+    from fedgen_edge.experiments.progress import follow
     from fedgen_edge.machine import steady_allocations
 
     experiment = begin(told.settings, out)
@@ -279,16 +279,17 @@ def methods(told: Methods) -> None:
         method(Method(name=told.name), "NAME")
         print(f"{told.name}: {METHODS[told.name].about}")
         for feature, why in matrix.row(told.name).items():
-            print(f"  {'no ' if why else 'yes'} {feature}: {why or matrix.legend()[feature]}")
+            mark = matrix.mark(feature, why)
+            print(f"  {mark:<3} {feature}: {why or matrix.legend()[feature]}")
         return
     for name, entry in METHODS.items():
         print(f"{name:<12} {entry.about}")
     columns = matrix.legend()
-    print(f"\n{'works with':<12} {'  '.join(columns)}")
+    print(f"\n{'works with':<12} {'  '.join(f'{k:^3}' for k in columns)}")
     for name, found in matrix.rows().items():
-        marks = "  ".join(f"{'-' if found[k] else 'x':^{len(k)}}" for k in columns)
-        print(f"{name:<12} {marks}")
+        marks = "  ".join(f"{matrix.mark(k, found[k]):^{max(3, len(k))}}" for k in columns)
+        print(f"{name:<12} {marks}".rstrip())
     print()
     for feature, about in columns.items():
         print(f"{feature:<12} {about}")
-    print("\n`fedgen methods NAME` says why one does not work with something, and what would.")
+    print("\nyes: works; no: `fedgen methods NAME` says why, and what would; -: not built yet")
