@@ -613,6 +613,24 @@ def test_the_package_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> Non
     assert module.stdout == says(["--help"], capsys)
 
 
+def test_bash_completes_commands_and_options() -> None:
+    told = [sys.executable, "-m", "fedgen_edge", "--tyro-print-completion", "bash"]
+    script = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert (script.returncode, script.stderr) == (0, "")
+    ask = (
+        script.stdout + "\nCOMP_WORDS=(fedgen generate --temp); COMP_CWORD=2\n"
+        "eval \"$(complete -p fedgen | sed -E 's/.*-F ([^ ]+).*/\\1/')\"\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    asked = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert "--temperature" in asked.stdout
+
+
+def test_a_shell_without_completion_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    refuses(["--tyro-print-completion", "csh"], ["'csh'", "bash, zsh, fish"], capsys)
+    refuses(["run", "--tyro-print-completion"], ["bash, zsh, fish"], capsys)
+
+
 # Python says of a module that is None in sys.modules what it says of one that is not installed.
 @pytest.mark.parametrize("library", ["torch", "transformers"])
 @pytest.mark.parametrize("line", ["methods", "run --out never --backbone.path tiny"])

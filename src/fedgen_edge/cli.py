@@ -17,7 +17,8 @@ import tyro
 from fedgen_edge.arguments import parse, recipe
 from fedgen_edge.cli_deploy import Client, Server, Status, client, deploy, server, status
 from fedgen_edge.cli_models import Export, Generate, export, generate
-from fedgen_edge.cli_plan import plan
+from fedgen_edge.cli_plan import Plan, plan
+from fedgen_edge.completion import FLAG, print_completion
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments.folders import began
@@ -128,6 +129,9 @@ def _dispatch(args: list[str]) -> None:
     if name in {"-h", "--help", "--version"}:
         print(_version() if name == "--version" else _usage())
         return
+    if FLAG in args:
+        print_completion(_completed(), "".join(args[args.index(FLAG) + 1 :][:1]))
+        return
     table: dict[str, Callable[[list[str]], None]] = {
         "run": run,
         "pretrain": pretrain,
@@ -145,6 +149,24 @@ def _dispatch(args: list[str]) -> None:
     if name not in table:
         raise ConfigError(f"unknown command {name!r}: there are {', '.join(table)}")
     table[name](args[1:])
+
+
+def _completed() -> dict[str, object]:
+    """What a shell completes: the commands, those with settings by their defaults."""
+    settings = Settings()
+    return {
+        "run": Run(settings),
+        "pretrain": Pretrain(settings),
+        "resume": Resume,
+        "report": Report,
+        "plan": Plan(settings),
+        "generate": Generate,
+        "export": Export,
+        "methods": Methods,
+        "server": Server,
+        "client": Client,
+        "status": Status,
+    }
 
 
 def _version() -> str:
