@@ -257,12 +257,12 @@ def settings() -> str:
 
 def matrix() -> str:
     """Which method works with what."""
-    from fedgen_edge.matrix import legend, rows
+    from fedgen_edge.matrix import legend, mark, rows
 
     columns = legend()
     out = [f"| method | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
     for name, found in rows().items():
-        out.append(f"| {name} | {' | '.join('' if found[k] else 'x' for k in columns)} |")
+        out.append(f"| {name} | {' | '.join(mark(k, found[k]) for k in columns)} |")
     return "\n".join([*out, "", *(f"- **{name}**: {about}" for name, about in columns.items())])
 
 

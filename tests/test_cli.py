@@ -199,6 +199,14 @@ def test_adapters_are_exported_into_the_run_where_no_folder_is_named(
     assert said == "run/export/clients/anna\n"
 
 
+def test_the_status_of_a_simulation_says_how_far_it_is(
+    done: tuple[Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, *_, last = says(["status", str(done[0])], capsys).splitlines()
+    assert first.startswith(f"simulation in {done[0]}: round 2 of 2, finished: `fedgen report")
+    assert last == "2 clients have a personal adapter"
+
+
 def test_every_method_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     listed = says(["methods"], capsys).splitlines()[: len(METHODS)]
     assert [line.split()[0] for line in listed] == list(METHODS)
@@ -631,6 +639,24 @@ def test_the_package_runs_as_a_module(capsys: pytest.CaptureFixture[str]) -> Non
     module = subprocess.run(told, capture_output=True, text=True, check=False)
     assert (module.returncode, module.stderr) == (0, "")
     assert module.stdout == says(["--help"], capsys)
+
+
+def test_bash_completes_commands_and_options() -> None:
+    told = [sys.executable, "-m", "fedgen_edge", "--tyro-print-completion", "bash"]
+    script = subprocess.run(told, capture_output=True, text=True, check=False)
+    assert (script.returncode, script.stderr) == (0, "")
+    ask = (
+        script.stdout + "\nCOMP_WORDS=(fedgen generate --temp); COMP_CWORD=2\n"
+        "eval \"$(complete -p fedgen | sed -E 's/.*-F ([^ ]+).*/\\1/')\"\n"
+        'echo "${COMPREPLY[@]}"\n'
+    )
+    asked = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    assert "--temperature" in asked.stdout
+
+
+def test_a_shell_without_completion_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    refuses(["--tyro-print-completion", "csh"], ["'csh'", "bash, zsh, fish"], capsys)
+    refuses(["run", "--tyro-print-completion"], ["bash, zsh, fish"], capsys)
 
 
 # Python says of a module that is None in sys.modules what it says of one that is not installed.

@@ -63,14 +63,17 @@ def test_the_command_prints_a_mark_for_each_pair(capsys: pytest.CaptureFixture[s
     printed = {
         line.split()[0]: line.split()[1:] for line in said[head + 1 : head + 1 + len(METHODS)]
     }
-    expected = {n: ["-" if why else "x" for why in found.values()] for n, found in rows().items()}
+    built = {n: ["no" if row[k] else "yes" for k in FEATURES] for n, row in rows().items()}
+    expected = {n: [*marks, *("-" for _ in TO_COME)] for n, marks in built.items()}
     assert printed == expected
     assert [*legend()] == [*FEATURES, *TO_COME] == [*row("ditto")]
 
 
 def test_of_one_method_the_command_says_why_not(capsys: pytest.CaptureFixture[str]) -> None:
     main(["methods", "scaffold"])
-    assert f"no  bits: {objection('scaffold', 'bits')}" in capsys.readouterr().out
+    page = capsys.readouterr().out
+    assert f"no  bits: {objection('scaffold', 'bits')}" in page
+    assert all(f"  -   {feature}: " in page for feature in TO_COME)
     with pytest.raises(SystemExit) as ended:
         main(["methods", "scafold"])
     assert ended.value.code == 2

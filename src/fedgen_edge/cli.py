@@ -18,7 +18,8 @@ import tyro
 from fedgen_edge.arguments import parse, recipe
 from fedgen_edge.cli_deploy import Client, Server, Status, client, deploy, server, status
 from fedgen_edge.cli_models import Export, Generate, export, generate
-from fedgen_edge.cli_plan import plan
+from fedgen_edge.cli_plan import Plan, plan
+from fedgen_edge.completion import FLAG, print_completion
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import ConfigError, FedGenError
 from fedgen_edge.experiments.folders import began
@@ -153,6 +154,9 @@ def _dispatch(args: list[str]) -> None:
     if name in {"-h", "--help", "--version"}:
         print(_version() if name == "--version" else _usage())
         return
+    if FLAG in args:
+        print_completion(_completed(), "".join(args[args.index(FLAG) + 1 :][:1]))
+        return
     table: dict[str, Callable[[list[str]], None]] = {
         "run": run,
         "pretrain": pretrain,
@@ -170,6 +174,24 @@ def _dispatch(args: list[str]) -> None:
     if name not in table:
         raise ConfigError(f"unknown command {name!r}: there are {', '.join(table)}")
     table[name](args[1:])
+
+
+def _completed() -> dict[str, object]:
+    """What a shell completes: the commands, those with settings by their defaults."""
+    settings = Settings()
+    return {
+        "run": Run(settings),
+        "pretrain": Pretrain(settings),
+        "resume": Resume,
+        "report": Report,
+        "plan": Plan(settings),
+        "generate": Generate,
+        "export": Export,
+        "methods": Methods,
+        "server": Server,
+        "client": Client,
+        "status": Status,
+    }
 
 
 def _version() -> str:
@@ -210,8 +232,8 @@ def pretrain(args: list[str]) -> None:
         )
     out = told.out or Path(told.settings.backbone.path)
     with importing():
-        from fedgen_edge.experiments.pretrain import STAGE, begin, train
-    from fedgen_edge.experiments.progress import follow, heading
+        from fedgen_edge.experiments.pretrain import STAGE, begin, heading, train
+    from fedgen_edge.experiments.progress import follow
     from fedgen_edge.machine import steady_allocations
 
     experiment = begin(told.settings, out)
@@ -288,16 +310,17 @@ def methods(told: Methods) -> None:
         method(Method(name=told.name), "NAME")
         print(f"{told.name}: {METHODS[told.name].about}")
         for feature, why in matrix.row(told.name).items():
-            print(f"  {'no ' if why else 'yes'} {feature}: {why or matrix.legend()[feature]}")
+            mark = matrix.mark(feature, why)
+            print(f"  {mark:<3} {feature}: {why or matrix.legend()[feature]}")
         return
     for name, entry in METHODS.items():
         print(f"{name:<12} {entry.about}")
     columns = matrix.legend()
-    print(f"\n{'works with':<12} {'  '.join(columns)}")
+    print(f"\n{'works with':<12} {'  '.join(f'{k:^3}' for k in columns)}")
     for name, found in matrix.rows().items():
-        marks = "  ".join(f"{'-' if found[k] else 'x':^{len(k)}}" for k in columns)
-        print(f"{name:<12} {marks}")
+        marks = "  ".join(f"{matrix.mark(k, found[k]):^{max(3, len(k))}}" for k in columns)
+        print(f"{name:<12} {marks}".rstrip())
     print()
     for feature, about in columns.items():
         print(f"{feature:<12} {about}")
-    print("\n`fedgen methods NAME` says why one does not work with something, and what would.")
+    print("\nyes: works; no: `fedgen methods NAME` says why, and what would; -: not built yet")

@@ -81,7 +81,7 @@ class Status:
     """Say how far a federation is, and how its sites fare; it may be running."""
 
     folder: tyro.conf.Positional[Path]
-    """The server's."""
+    """The server's, or a simulation's run."""
 
 
 def deploy(args: list[str]) -> None:
@@ -179,8 +179,13 @@ def status(told: Status) -> None:
     from rich.console import Console
 
     from fedgen_edge.deploy.status import lines, table
+    from fedgen_edge.experiments.folders import describe_progress
 
     console = Console()
+    if (told.folder / "settings.toml").exists():
+        for line in describe_progress(told.folder):
+            console.print(line, markup=False, soft_wrap=True)
+        return
     for line in lines(told.folder):
         console.print(line, markup=False, soft_wrap=True)
     console.print(table(told.folder))

@@ -628,8 +628,8 @@ def _meant(name: str, settings: Sequence[str], options: Sequence[str]) -> str | 
     if USUAL.get(name) in (*settings, *options):
         return USUAL[name]
     # the part left out is the commonest mistake
-    leaf = name if name in keys else nearest(name, keys)
-    return keys[leaf] if leaf else nearest(name, [*settings, *options])
+    leaf = name if name in keys or "." in name else nearest(name, keys)
+    return keys.get(leaf or "") or nearest(name, [*settings, *options])
 
 
 def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -114,6 +114,13 @@ TO_COME = {
 """Columns that no setting asks for yet."""
 
 
+def mark(feature: str, objection: str | None) -> str:
+    """A table's entry for a method and a feature."""
+    if feature in TO_COME:
+        return "-"
+    return "no" if objection else "yes"
+
+
 def legend() -> dict[str, str]:
     """What each column means."""
     return {**{name: feature.about for name, feature in FEATURES.items()}, **TO_COME}

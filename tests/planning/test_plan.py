@@ -72,7 +72,7 @@ def test_steps_are_counted_from_examples(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("flags", "first", "helps"),
     [
-        ("--memory 0.0001", "the device's memory", "does not fit either"),
+        ("--memory 0.0001", "the device's memory", "a smaller training.batch"),
         ("--memory 99", "nothing breaks", "of 99 GB"),
         ("--server-memory 0.00001", "the server's memory", "federation.cohort"),
         ("--server-link 1 --devices.up 1e4", "the server's link", "uplink.values"),
@@ -88,14 +88,14 @@ def test_what_breaks_first_is_said_with_what_would_help(
     assert helps in found["says"]
 
 
-def test_checkpointing_is_what_helps_where_it_is_enough(
-    capsys: pytest.CaptureFixture[str],
+@pytest.mark.parametrize(("precision", "advised"), [("bf16", False), ("float32", True)])
+def test_no_more_is_advised_than_a_run_can_do(
+    precision: str, advised: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = plan(TINY, capsys)["memory"]["bf16"]
-    between = (own["total"] + own["checkpointed"]) / 2e9
-    said = plan(f"{TINY} --memory {between}", capsys)["says"]
-    assert "checkpointing (bf16) takes" in said
-    assert "not fit" not in said
+    said = plan(f"{TINY} --backbone.precision {precision} --memory 0.0001", capsys)["says"]
+    assert ("backbone.precision='bf16'" in said) == advised
+    for missing in ("int8", "int4", "checkpointing"):
+        assert missing not in said
 
 
 MISTAKES = {

@@ -1,6 +1,6 @@
 """A run's folder, and the folders of its models; nothing heavy is imported to look at them."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,3 +98,18 @@ def _near(name: str | None, known: Iterable[str | None]) -> str:
         return hint
     more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return f"it has {', '.join(names[:LISTED])}{more}"
+
+
+def describe_progress(run: Path) -> Iterator[str]:
+    """A few lines on how far a simulation is; it may be running."""
+    settings, facts = began(run)
+    done = records.lines(run / "rounds.jsonl")
+    state = "running" if records.held(run) else f"stopped: `fedgen resume {run}` goes on"
+    if facts.get("finished"):
+        state = f"finished: `fedgen report {run}` writes its page"
+    yield f"simulation in {run}: round {len(done)} of {settings.federation.rounds}, {state}"
+    for line in done[-1:]:
+        loss = "nobody finished" if line["loss"] is None else f"loss {line['loss']:.3f}"
+        yield f"last round: {line['seconds']:.0f} s, {loss}"
+    tuned = len(records.lines(run / "personal.jsonl"))
+    yield f"{tuned} clients have a personal adapter"

@@ -5,6 +5,7 @@ full-model FedAvg with one client, so checkpoints and exact resume are those of 
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -105,6 +106,17 @@ def planned(settings: Settings) -> Settings:
         ),
         evaluation=replace(settings.evaluation, baselines=()),
         judging=Judging(),
+    )
+
+
+def heading(experiment: Experiment) -> str:
+    """One line on what is about to be trained."""
+    s = experiment.settings
+    examples = sum(len(own.train) for own in experiment.holdings)
+    parameters = sum(map(math.prod, experiment.task.model.shapes().values()))
+    return (
+        f"pretraining: {examples:,} public examples, {s.federation.rounds} x {s.training.steps} "
+        f"steps; {parameters:,} trained parameters; {s.engine.device}, {s.backbone.precision}"
     )
 
 

@@ -83,16 +83,12 @@ def bounds(
 
 
 def _device(limit: float, memory: Mapping[str, Any]) -> Bound:
-    own, *others = ((name, of) for name, of in memory.items() if name != "stack")
-    ways = [(f"checkpointing ({own[0]})", own[1].checkpointed)]
-    for name, of in others:
-        ways += [(f"an {name} backbone", of.total), (f"{name} and checkpointing", of.checkpointed)]
-    fits = next(((way, need) for way, need in ways if need <= limit), None)
-    way, need = fits or min(ways, key=lambda one: one[1])
-    helps = f"{way} takes {need / GB:.3g} GB"
-    if not fits:
-        helps += ", which does not fit either: a smaller backbone, or a shorter data.length"
-    return Bound("the device's memory", float(own[1].total), limit, "bytes", helps)
+    """Of a client; only what a run can do is advised."""
+    precision, needed = next(iter(memory.items()))
+    helps = "a smaller training.batch, a shorter data.length, or a smaller backbone"
+    if precision == "float32":
+        helps = f"backbone.precision='bf16', {helps}"
+    return Bound("the device's memory", float(needed.total), limit, "bytes", helps)
 
 
 def sentence(found: Sequence[Bound]) -> str:

@@ -51,6 +51,7 @@ def _memory(of: Plan) -> Iterator[Row]:
         again = f"{amount(memory.checkpointed)} with checkpointing"
         whole = f"{amount(memory.total)} in all, {again}"
         yield f"  {name}", f"backbone {amount(memory.backbone)}; {whole}"
+    yield "", "int8, int4 and checkpointing are not built yet: what they would take"
 
 
 def _time(of: Plan) -> Iterator[Row]:
