@@ -20,9 +20,11 @@ from typing import Any, NamedTuple, cast
 from fedgen_edge import config
 from fedgen_edge.data import images
 from fedgen_edge.data.corpus import Corpus, Texts, shared_out
+from fedgen_edge.data.folders import iterate_files, list_entries, list_splits
 from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
 
 LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
+TEXT = {".txt"}
 SHORTEST_DOCSTRING = 5  # words
 PATHLESS = {"docstrings", "digits"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
@@ -199,14 +201,28 @@ def _blocks(text: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def folder(settings: config.Data) -> Iterator[Row]:
-    """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder."""
+    """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder.
+
+    Folders of splits may lie above the clients'.
+    """
     root = _existing(settings)
-    for path in sorted(root.rglob("*.txt")):
-        client = path.stem if path.parent == root else path.relative_to(root).parts[0]
-        if path.parent == root and (root / client).is_dir():
-            raise _fault(settings, f" has both {path.name!r} and a folder {client!r}: rename one")
-        for paragraph in re.split(r"\n\s*\n", "\n".join(lines(settings, path))):
-            yield Row(paragraph.strip("\n"), group=client)
+    if not root.is_dir():
+        raise _fault(settings, " is no folder: give one of *.txt files")
+    for top, split in list_splits(settings, root, TEXT):
+        for client, path in _files_of_clients(settings, top):
+            for paragraph in re.split(r"\n\s*\n", "\n".join(lines(settings, path))):
+                yield Row(paragraph.strip("\n"), group=client, split=split)
+
+
+def _files_of_clients(settings: config.Data, top: Path) -> Iterator[tuple[str, Path]]:
+    for entry in list_entries(top):
+        if entry.is_dir():
+            yield from ((entry.name, path) for path in iterate_files(entry, TEXT))
+        elif entry.suffix.lower() in TEXT:
+            if (top / entry.stem).is_dir():
+                both = f"both {entry.name!r} and a folder {entry.stem!r}"
+                raise _fault(settings, f" has {both}: rename one")
+            yield entry.stem, entry
 
 
 def jsonl(settings: config.Data) -> Iterator[Row]:
