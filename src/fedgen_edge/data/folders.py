@@ -45,9 +45,13 @@ def list_entries(folder: Path) -> list[Path]:
         DataError: the folder cannot be read.
     """
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith((".", "__")))
+        return sorted(path for path in folder.iterdir() if not _is_of_a_tool(path))
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable") from None
+
+
+def _is_of_a_tool(path: Path) -> bool:
+    return path.name.startswith(".") or (path.name.startswith("__") and path.is_dir())
 
 
 def list_splits(

@@ -89,7 +89,7 @@ def _about(settings: Settings, address: str) -> dict[str, Any]:
     """What the pages of the server and of a site both speak of."""
     extras = ["flower"]
     extras += ["images"] if settings.task != "language" else []
-    extras += ["hub"] if settings.data.source == "hub" else []
+    extras += ["hub"] if settings.data.source in {"hub", "parquet"} else []
     return {
         "address": address,
         "version": __version__,
