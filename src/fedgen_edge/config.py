@@ -123,13 +123,27 @@ class Data:
     """Which text or pictures, and how they are cut."""
 
     source: Literal[
-        "docstrings", "ptb", "brown", "folder", "jsonl", "hub", "digits", "cifar10", "images"
+        "docstrings",
+        "ptb",
+        "brown",
+        "folder",
+        "jsonl",
+        "json",
+        "csv",
+        "parquet",
+        "hub",
+        "digits",
+        "cifar10",
+        "images",
     ] = "docstrings"
     """Text: docstrings of Python's standard library, a package a client; ptb, brown: the corpora;
-    folder: of text files; jsonl: one object a line; hub: a Hugging Face data set. Pictures: digits
-    (scikit-learn's), cifar10, images: a folder of a folder for each class."""
+    folder: of text files; jsonl: one object a line; json: one array of objects; csv; parquet
+    (extra: hub); hub: a Hugging Face data set (extra: hub). Pictures: digits (scikit-learn's),
+    cifar10, images: a folder of a folder for each class."""
     path: str | None = None
     """Folder or file of the source, or a hub data set's name; docstrings need none."""
+    config: str | None = None
+    """Configuration of a hub data set that has several, its `name` in `load_dataset`."""
     packages: Words = (
         "asyncio",
         "email",
@@ -142,11 +156,11 @@ class Data:
     )
     """Packages whose docstrings are read."""
     text_field: str = "text"
-    """Field that holds the text (jsonl, hub)."""
+    """Field that holds the text (jsonl, json, csv, parquet, hub)."""
     client_field: str | None = None
-    """Field that names the natural client (jsonl, hub)."""
+    """Field that names the natural client (jsonl, json, csv, parquet, hub)."""
     label_field: str | None = None
-    """Field that labels the text (jsonl, hub)."""
+    """Field that labels the text (jsonl, json, csv, parquet, hub)."""
     lines: Count = 16
     """Consecutive lines of PTB, or sentences of Brown, that make one example."""
     limit: Count | None = None
@@ -180,6 +194,11 @@ class Data:
     several seeds of a natural client are tested on the same text."""
 
     def __post_init__(self) -> None:
+        if self.config is not None and self.source != "hub":
+            raise ConfigError(
+                f"data.config={self.config!r} is for data.source='hub', and data.source is "
+                f"{self.source!r}: leave it out"
+            )
         if self.validation + self.test >= 1:
             raise ConfigError(
                 f"data.validation={self.validation} and data.test={self.test} leave nothing "

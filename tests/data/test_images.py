@@ -231,6 +231,56 @@ def test_a_folder_without_classes_or_pictures_says_so(tmp_path: Path) -> None:
         read(settings("images", tmp_path))
 
 
+@pytest.mark.parametrize("name", [".ipynb_checkpoints", ".git", "__MACOSX", "a_empty"])
+def test_a_folder_that_is_hidden_or_empty_is_no_class_and_shifts_no_number(
+    zoo: Path, name: str
+) -> None:
+    before = read(settings("images", zoo))
+    (zoo / name).mkdir()
+    if name != "a_empty":  # all of these sort before "cat"
+        paint(zoo / name / "copy.png", 77)
+        paint(zoo / "cat" / name / "copy.png", 78)
+        paint(zoo / "cat" / "._0.png", 79)
+    after = read(settings("images", zoo))
+    assert isinstance(after.examples, Images)
+    assert after.examples.classes == ("cat", "dog")
+    assert after.labels == before.labels
+    assert torch.equal(pixels_of(after), pixels_of(before))
+
+
+@pytest.mark.parametrize("validation", ["val", "valid", "validation", "dev", "Val"])
+def test_folders_beside_train_are_the_splits_of_their_names(
+    tmp_path: Path, validation: str
+) -> None:
+    for value, split in enumerate(("train", validation, "test")):
+        for at, name in enumerate(("cat", "dog")):
+            paint(tmp_path / split / name / "a.png", 10 * value + at)
+    corpus = read(settings("images", tmp_path))
+    assert corpus.splits == ["test"] * 2 + ["validation"] * 2 + ["train"] * 2
+    assert pixels_of(corpus)[:, 0, 0, 0].tolist() == [20, 21, 10, 11, 0, 1]
+    assert corpus.labels == ["cat", "dog"] * 3
+
+
+def test_a_folder_beside_train_that_is_no_split_is_named(tmp_path: Path) -> None:
+    paint(tmp_path / "train" / "cat" / "a.png", 1)
+    paint(tmp_path / "extra" / "cat" / "b.png", 2)
+    with pytest.raises(DataError, match=r"has 'extra' beside the split 'train': rename one"):
+        read(settings("images", tmp_path))
+
+
+def test_a_class_may_bear_the_name_of_a_split(zoo: Path) -> None:
+    paint(zoo / "test" / "a.png", 30)
+    corpus = read(settings("images", zoo))
+    assert isinstance(corpus.examples, Images)
+    assert (corpus.examples.classes, corpus.splits) == (("cat", "dog", "test"), None)
+
+
+def test_endings_of_pictures_count_in_any_case(tmp_path: Path) -> None:
+    for value, name in enumerate(("A.PNG", "B.JPEG", "c.Jpg")):
+        paint(tmp_path / "cat" / name, 80 * value)
+    assert len(read(settings("images", tmp_path)).examples) == 3
+
+
 # ---- who may see what
 
 

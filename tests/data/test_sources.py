@@ -169,6 +169,38 @@ def test_folder_gives_a_client_for_each_file_and_each_sub_folder(tmp_path: Path)
     assert corpus.groups == ["ann", "ann", "bob", "bob"]
 
 
+def test_folder_reads_endings_in_any_case_and_leaves_hidden_and_empty_folders(
+    tmp_path: Path,
+) -> None:
+    for name in ("bob/C.TXT", ".ipynb_checkpoints/x.txt", "__MACOSX/y.txt", "bob/.git/z.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "._ann.txt").write_bytes(b"\0")
+    (tmp_path / "ANN.TXT").write_text("ann")
+    corpus = read(settings("folder", tmp_path))
+    assert (corpus.examples.texts, corpus.groups) == (["ann", "bob/C.TXT"], ["ANN", "bob"])
+
+
+def test_folders_of_splits_lie_above_the_folders_of_clients(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "ann.txt").write_text(f"{split} of ann")
+    corpus = read(settings("folder", tmp_path))
+    assert corpus.groups == ["ann"] * 3
+    assert corpus.splits == ["test", "validation", "train"]
+    assert corpus.examples.texts == ["test of ann", "val of ann", "train of ann"]
+    (tmp_path / "README.txt").write_text("about")
+    assert "has 'README.txt' beside the split" in refusal(settings("folder", tmp_path))
+
+
+def test_clients_may_bear_the_names_of_splits_beside_others(tmp_path: Path) -> None:
+    for name in ("dev", "sales"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    corpus = read(settings("folder", tmp_path))
+    assert (corpus.groups, corpus.splits) == (["dev", "sales"], None)
+
+
 def test_jsonl_gives_text_client_and_label_and_skips_blank_texts(tmp_path: Path) -> None:
     rows = [{"t": "a b", "user": 7, "kind": "x"}, {"t": " ", "user": 7, "kind": "x"}]
     path = write(tmp_path / "d.jsonl", *rows, {"t": "c", "user": "eve", "kind": "y"})
@@ -272,7 +304,8 @@ def test_file_that_is_not_text_is_refused(tmp_path: Path, content: bytes, expect
         ("3", ", line 2 is not a JSON object: write {...}"),
         ('{"t": "a", "u": 1}', ", line 2 has no data.text_field='text': its fields are t, u"),
         ('{"text": 3}', ", line 2: data.text_field='text' holds int, not text: make it a string"),
-        ('{"text": null}', "holds NoneType, not text"),
+        ('{"text": {"a": 1}}', "holds dict, not text"),
+        ('{"text": "a", "who": null}', "data.client_field='who' holds NoneType, not text"),
         (r'{"text": "a\u0000"}', "holds a NUL or half a character: remove it"),
         (r'{"text": "a\ud800"}', "holds a NUL or half a character: remove it"),
         ('{"text": "a"}', ", line 2 has no data.client_field='who': its fields are text"),

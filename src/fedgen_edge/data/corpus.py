@@ -59,6 +59,8 @@ class Corpus:
     """`train`, `validation` or `test`, where the source fixes them."""
     duplicates: int
     """Identical examples left out."""
+    blanks: int = 0
+    """Examples without text, left out."""
 
     @cached_property
     def fixed(self) -> frozenset[str]:

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from fedgen_edge import config
 from fedgen_edge.data.corpus import Corpus, Images, shared_out
+from fedgen_edge.data.folders import SPLITS, iterate_files, list_folders, list_splits
 from fedgen_edge.errors import ConfigError, DataError
 
 CIFAR10 = (
@@ -79,8 +80,7 @@ def read(settings: config.Data) -> Corpus:
         for name in getattr(settings, key):
             if name not in names:
                 raise ConfigError(f"data.{key} names {name!r}: there are {', '.join(names)}")
-    # the test first: of equal pictures the first is kept, so what a test judges stays whole
-    parts = sorted(found.parts, key=lambda part: part.split != "test")
+    parts = sorted(found.parts, key=lambda part: [*SPLITS, None].index(part.split))
     pixels = torch.cat([part.pixels for part in parts])
     labels = [found.classes[n] for part in parts for n in part.numbers.tolist()]
     splits = [part.split for part in parts for _ in range(len(part.pixels))]
@@ -216,20 +216,22 @@ def _part(
 def folder(settings: config.Data) -> Found:
     """Pictures in a folder for each class, cut to squares of `data.size` if it is given.
 
-    Folders `train` and `test` above the classes' are splits.
+    Folders of splits may lie above the classes'. A folder without pictures is no class.
     """
     root = _existing(settings)
-    tops = [root / name for name in ("train", "test") if (root / name).is_dir()]
-    classes = sorted(
-        {path.name for top in tops or [root] for path in top.iterdir() if path.is_dir()}
-    )
+    tops = list_splits(settings, root, ENDINGS)
+    classes = sorted({path.name for top, _ in tops for path in list_folders(top, ENDINGS)})
     if not classes:
-        raise _fault(settings, " has no folders: put each class's pictures into one of its name")
-    parts = [
-        _folder_part(settings, top, classes, top.name if tops else None) for top in tops or [root]
-    ]
+        lacks = "pictures in folders" if any(map(Path.is_dir, root.iterdir())) else "folders"
+        endings = ", ".join(sorted(ENDINGS))
+        raise _fault(
+            settings,
+            f" has no {lacks}: put each class's pictures ({endings}) into a folder of its name",
+        )
+    parts = [_folder_part(settings, top, classes, split) for top, split in tops]
     if len({part.pixels.shape[1:] for part in parts}) > 1:
-        raise _fault(settings, ": train and test are of unlike kinds or sizes: give data.size")
+        names = " and ".join(top.name for top, _ in tops)
+        raise _fault(settings, f": {names} are of unlike kinds or sizes: give data.size")
     return Found(parts, tuple(classes))
 
 
@@ -237,11 +239,11 @@ def _folder_part(settings: config.Data, top: Path, classes: list[str], split: st
     found = [
         (path, number)
         for number, name in enumerate(classes)
-        for path in sorted((top / name).rglob("*"))
-        if path.suffix.lower() in ENDINGS
+        if (top / name).is_dir()
+        for path in iterate_files(top / name, ENDINGS)
     ]
     if not found:
-        raise _fault(settings, f": {top} has no pictures ({', '.join(sorted(ENDINGS))}): add some")
+        raise _fault(settings, f": {top} has no folder of a class with pictures: add some")
     pictures = [_picture(settings, path) for path, _ in found]
     first = pictures[0].shape
     for (path, _), picture in zip(found, pictures, strict=True):

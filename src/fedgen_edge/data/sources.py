@@ -5,43 +5,26 @@ A source is a function from settings to rows, in an order that is always the sam
 
 import ast
 import difflib
-import json
-import os
 import re
-import sys
 import sysconfig
 import zipfile
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
 
 from fedgen_edge import config
-from fedgen_edge.data import images
+from fedgen_edge.data import images, tables
 from fedgen_edge.data.corpus import Corpus, Texts, shared_out
-from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
+from fedgen_edge.data.folders import iterate_files, list_entries, list_splits
+from fedgen_edge.data.text_files import UNREADABLE, Row, existing, fault, lines
+from fedgen_edge.errors import ConfigError
 
-LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
+TEXT = {".txt"}
 SHORTEST_DOCSTRING = 5  # words
 PATHLESS = {"docstrings", "digits"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
-CLIENT_NAME = re.compile(r"(?![. ]+$)[^/\\\0-\x1f]{1,64}")
-UNREADABLE = (OSError, zipfile.BadZipFile, zlib.error)
 
 # Tests come first: of equal texts the first is kept, so what a test scores stays whole.
 PTB_SPLITS = {"test": "test", "valid": "validation", "train": "train"}
-HUB_SPLITS = {"test": "test", "validation": "validation", "valid": "validation", "train": "train"}
-
-
-class Row(NamedTuple):
-    """One example as its source gives it."""
-
-    text: str
-    group: str | None = None
-    label: str | None = None
-    split: str | None = None
-    marks: int = 1  # ends that a word-level model has to predict
 
 
 def read(settings: config.Data) -> Corpus:
@@ -53,7 +36,7 @@ def read(settings: config.Data) -> Corpus:
     Raises:
         DataError: the data are missing, empty or not text; names the file and the line.
         ConfigError: no such package, or no path.
-        MissingExtraError: a hub data set, without the library `datasets`.
+        MissingExtraError: a hub data set or Parquet, without the extra that reads it.
     """
     if settings.path is None and settings.source not in PATHLESS:
         raise ConfigError(
@@ -62,20 +45,23 @@ def read(settings: config.Data) -> Corpus:
         )
     if settings.source in images.SOURCES:
         return images.read(settings)
+    tables.check_ending(settings)
     first: dict[str, Row] = {}
     met: set[str | None] = set()
-    filled = 0
+    filled, blanks = 0, 0
     for row in SOURCES[settings.source](settings):
         met.add(row.group)
         if row.text.strip():
             first.setdefault(row.text, row)
             filled += 1
+        else:
+            blanks += 1
     kept = list(first.values())
     if not kept:
-        raise _fault(settings, f" holds no text for data.source={settings.source!r}: add some")
+        raise fault(settings, f" holds no text for data.source={settings.source!r}: add some")
     if emptied := met - {row.group for row in kept}:
         said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
-        raise _fault(settings, f": {said} that others lack: give them some, or leave them out")
+        raise fault(settings, f": {said} that others lack: give them some, or leave them out")
     own = _of_part(settings, kept)
     limit = min(settings.limit or len(own), len(own))
     few = [own[i * len(own) // limit] for i in range(limit)]
@@ -87,7 +73,7 @@ def read(settings: config.Data) -> Corpus:
             f"data.{cause} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
             f"without text: {'raise' if cut else 'lower'} it"
         )
-    return _corpus(few, filled - len(kept))
+    return _corpus(few, filled - len(kept), blanks)
 
 
 def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
@@ -106,7 +92,7 @@ def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
     return [rows[at] for at in chosen]
 
 
-def _corpus(rows: list[Row], duplicates: int) -> Corpus:
+def _corpus(rows: list[Row], duplicates: int, blanks: int) -> Corpus:
     words = [len(row.text.split()) + row.marks for row in rows]
     return Corpus(
         Texts([row.text for row in rows], words),
@@ -114,6 +100,7 @@ def _corpus(rows: list[Row], duplicates: int) -> Corpus:
         labels=_known([row.label for row in rows]),
         splits=_known([row.split for row in rows]),
         duplicates=duplicates,
+        blanks=blanks,
     )
 
 
@@ -153,7 +140,7 @@ def _docstrings_in(path: Path) -> Iterator[str]:
 
 def ptb(settings: config.Data) -> Iterator[Row]:
     """The Penn Treebank in Mikolov's three files, which are its splits."""
-    root = _existing(settings)
+    root = existing(settings)
     for name, split in PTB_SPLITS.items():
         path = root / f"ptb.{name}.txt"
         path = path if path.is_file() else root / f"{name}.txt"
@@ -169,19 +156,19 @@ def brown(settings: config.Data) -> Iterator[Row]:
             case [document, genre]:
                 sentences = map(readable, lines(settings, root / document))
             case _:
-                raise _fault(settings, f": cats.txt, line {number} is not like 'ca01 news'")
+                raise fault(settings, f": cats.txt, line {number} is not like 'ca01 news'")
         for block in _blocks(sentences, settings.lines):
             yield Row(" ".join(block), group=genre, label=genre)
 
 
 def _brown_root(settings: config.Data) -> Path | zipfile.Path:
-    path = _existing(settings)
+    path = existing(settings)
     if (path / "cats.txt").is_file():
         return path
     try:
         top = zipfile.Path(path / "brown.zip" if path.is_dir() else path)
     except UNREADABLE:
-        raise _fault(settings, " is not the Brown corpus: give NLTK's brown.zip") from None
+        raise fault(settings, " is not the Brown corpus: give NLTK's brown.zip") from None
     return top if (top / "cats.txt").is_file() else top / "brown"
 
 
@@ -199,126 +186,29 @@ def _blocks(text: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def folder(settings: config.Data) -> Iterator[Row]:
-    """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder."""
-    root = _existing(settings)
-    for path in sorted(root.rglob("*.txt")):
-        client = path.stem if path.parent == root else path.relative_to(root).parts[0]
-        if path.parent == root and (root / client).is_dir():
-            raise _fault(settings, f" has both {path.name!r} and a folder {client!r}: rename one")
-        for paragraph in re.split(r"\n\s*\n", "\n".join(lines(settings, path))):
-            yield Row(paragraph.strip("\n"), group=client)
+    """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder.
 
-
-def jsonl(settings: config.Data) -> Iterator[Row]:
-    """One JSON object a line."""
-    for number, line in enumerate(lines(settings, _existing(settings)), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            reason = str(error).partition(": line")[0]
-            raise _fault(settings, f", line {number} is not JSON ({reason}): mend it") from None
-        if not isinstance(record, dict):
-            raise _fault(settings, f", line {number} is not a JSON object: write {{...}}")
-        yield _row(settings, record, f", line {number}")
-
-
-def hub(settings: config.Data) -> Iterator[Row]:
-    """A Hugging Face data set, by name or folder; its own splits are kept."""
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError:
-        raise MissingExtraError("data.source='hub'", "hub") from None
-    try:
-        splits = cast(Mapping[str, Any], datasets.load_dataset(str(settings.path)))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise _fault(settings, f" is no data set by name or folder: {reason}") from None
-    if not HUB_SPLITS.keys() & splits.keys():
-        there = ", ".join(map(str, splits))
-        raise _fault(settings, f" has no split train, validation or test, only {there}: rename one")
-    for name in (name for name in HUB_SPLITS if name in splits):
-        for number, record in enumerate(splits[name], start=1):
-            row = _row(settings, record, f", split {name!r}, row {number}")
-            yield row._replace(split=HUB_SPLITS[name])
-
-
-def _row(settings: config.Data, record: Mapping[str, Any], place: str) -> Row:
-    text = _field(settings, record, "text_field", place)
-    client = _field(settings, record, "client_field", place)
-    if client is not None and not CLIENT_NAME.fullmatch(client):
-        said = f"data.client_field={settings.client_field!r} is {client[:64]!r}"
-        rule = "use at most 64 characters, without slashes, as it will name a folder"
-        raise _fault(settings, f"{place}: {said}: {rule}")
-    return Row(text or "", client, _field(settings, record, "label_field", place))
-
-
-def _field(
-    settings: config.Data, record: Mapping[str, Any], setting: str, place: str
-) -> str | None:
-    """The text of a field, if the settings name one; a client or a label may be a number."""
-    name = getattr(settings, setting)
-    if name is None:
-        return None
-    if name not in record:
-        there = ", ".join(map(str, record))
-        raise _fault(settings, f"{place} has no data.{setting}={name!r}: its fields are {there}")
-    value = record[name]
-    if isinstance(value, int) and setting != "text_field":
-        return sys.intern(str(value))
-    said = f"{place}: data.{setting}={name!r}"
-    if not isinstance(value, str):
-        raise _fault(settings, f"{said} holds {type(value).__name__}, not text: make it a string")
-    if re.search("[\0\ud800-\udfff]", value):
-        raise _fault(settings, f"{said} holds a NUL or half a character: remove it")
-    return value if setting == "text_field" else sys.intern(str(value))
-
-
-def _fault(settings: config.Data, what: str) -> DataError:
-    where = "packages" if settings.source == "docstrings" else "path"
-    return DataError(f"data.{where}={getattr(settings, where)!r}{what}")
-
-
-def _existing(settings: config.Data) -> Path:
-    path = Path(str(settings.path))
-    if not os.path.exists(path):  # Path.exists raises, as for a name too long
-        raise _fault(settings, f" does not exist: give what data.source={settings.source!r} reads")
-    return path
-
-
-def lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends, blank ones too; one line is held at a time.
-
-    Raises:
-        DataError: the file cannot be read, is blank, or a line of it is not text.
+    Folders of splits may lie above the clients'.
     """
-    blank = True
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(iter(partial(file.readline, LINE_LIMIT + 1), b""), 1):
-                if fault := _flaw(raw):
-                    raise _fault(settings, f": {path}, line {number} {fault}")
-                blank = blank and not raw.strip()
-                yield raw.decode("utf-8-sig").rstrip("\r\n")
-    except UNREADABLE as error:
-        raise _fault(settings, f": {path} cannot be read ({error}): give another") from None
-    if blank:
-        raise _fault(settings, f": {path} is empty: write text to it, or take it away")
+    root = existing(settings)
+    if not root.is_dir():
+        raise fault(settings, " is no folder: give one of *.txt files")
+    for top, split in list_splits(settings, root, TEXT):
+        for client, path in _files_of_clients(settings, top):
+            for paragraph in re.split(r"\n\s*\n", "\n".join(lines(settings, path))):
+                if paragraph.strip():
+                    yield Row(paragraph.strip("\n"), group=client, split=split)
 
 
-def _flaw(line: bytes) -> str | None:
-    """Why these bytes are not a line of text."""
-    if len(line) > LINE_LIMIT:
-        return f"is longer than {LINE_LIMIT} bytes: break it into shorter lines"
-    if b"\0" in line:
-        return "has NUL bytes: save it as UTF-8 text"
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return "is not UTF-8: save it as UTF-8 text"
-    return None
+def _files_of_clients(settings: config.Data, top: Path) -> Iterator[tuple[str, Path]]:
+    for entry in list_entries(top):
+        if entry.is_dir():
+            yield from ((entry.name, path) for path in iterate_files(entry, TEXT))
+        elif entry.suffix.lower() in TEXT:
+            if (top / entry.stem).is_dir():
+                both = f"both {entry.name!r} and a folder {entry.stem!r}"
+                raise fault(settings, f" has {both}: rename one")
+            yield entry.stem, entry
 
 
 SOURCES: dict[str, Callable[[config.Data], Iterator[Row]]] = {
@@ -326,6 +216,9 @@ SOURCES: dict[str, Callable[[config.Data], Iterator[Row]]] = {
     "ptb": ptb,
     "brown": brown,
     "folder": folder,
-    "jsonl": jsonl,
-    "hub": hub,
+    "jsonl": tables.read_jsonl,
+    "json": tables.read_json,
+    "csv": tables.read_csv,
+    "parquet": tables.read_parquet,
+    "hub": tables.read_hub,
 }

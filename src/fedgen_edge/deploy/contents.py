@@ -96,7 +96,7 @@ def extras(settings: Settings) -> list[str]:
     needed = {
         "flower": True,
         "images": settings.task != "language",
-        "hub": settings.data.source == "hub",
+        "hub": settings.data.source in {"hub", "parquet"},
         "compress": settings.uplink.zstd > 0 or settings.downlink.zstd > 0,
     }
     return [extra for extra, wanted in needed.items() if wanted]

@@ -1,0 +1,80 @@
+"""Which files and folders of a user's folder count, and which folders are splits.
+
+Hidden files and folders, and folders that begin with two underscores, are those of tools
+(`.ipynb_checkpoints`, `.git`, `__MACOSX`): nothing in them is data.
+"""
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from fedgen_edge import config
+from fedgen_edge.errors import DataError
+
+SPLITS = {
+    "test": ("test", "testing", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev"),
+    "train": ("train", "training"),
+}
+"""Names of each split, as Hugging Face `datasets` knows them. The test comes first: of equal
+examples the first is kept, so what a test scores stays whole."""
+SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
+
+
+def iterate_files(folder: Path, endings: Collection[str]) -> Iterator[Path]:
+    """Visible files below a folder that end so, in any case; sorted within each folder.
+
+    Links to folders are not followed: they can go in circles.
+    """
+    for path in list_entries(folder):
+        if path.is_dir() and not path.is_symlink():
+            yield from iterate_files(path, endings)
+        elif path.suffix.lower() in endings and path.is_file():
+            yield path
+
+
+def list_folders(root: Path, endings: Collection[str]) -> list[Path]:
+    """Visible folders in a folder that hold a file that ends so, sorted."""
+    folders = [path for path in list_entries(root) if path.is_dir()]
+    return [path for path in folders if any(iterate_files(path, endings))]
+
+
+def list_entries(folder: Path) -> list[Path]:
+    """What lies in a folder and is the user's, and not a tool's, sorted.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        return sorted(path for path in folder.iterdir() if not _is_of_a_tool(path))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable") from None
+
+
+def _is_of_a_tool(path: Path) -> bool:
+    return path.name.startswith(".") or (path.name.startswith("__") and path.is_dir())
+
+
+def list_splits(
+    settings: config.Data, root: Path, endings: Collection[str]
+) -> list[tuple[Path, str | None]]:
+    """Folders of splits with the split of each, tests first; or the root, if it has none.
+
+    Raises:
+        DataError: something else lies beside the folder of a split.
+    """
+    folders = list_folders(root, endings)
+    files = [path for path in list_entries(root) if path.suffix.lower() in endings]
+    splits = [(path, SPLIT_OF[path.name.lower()]) for path in folders if _is_split(path)]
+    others = [path.name for path in [*folders, *files] if not _is_split(path)]
+    if others and "train" in (split for _, split in splits):
+        raise DataError(
+            f"data.path={settings.path!r} has {others[0]!r} beside the split "
+            f"{splits[-1][0].name!r}: rename one of them, or move it away"
+        )
+    if others or not splits:
+        return [(root, None)]
+    return [(path, name) for name in SPLITS for path, split in splits if split == name]
+
+
+def _is_split(folder: Path) -> bool:
+    return folder.name.lower() in SPLIT_OF

@@ -1,0 +1,254 @@
+"""Text from records with named fields: JSON, CSV, Parquet, and Hugging Face data sets.
+
+JSON and CSV are read by Python's own modules, since a value must stay what the file says: type
+inference makes a date of a client's name, 7 of 007, and nothing of NA.
+"""
+
+import csv
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from fedgen_edge import config
+from fedgen_edge.data.folders import SPLIT_OF, SPLITS
+from fedgen_edge.data.text_files import (
+    LINE_LIMIT,
+    UNREADABLE,
+    Row,
+    existing,
+    fault,
+    lines,
+    open_bytes,
+)
+from fedgen_edge.errors import DataError, MissingExtraError
+
+CLIENT_NAME = re.compile(r"(?![. ]+$)[^/\\\0-\x1f]{1,64}")
+FIELDS = ("text_field", "client_field", "label_field")
+ENDINGS = {
+    **{".csv": "csv", ".parquet": "parquet"},
+    **{".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"},
+}
+"""Which source reads a file that ends so, `.gz` after it or not."""
+SAVED = ("dataset_dict.json", "state.json")
+"""One of these is in a folder that `save_to_disk` wrote."""
+
+
+def check_ending(settings: config.Data) -> None:
+    """Refuse one file that another source reads.
+
+    Raises:
+        DataError: there is such a file; names the source that reads it.
+    """
+    path = Path(str(settings.path))
+    source = ENDINGS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
+    if source is None or not os.path.isfile(path):
+        return
+    if source == "json" and settings.source != "json" and not _is_array(path):
+        source = "jsonl"
+    if source != settings.source:
+        raise fault(
+            settings,
+            f" is one file that data.source={settings.source!r} does not read: "
+            f"set data.source={source!r}",
+        )
+
+
+def _is_array(path: Path) -> bool:
+    try:
+        with open_bytes(path) as file:
+            return file.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")
+    except UNREADABLE:
+        return False
+
+
+def read_jsonl(settings: config.Data) -> Iterator[Row]:
+    """One JSON object a line."""
+    for number, line in enumerate(lines(settings, existing(settings)), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            reason = str(error).partition(": line")[0]
+            raise fault(settings, f", line {number} is not JSON ({reason}): mend it") from None
+        if not isinstance(record, dict):
+            raise fault(settings, f", line {number} is not a JSON object: write {{...}}")
+        yield make_row(settings, record, f", line {number}")
+
+
+def read_json(settings: config.Data) -> Iterator[Row]:
+    """One JSON array of objects."""
+    path = _one_file(settings)
+    try:
+        with open_bytes(path) as file:
+            records = json.load(file)
+    except (ValueError, RecursionError, *UNREADABLE) as error:
+        raise fault(
+            settings,
+            f" is not one JSON array ({error}): mend it, or set data.source='jsonl' if each line "
+            "is an object",
+        ) from None
+    if not isinstance(records, list):
+        raise fault(settings, " is not a JSON array: write [{...}, {...}]")
+    for number, record in enumerate(records, start=1):
+        if not isinstance(record, dict):
+            raise fault(settings, f", entry {number} is not a JSON object: write {{...}}")
+        yield make_row(settings, record, f", entry {number}")
+
+
+def read_csv(settings: config.Data) -> Iterator[Row]:
+    """Comma-separated values below a line with their names; each value is text."""
+    path = _one_file(settings)
+    before = csv.field_size_limit(LINE_LIMIT)
+    try:
+        packed = cast(BinaryIO, open_bytes(path))
+        with io.TextIOWrapper(packed, "utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            _check_names(settings, reader.fieldnames or ())
+            for record in reader:
+                yield make_row(settings, _whole_record(settings, record, reader), _place(reader))
+    except (ValueError, csv.Error, *UNREADABLE) as error:
+        raise fault(settings, f" cannot be read as CSV in UTF-8 ({error}): mend it") from None
+    finally:
+        csv.field_size_limit(before)
+
+
+def _whole_record(
+    settings: config.Data, record: dict[str, Any], reader: csv.DictReader
+) -> dict[str, Any]:
+    if None in record or None in record.values():
+        raise fault(
+            settings,
+            f"{_place(reader)} has not as many values as the first line has names: put text with "
+            'commas into "quotes"',
+        )
+    return record
+
+
+def _place(reader: csv.DictReader) -> str:
+    return f", line {reader.line_num}"
+
+
+def read_parquet(settings: config.Data) -> Iterator[Row]:
+    """One Parquet file; a part of it is in memory at once, and only the columns that are named."""
+    path = _one_file(settings)
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise MissingExtraError("data.source='parquet'", "hub") from None
+    try:
+        with parquet.ParquetFile(path, buffer_size=1 << 20) as file:
+            columns = _check_names(settings, file.schema_arrow.names)
+            batches = file.iter_batches(1000, columns=columns)
+            records = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+            for number, record in enumerate(records, start=1):
+                yield make_row(settings, record, f", row {number}")
+    except (ValueError, NotImplementedError, *UNREADABLE) as error:
+        reason = str(error).partition("\n")[0]
+        raise fault(settings, f" cannot be read as Parquet ({reason}): mend it") from None
+
+
+def _check_names(settings: config.Data, names: Collection[str]) -> list[str]:
+    """The fields that the settings name, each of which must be there once."""
+    wanted = [getattr(settings, setting) for setting in FIELDS]
+    for setting, name in zip(FIELDS, wanted, strict=True):
+        if name is not None and list(names).count(name) != 1:
+            there = ", ".join(names) or "none"
+            often = "two" if name in names else "no"
+            raise fault(settings, f" has {often} data.{setting}={name!r}: its fields are {there}")
+    return [name for name in dict.fromkeys(wanted) if name is not None]
+
+
+def _one_file(settings: config.Data) -> Path:
+    path = existing(settings)
+    if path.is_dir():
+        raise fault(settings, " is a folder: give one file, or read all with data.source='hub'")
+    return path
+
+
+def read_hub(settings: config.Data) -> Iterator[Row]:
+    """A Hugging Face data set, by name or folder; its own splits are kept."""
+    splits = _load(settings)
+    if not SPLIT_OF.keys() & splits.keys():
+        there = ", ".join(map(str, splits))
+        raise fault(settings, f" has no split train, validation or test, only {there}: rename one")
+    for split, names in SPLITS.items():
+        for name in (name for name in names if name in splits):
+            for number, record in enumerate(splits[name], start=1):
+                row = make_row(settings, record, f", split {name!r}, row {number}")
+                yield row._replace(split=split)
+
+
+def _load(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+    try:
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError:
+        raise MissingExtraError("data.source='hub'", "hub") from None
+    path = str(settings.path)
+    try:
+        if any(os.path.isfile(Path(path, name)) for name in SAVED):
+            saved = datasets.load_from_disk(path)
+            splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+            return cast(Mapping[str, Any], splits)
+        return cast(Mapping[str, Any], datasets.load_dataset(path, settings.config))
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise _explain(settings, str(error)) from None
+
+
+def _explain(settings: config.Data, reason: str) -> DataError:
+    """What keeps `datasets` from loading, in one line."""
+    if choice := re.search(r"[Aa]vailable(?: configs)?: \[(.*)\]", reason):
+        return fault(
+            settings,
+            f" with data.config={settings.config!r} is no data set: set data.config to one of "
+            f"{choice[1]}",
+        )
+    return fault(settings, f" is no data set by name or folder: {reason.partition(chr(10))[0]}")
+
+
+def make_row(settings: config.Data, record: Mapping[str, Any], place: str) -> Row:
+    """The row of a record, by the fields that the settings name.
+
+    Raises:
+        DataError: a field is missing or holds something else; names its place.
+    """
+    text = _read_field(settings, record, "text_field", place)
+    client = _read_field(settings, record, "client_field", place)
+    if client is not None and not CLIENT_NAME.fullmatch(client):
+        said = f"data.client_field={settings.client_field!r} is {client[:64]!r}"
+        rule = "use at most 64 characters, without slashes, as it will name a folder"
+        raise fault(settings, f"{place}: {said}: {rule}")
+    return Row(text or "", client, _read_field(settings, record, "label_field", place))
+
+
+def _read_field(
+    settings: config.Data, record: Mapping[str, Any], setting: str, place: str
+) -> str | None:
+    """The text of a field, if the settings name one; a client or a label may be a number.
+
+    A text that is null is a blank one.
+    """
+    name = getattr(settings, setting)
+    if name is None:
+        return None
+    if name not in record:
+        there = ", ".join(map(str, record))
+        raise fault(settings, f"{place} has no data.{setting}={name!r}: its fields are {there}")
+    value = record[name]
+    if value is None and setting == "text_field":
+        return None
+    if isinstance(value, int) and setting != "text_field":
+        return sys.intern(str(value))
+    said = f"{place}: data.{setting}={name!r}"
+    if not isinstance(value, str):
+        raise fault(settings, f"{said} holds {type(value).__name__}, not text: make it a string")
+    if re.search("[\0\ud800-\udfff]", value):
+        raise fault(settings, f"{said} holds a NUL or half a character: remove it")
+    return value if setting == "text_field" else sys.intern(str(value))

@@ -1,0 +1,87 @@
+"""What all sources of text share: rows, lines of files, and how a mistake in them is named."""
+
+import gzip
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from functools import partial
+from io import BufferedIOBase
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from fedgen_edge import config
+from fedgen_edge.errors import DataError
+
+LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
+UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+class Row(NamedTuple):
+    """One example as its source gives it."""
+
+    text: str
+    group: str | None = None
+    label: str | None = None
+    split: str | None = None
+    marks: int = 1  # ends that a word-level model has to predict
+
+
+def fault(settings: config.Data, what: str) -> DataError:
+    """An error that begins with the setting which says where the data lie."""
+    where = "packages" if settings.source == "docstrings" else "path"
+    return DataError(f"data.{where}={getattr(settings, where)!r}{what}")
+
+
+def existing(settings: config.Data) -> Path:
+    """The path of the data.
+
+    Raises:
+        DataError: nothing is there.
+    """
+    path = Path(str(settings.path))
+    if not os.path.exists(path):  # Path.exists raises, as for a name too long
+        raise fault(settings, f" does not exist: give what data.source={settings.source!r} reads")
+    return path
+
+
+def lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without their ends, blank ones too; one line is held at a time.
+
+    A file whose name ends in `.gz` is unpacked while it is read.
+
+    Raises:
+        DataError: the file cannot be read, is blank, or a line of it is not text.
+    """
+    blank = True
+    try:
+        with open_bytes(path) as file:
+            for number, raw in enumerate(iter(partial(file.readline, LINE_LIMIT + 1), b""), 1):
+                if flaw := _flaw(raw):
+                    raise fault(settings, f": {path}, line {number} {flaw}")
+                blank = blank and not raw.strip()
+                yield raw.decode("utf-8-sig").rstrip("\r\n")
+    except UNREADABLE as error:
+        raise fault(settings, f": {path} cannot be read ({error}): give another") from None
+    if blank:
+        raise fault(settings, f": {path} is empty: write text to it, or take it away")
+
+
+def open_bytes(path: Path | zipfile.Path) -> BufferedIOBase:
+    """Open a file for reading, unpacked if its name ends in `.gz`."""
+    if isinstance(path, Path) and path.suffix.lower() == ".gz":
+        return cast(BufferedIOBase, gzip.open(path))
+    return cast(BufferedIOBase, path.open("rb"))
+
+
+def _flaw(line: bytes) -> str | None:
+    """Why these bytes are not a line of text."""
+    if len(line) > LINE_LIMIT:
+        return f"is longer than {LINE_LIMIT} bytes: break it into shorter lines"
+    if b"\0" in line:
+        return "has NUL bytes: save it as UTF-8 text"
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        return "is not UTF-8: save it as UTF-8 text"
+    return None
