@@ -5,12 +5,14 @@ import signal
 import stat
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from damage import damages, mistake
 from fedgen_edge.deploy import site as sites_room
 from fedgen_edge.deploy import store
 from fedgen_edge.deploy.site import Site, open_site
@@ -187,3 +189,22 @@ def test_stopped_while_it_tunes_anew_a_site_says_nothing_of_an_adapter_that_is_g
     assert path.read_bytes() != content
     assert ask(site, asked).said["test"] == first.said["test"]
     assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["run.json", "trained.json", "personal.json"])
+def test_a_damaged_note_is_as_none(site: Site, name: str) -> None:
+    asked = store.Asked(0, 0, "b" * 64, None)
+    past = site.state.past(RUN)
+    past.keep(store.Trained(asked, b"payload", {}, {"loss": 1.0}))
+    past.begin_tuning()
+    past.tuned(asked, {"chosen": 0})
+    path = next(site.state.folder.rglob(name))
+    for content in damages(path):
+        path.write_bytes(content)
+        acts = (site.state.bound, partial(past.again, asked), partial(past.tuned_again, asked))
+        for act in (*acts, partial(past.lost, "c" * 64)):
+            assert mistake(act, content) == ""
+    path.write_bytes(b"[" * 5000)
+    assert {"run.json": site.state.bound, "trained.json": partial(past.again, asked)}.get(
+        name, partial(past.tuned_again, asked)
+    )() is None

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from sklearn.linear_model import LinearRegression
 
 from fedgen_edge import files
@@ -111,8 +112,8 @@ def known(dtype: torch.dtype, device: torch.device) -> Speed | None:
     """What the last calibration of this machine found; none where there was none."""
     path = _kept(dtype, device)
     try:
-        return Speed(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return TypeAdapter(Speed).validate_python(files.parse(path.read_bytes(), json.loads))
+    except (OSError, ValueError):
         return None
 
 
