@@ -34,4 +34,5 @@ def print_completion(commands: Mapping[str, Any], shell: str) -> None:
             )
         )
         kinds.append(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)])
-    tyro.cli(Union[tuple(kinds)], prog="fedgen", args=[FLAG, shell])  # noqa: UP007
+    union: Any = Union[tuple(kinds)]  # noqa: UP007
+    tyro.cli(union, prog="fedgen", args=[FLAG, shell])
