@@ -41,11 +41,12 @@ class PickledArray:
     """What a pickle says of an array."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, self.shape, self.kind, _, self.raw = state
+        _, self.shape, self.kind, by_column, self.raw = state
+        self.order: Any = "F" if by_column else "C"
 
     def read(self) -> np.ndarray:
         """The array, of exactly the bytes that the pickle has for it."""
-        return np.frombuffer(self.raw, self.kind.name).reshape(self.shape).copy()
+        return np.frombuffer(self.raw, self.kind.name).reshape(self.shape, order=self.order).copy()
 
 
 class _Kind:
