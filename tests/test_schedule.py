@@ -18,6 +18,7 @@ from fedgen_edge.client import Recipe
 from fedgen_edge.config import Devices, Federation, Method
 from fedgen_edge.data.batches import Budget
 from fedgen_edge.engines.serial import serial
+from fedgen_edge.errors import ConfigError
 from fedgen_edge.jobs import Clients, Job, Train
 from fedgen_edge.rounds import Roster, present, rounds, sample
 from fedgen_edge.schedule import (
@@ -28,6 +29,7 @@ from fedgen_edge.schedule import (
     Trip,
     asked_size,
     available,
+    cohort_size,
     gather,
     luck,
     queue_of,
@@ -443,3 +445,10 @@ def test_from_any_commit_on_the_clock_and_the_clients_are_the_same(name: str) ->
         rest, _ = federated(values, SLOW, algorithm, whole[at - 1].state, **plan)
         assert [told_of(each) for each in rest] == [told_of(each) for each in whole[at:]]
         assert [each.timing for each in rest] == [each.timing for each in whole[at:]]
+
+
+def test_a_federation_without_its_number_of_clients_says_which_setting_is_missing() -> None:
+    with pytest.raises(
+        ConfigError, match=r"^federation\.clients is missing, .*: set it to as many"
+    ):
+        cohort_size(Federation(), 0)

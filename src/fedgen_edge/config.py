@@ -194,11 +194,6 @@ class Data:
     several seeds of a natural client are tested on the same text."""
 
     def __post_init__(self) -> None:
-        if self.config is not None and self.source != "hub":
-            raise ConfigError(
-                f"data.config={self.config!r} is for data.source='hub', and data.source is "
-                f"{self.source!r}: leave it out"
-            )
         if self.validation + self.test >= 1:
             raise ConfigError(
                 f"data.validation={self.validation} and data.test={self.test} leave nothing "

@@ -66,6 +66,11 @@ def cohort_size(federation: Federation, clients: int) -> int:
     Raises:
         ConfigError: more than there are.
     """
+    if clients < 1:
+        raise ConfigError(
+            "federation.clients is missing, and the rounds need the number of clients: set it to "
+            "as many as the partition has (as build() does)"
+        )
     able = clients - federation.newcomers
     if able < 1:
         raise ConfigError(

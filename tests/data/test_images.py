@@ -2,6 +2,7 @@ import io
 import os
 import pickle
 import struct
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,37 @@ class Evil:
 def test_a_pickle_that_calls_anything_is_refused_and_not_run(tmp_path: Path) -> None:
     (tmp_path / "test_batch").write_bytes(pickle.dumps({b"data": Evil(), b"labels": []}))
     with pytest.raises(DataError, match=r"test_batch is no batch \(it asks for builtins\.exec\)"):
+        read(settings("cifar10", tmp_path))
+
+
+@pytest.mark.parametrize("claim", [10**11, 10**16])
+def test_an_archive_that_claims_more_than_it_can_hold_is_refused(
+    tmp_path: Path, claim: int
+) -> None:
+    header = io.BytesIO()
+    told = {"descr": "|u1", "fortran_order": False, "shape": (claim,)}
+    np.lib.format.write_array_header_1_0(header, told)
+    with zipfile.ZipFile(tmp_path / "test.npz", "w") as archive:
+        archive.writestr("webp.npy", header.getvalue() + b"few")
+    with pytest.raises(DataError, match=rf"test\.npz cannot be read .*claims {claim} bytes"):
+        read(settings("cifar10", tmp_path))
+
+
+@pytest.mark.parametrize("claim", [10**11, 10**16])
+@pytest.mark.parametrize("kind", ["bytes", "bytearray", "frame", "shape"])
+def test_a_pickle_that_claims_more_than_it_has_is_refused(
+    tmp_path: Path, kind: str, claim: int
+) -> None:
+    size = struct.pack("<Q", claim)
+    array = pickle.dumps({b"data": np.zeros((1, 3072), np.uint8), b"labels": [1]}, protocol=2)
+    content = {
+        "bytes": b"\x80\x04\x8e" + size + b"few.",
+        "bytearray": b"\x80\x05\x96" + size + b"few.",
+        "frame": b"\x80\x04\x95" + size + b"N.",
+        "shape": array.replace(b"M\x00\x0c", b"\x8a\x08" + size),
+    }
+    (tmp_path / "test_batch").write_bytes(content[kind])
+    with pytest.raises(DataError, match="test_batch is no batch"):
         read(settings("cifar10", tmp_path))
 
 

@@ -245,7 +245,7 @@ def test_one_of_several_configurations_is_taken_by_its_name(hub: Any, tmp_path: 
             f" with data.config={config!r} is no data set: set data.config to one of 'one', 'two'"
         )
     with pytest.raises(ConfigError, match=r"data\.config='two' is for data\.source='hub'"):
-        settings("jsonl", folder / "one.jsonl", config="two")
+        read(settings("jsonl", folder / "one.jsonl", config="two"))
 
 
 def test_what_save_to_disk_wrote_is_read(hub: Any, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedgen_edge import config
+from fedgen_edge.data.archives import PickledArray, check_npz, read_pickle
 from fedgen_edge.data.corpus import Corpus, Images, shared_out
 from fedgen_edge.data.folders import SPLITS, iterate_files, list_folders, list_splits
 from fedgen_edge.errors import ConfigError, DataError
@@ -32,14 +33,6 @@ SIDES = (4, 1024)
 MODES = ("L", "RGB")
 """What Pillow calls 8-bit pictures, grey and in colour."""
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
-HARMLESS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
-}
-"""All that a pickle of arrays calls."""
 DAMAGED = (
     *(OSError, EOFError, KeyError, IndexError, TypeError, ValueError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
@@ -149,21 +142,29 @@ def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
 
 def _unpacked(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pictures, `[images, height, width, 3]`, and their numbers."""
+    check_npz(path)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
         blob, ends = held["webp"].tobytes(), held["offsets"]
         numbers = _whole(held["labels"])
     each = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))
-    opened = (Image.open(one, formats=("WEBP",)).convert("RGB") for one in each)
-    return np.stack([np.asarray(one) for one in opened]), numbers
+    return np.stack([_small_picture(one) for one in each]), numbers
+
+
+def _small_picture(file: io.BytesIO) -> np.ndarray:
+    with Image.open(file, formats=("WEBP",)) as picture:
+        if picture.size != (32, 32):
+            raise ValueError(f"a picture is {picture.width} x {picture.height}, not 32 x 32")
+        return np.asarray(picture.convert("RGB"))
 
 
 def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
     for path in sorted(p for p in root.glob("*_batch*") if not p.suffix):
         split = "test" if path.name.startswith("test") else "train"
         try:
-            with path.open("rb") as file:
-                held = _Arrays(file, encoding="bytes").load()
-            pixels = np.asarray(held[b"data"], np.uint8).reshape(-1, 3, 32, 32)
+            held = read_pickle(path)
+            pixels = held[b"data"].read().reshape(-1, 3, 32, 32)
+            if pixels.dtype != np.uint8:
+                raise ValueError("its pictures are not of bytes")
             numbers = _whole(held[b"labels"])
         except (pickle.UnpicklingError, AttributeError, *DAMAGED) as error:
             raise _fault(settings, f": {path.name} is no batch ({error}): mend it") from None
@@ -171,19 +172,12 @@ def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
 
 
 def _whole(labels: Any) -> np.ndarray:
-    found = np.asarray(labels)
+    if isinstance(labels, list) and not {*map(type, labels)} <= {int}:
+        raise ValueError("its labels are no list of whole numbers")
+    found = labels.read() if isinstance(labels, PickledArray) else np.asarray(labels)
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ValueError("its labels are no list of whole numbers")
     return found
-
-
-class _Arrays(pickle.Unpickler):
-    """Reads arrays, lists and numbers; whatever else a pickle would call is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in HARMLESS:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
 
 
 def _binaries(settings: config.Data, root: Path) -> Iterator[Part]:

@@ -43,6 +43,11 @@ def read(settings: config.Data) -> Corpus:
             f"data.path is missing: data.source={settings.source!r} reads from a path, "
             "give one with --data.path"
         )
+    if settings.config is not None and settings.source != "hub":
+        raise ConfigError(
+            f"data.config={settings.config!r} is for data.source='hub', and data.source is "
+            f"{settings.source!r}: leave it out"
+        )
     if settings.source in images.SOURCES:
         return images.read(settings)
     tables.check_ending(settings)

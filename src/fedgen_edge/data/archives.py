@@ -1,0 +1,104 @@
+"""Arrays in .npz files and pickles, read after what they claim is checked against their size.
+
+Of a pickle nothing is called: arrays in it become `PickledArray`, which holds bytes of the file.
+"""
+
+import math
+import pickle
+import pickletools
+import zipfile
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib import format as npy
+
+MOST_UNPACKED = 1032
+"""Bytes that one byte of a zip file can unfold to, by its method."""
+KINDS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
+
+
+def check_npz(path: Path) -> None:
+    """Check that each array of an .npz file claims no more bytes than the file can hold.
+
+    Raises:
+        ValueError: an array claims more; zipfile's own errors where the file is none.
+    """
+    most = path.stat().st_size * MOST_UNPACKED
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = npy.read_magic(file)
+                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                shape, _, kind = read(file)
+            claim = math.prod(shape) * kind.itemsize
+            if claim > min(member.file_size, most):
+                raise ValueError(f"{member.filename} claims {claim} bytes, more than it can hold")
+
+
+class PickledArray:
+    """What a pickle says of an array."""
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        _, self.shape, self.kind, by_column, self.raw = state
+        self.order: Any = "F" if by_column else "C"
+
+    def read(self) -> np.ndarray:
+        """The array, of exactly the bytes that the pickle has for it."""
+        return np.frombuffer(self.raw, self.kind.name).reshape(self.shape, order=self.order).copy()
+
+
+class _Kind:
+    """What a pickle says of an array's type."""
+
+    def __init__(self, name: Any, *_: Any) -> None:
+        self.name = name.decode() if isinstance(name, bytes) else name
+        if self.name not in KINDS:
+            raise pickle.UnpicklingError(f"it has an array of {str(self.name)[:20]!r}")
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        if state[1] == ">":
+            self.name = f">{self.name}"
+
+
+def _begin_array(*_: Any) -> PickledArray:
+    return PickledArray()
+
+
+def _encode(text: str, encoding: Any) -> bytes:
+    if encoding not in {"latin1", b"latin1"}:
+        raise pickle.UnpicklingError(f"it asks for the encoding {str(encoding)[:20]!r}")
+    return text.encode("latin1")
+
+
+STAND_INS = {
+    ("numpy.core.multiarray", "_reconstruct"): _begin_array,
+    ("numpy._core.multiarray", "_reconstruct"): _begin_array,
+    ("numpy", "ndarray"): None,
+    ("numpy", "dtype"): _Kind,
+    ("_codecs", "encode"): _encode,
+}
+"""What stands for all that a pickle of arrays calls."""
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads arrays, lists and numbers; whatever else a pickle would call is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in STAND_INS:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return STAND_INS[module, name]
+
+
+def read_pickle(path: Path) -> Any:
+    """Lists, numbers and arrays of a pickle, whose claims are checked against the file first.
+
+    Raises:
+        UnpicklingError: it asks for anything else, or claims more than the file has.
+    """
+    raw = path.read_bytes()
+    for code, claim, _ in pickletools.genops(raw):
+        if code.name in {"FRAME", "LONG_BINPUT", "PUT"} and int(claim or 0) > len(raw):
+            raise pickle.UnpicklingError(f"it claims {claim} bytes, and has {len(raw)}")
+    return _Arrays(BytesIO(raw), encoding="bytes").load()
