@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,16 +118,20 @@ def test_an_end_mark_of_the_generation_config_ends_the_text(task: Language) -> N
     assert len(shorter) < len(longer)
 
 
-def test_a_generation_config_of_beams_does_not_change_what_is_asked_for(task: Language) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": True, "max_length": 9},
+        {"return_dict_in_generate": True, "min_new_tokens": 50},
+        {"penalty_alpha": 0.6, "top_k": 4},  # whose code transformers fetches from the hub
+    ],
+)
+def test_a_generation_config_does_not_change_what_is_asked_for(
+    task: Language, asked: dict[str, Any]
+) -> None:
     before = task.module.model.generation_config
     expected = task.generate({}, "One day", GREEDY, 0)
-    task.module.model.generation_config = GenerationConfig(
-        num_beams=3,
-        num_return_sequences=2,
-        return_dict_in_generate=True,
-        do_sample=True,
-        max_length=9,
-    )
+    task.module.model.generation_config = GenerationConfig(**asked)
     try:
         assert task.generate({}, "One day", GREEDY, 0) == expected
     finally:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from jinja2 import TemplateError
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from fedgen_edge.errors import ConfigError
 
@@ -27,7 +28,8 @@ class Decoding:
 class Generation(nn.Module):
     """A model's `generate` as a forward pass, so that an adapter can be bound to it.
 
-    Of the model's own `generation_config` the end marks count, and what no option here replaces.
+    Of the model's own `generation_config` the end marks alone count: it could ask for beams, or for a
+    way of decoding whose code transformers fetches from the hub.
     """
 
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
@@ -46,14 +48,15 @@ class Generation(nn.Module):
             "repetition_penalty": decoding.repetition_penalty,
             "eos_token_id": ends or None,
             "pad_token_id": next(iter(ends), 0),
-            "num_beams": 1,
-            "num_return_sequences": 1,
-            "return_dict_in_generate": False,
         }
 
     def forward(self, ids: Tensor) -> Tensor:
         """The tokens after these, `[1, new]` from `[1, length]`."""
-        whole = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
+        before, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        try:
+            whole = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
+        finally:
+            self.model.generation_config = before
         return whole[:, ids.shape[1] :]
 
 
