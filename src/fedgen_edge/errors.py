@@ -33,7 +33,8 @@ class MissingExtraError(FedGenError):
     """An optional library is not installed."""
 
     def __init__(self, what: str, extra: str) -> None:
-        super().__init__(f"{what} needs: pip install {' '.join(_requirements(extra))}")
+        libraries = " ".join(_requirements(extra))
+        super().__init__(f"{what} needs the extra {extra}: pip install {libraries}")
 
 
 class RefusedError(FedGenError):

@@ -255,7 +255,7 @@ def test_hub_reads_splits_of_a_data_set(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_hub_without_its_library_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(MissingExtraError, match=r'fedgen-edge\[hub\]"'):
+    with pytest.raises(MissingExtraError, match=r'the extra hub: pip install "datasets'):
         read(settings("hub", Path("squad")))
 
 

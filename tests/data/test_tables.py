@@ -216,7 +216,7 @@ def test_only_parquet_and_the_hub_want_the_extra(
         monkeypatch.setitem(sys.modules, name, None)
     for kind, path in paths.items():
         assert len(read(settings(kind, path)).examples) == 3
-    with pytest.raises(MissingExtraError, match=r"data.source='parquet' needs: .*\[hub\]"):
+    with pytest.raises(MissingExtraError, match=r"'parquet' needs the extra hub: .*datasets"):
         read(settings("parquet", table))
 
 

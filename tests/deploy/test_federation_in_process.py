@@ -171,7 +171,9 @@ def test_sites_of_unequal_ranks_end_as_on_one_machine_and_send_fewer_bytes(tmp_p
     for name, rank in ranks.items():
         own = simulation / "adapters" / "clients" / name / "adapter_config.json"
         found = json.loads(own.read_text())
-        assert (found["r"], found["lora_alpha"]) == (rank, 16 * (rank / 4) ** 0.5)
+        # the scale of rsLoRA is that of the whole adapter, 16 / sqrt(4) = 8, for every rank
+        assert (found["r"], found["use_rslora"]) == (rank, False)
+        assert found["lora_alpha"] == pytest.approx(8 * rank)
 
 
 def posted(sites: dict[str, Site]) -> FlowerCarrier:

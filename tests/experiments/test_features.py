@@ -201,7 +201,8 @@ def test_inception_sees_2048_numbers_of_any_picture(made: Path) -> None:
 
 def test_lite0_needs_its_library(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(MissingExtraError, match=r"'lite0' needs: .*efficientnet-lite-pytorch"):
+    line = r"'lite0' needs the extra lite0: .*efficientnet-lite-pytorch"
+    with pytest.raises(MissingExtraError, match=line):
         extractor("lite0", made / "resnet20.safetensors", CPU)
 
 

@@ -46,6 +46,13 @@ def made(settings: Settings, out: Path, events: int | None = None) -> Path:
     return out
 
 
+def test_pretraining_is_followed_without_bytes_as_nothing_is_sent(tmp_path: Path) -> None:
+    out = tmp_path / "unet"
+    lines = [event.line for event in pretrain.train(pretrain.begin(SETTINGS, out), out)]
+    assert [line["round"] for line in lines] == [1, 2]
+    assert all("bytes_up" not in line and "loss" in line for line in lines)
+
+
 def test_a_backbone_is_made_once_and_a_run_takes_it(tmp_path: Path) -> None:
     out = made(SETTINGS, tmp_path / "unet")
     model = UNet2DModel.from_pretrained(out, use_safetensors=True)

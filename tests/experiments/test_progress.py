@@ -132,3 +132,13 @@ def test_a_run_asks_the_terminal_for_its_width(tmp_path: os.PathLike) -> None:
     assert any(line.startswith("federation") and "2/2" in line for line in bars)
     assert all(len(line) <= 60 for line in bars), max(bars, key=len)
     assert "\x1b[?25h" in text  # the cursor is shown again
+
+
+def test_a_stage_that_sends_nothing_shows_no_bytes() -> None:
+    alone = {k: v for k, v in LINE.items() if k != "bytes_up"}
+    shown, silent = (
+        " ".join(cell.text for cell in describe(Event("pretraining", 1, 2, line), MEASURE))
+        for line in (LINE, alone)
+    )
+    assert "MB up" in shown
+    assert "MB up" not in silent

@@ -34,7 +34,7 @@ def test_without_its_extra_a_run_is_refused_before_anything_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(building, "find_spec", lambda name: None if name == "ray" else object())
-    with pytest.raises(MissingExtraError, match=r"engine\.name='ray' .*fedgen-edge\[ray\]"):
+    with pytest.raises(MissingExtraError, match=r"engine\.name='ray' needs the extra ray: .*ray<"):
         create(told({"name": "ray"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -115,7 +115,7 @@ def begin(folder: Path) -> Home:
         files.write(run / "settings.toml", to_toml(whole).encode())
         records.write_json(run / "clients.json", [])
         made = {"run": terms.run, "recipe": terms.recipe, "drawn": terms.drawn}
-        made |= {"data_sha256": None, "duplicates": 0}
+        made |= {"data_sha256": None, "duplicates": 0, "blanks": 0}
         records.write_json(run / "run.json", {**facts(task, whole, device), **made})
     else:
         begun.check(run, told, terms, settings)

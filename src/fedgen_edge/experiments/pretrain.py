@@ -130,7 +130,8 @@ def train(experiment: Experiment, out: Path) -> Iterator[Event]:
     work, total = working(out), experiment.settings.federation.rounds
     with locked(work):
         for line in federate(experiment, work):
-            yield Event(STAGE, line["round"], total, line)
+            shown = {k: v for k, v in line.items() if k != "bytes_up"}  # nothing is sent
+            yield Event(STAGE, line["round"], total, shown)
     state, _ = last(work)
     told = origin(experiment, state, "public")
     with files.folder(out) as draft:

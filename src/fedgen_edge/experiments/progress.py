@@ -199,7 +199,9 @@ def describe(event: Event, measure: Measure) -> list[Cell]:
     if held := line["validation"]:
         shown = number(measure.shown(held["total"], held["count"]))
         cells.append(Cell(3, f"{measure.name} {shown}"))
-    return [*cells, Cell(7, f"{line['bytes_up'] / 1e6:.1f} MB up")]
+    if "bytes_up" in line:
+        cells.append(Cell(7, f"{line['bytes_up'] / 1e6:.1f} MB up"))
+    return cells
 
 
 def running_cells(stage: Stage, now: float, left: float | None) -> list[Cell]:

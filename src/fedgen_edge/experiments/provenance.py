@@ -63,6 +63,7 @@ def provenance(experiment: Experiment) -> dict[str, Any]:
         **facts(experiment.task, experiment.settings, experiment.clients.device),
         "data_sha256": data_digest(experiment),
         "duplicates": experiment.corpus.duplicates,
+        "blanks": experiment.corpus.blanks,
         "chat": _holds_chats(experiment),
     }
 

@@ -83,6 +83,7 @@ PROVENANCE = {
     "Adapter, bytes": "adapter_bytes",
     "Full model in float32, bytes": "full_bytes",
     "Duplicates left out": "duplicates",
+    "Blank texts left out": "blanks",
 }
 """What the page says of a run's origin, and where run.json has it."""
 

@@ -28,8 +28,8 @@ class Decoding:
 class Generation(nn.Module):
     """A model's `generate` as a forward pass, so that an adapter can be bound to it.
 
-    Of the model's own `generation_config` the end marks alone count: it could ask for beams, or for a
-    way of decoding whose code transformers fetches from the hub.
+    Of the model's own `generation_config` the end marks alone count: it could ask for beams, or for
+    a way of decoding whose code transformers fetches from the hub.
     """
 
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
