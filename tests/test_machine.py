@@ -3,11 +3,14 @@ import os
 import subprocess
 import sys
 
+import psutil
 import pytest
 import torch
 
 from conftest import Line
-from fedgen_edge import cli, machine
+from fedgen_edge import machine
+from fedgen_edge.config import from_table
+from fedgen_edge.experiments.build import build
 from fedgen_edge.seeds import generator
 
 
@@ -31,7 +34,9 @@ def test_a_container_s_cores_bound_the_threads_and_a_setting_does_not_ask() -> N
         (
             "import json, torch",
             "from fedgen_edge.machine import set_threads",
+            "from fedgen_edge import machine",
             "torch.set_num_threads(4)",
+            "machine._idle_cores = lambda: 4",
             "set_threads(None)",
             "bounded = torch.get_num_threads()",
             "set_threads(3)",
@@ -45,20 +50,67 @@ def test_a_container_s_cores_bound_the_threads_and_a_setting_does_not_ask() -> N
     assert json.loads(done.stdout) == [1, 3]
 
 
+def test_threads_that_were_lowered_for_one_model_are_there_for_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "THREADS", machine.Threads(1))
+    monkeypatch.setattr(machine, "_idle_cores", lambda: 8)
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 8)
+    try:
+        torch.set_num_threads(4)
+        machine.set_threads(1)
+        machine.set_threads(None)
+        assert torch.get_num_threads() == 4
+        torch.set_num_threads(2)  # by the program that uses the package
+        machine.set_threads(None)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+
+
 def test_cores_that_are_busy_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine.psutil, "cpu_count", lambda: 8)
-    for load, idle in ((0.0, 8), (50.0, 4), (99.0, 1)):
-        monkeypatch.setattr(machine.psutil, "cpu_percent", lambda _, load=load: load)
+    monkeypatch.setattr(psutil.Process, "cpu_affinity", lambda _: [0, 1, 3])
+    for loads, idle in (([0, 0, 0, 0], 3), ([0, 100, 0, 50], 2), ([99, 99, 0, 99], 1)):
+        monkeypatch.setattr(
+            machine.psutil, "cpu_percent", lambda _, percpu, loads=loads: loads if percpu else None
+        )
         assert machine._idle_cores() == idle
 
 
-def test_one_thread_stays_one_and_choosing_leaves_torch_as_it_was() -> None:
+def test_one_thread_stays_one_and_timing_leaves_torch_as_it_was() -> None:
     task, batch = Line(), {"x": torch.ones(3), "mask": torch.ones(3, dtype=torch.bool)}
     adapter = task.init(generator(0))
     assert torch.get_num_threads() == 1
-    assert machine.choose_threads(task, adapter, batch, 2) == 1
+    machine.choose_threads(task, adapter, batch, 2)
     assert machine._step_seconds(2, task, adapter, batch, 2) > 0
     assert torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("method", ["fedgen-edge", "fedavg-full"])
+def test_steps_of_adapters_and_of_full_models_are_tried_with_fewer_threads(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(machine, "THREADS", machine.Threads(1))
+    monkeypatch.setattr(machine, "_idle_cores", lambda: 2)
+    monkeypatch.setattr(machine.joblib, "cpu_count", lambda: 2)
+    tried = []
+    timed = machine._step_seconds
+    monkeypatch.setattr(
+        machine, "_step_seconds", lambda n, *a, **k: tried.append(n) or timed(n, *a, **k)
+    )
+    table = {
+        "backbone": {"path": "tiny"},
+        "data": {"packages": ["json", "logging"], "length": 32},
+        "method": {"name": method},
+    }
+    try:
+        torch.set_num_threads(2)
+        threads = build(from_table(table)).settings.engine.threads
+        assert threads == torch.get_num_threads()
+    finally:
+        torch.set_num_threads(1)
+    assert tried[:2] == [2, 2]  # one client's step, then a stack's
+    assert tried[2:] == [1]
 
 
 @pytest.mark.parametrize(
@@ -66,13 +118,15 @@ def test_one_thread_stays_one_and_choosing_leaves_torch_as_it_was() -> None:
     [
         ({}, "PASSIVE"),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE"),
-        ({"GOMP_SPINCOUNT": "5"}, None),
+        ({"GOMP_SPINCOUNT": "5"}, "None"),
     ],
 )
 def test_threads_wait_passively_unless_the_user_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, given: dict[str, str], policy: str | None
+    given: dict[str, str], policy: str
 ) -> None:
-    environment = {**given}
-    monkeypatch.setattr(cli.os, "environ", environment)
-    cli._wait_passively()
-    assert environment.get("OMP_WAIT_POLICY") == policy
+    environment = {k: v for k, v in os.environ.items() if k not in {"OMP_WAIT_POLICY"}} | given
+    line = "import os, fedgen_edge; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run(
+        [sys.executable, "-c", line], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == policy

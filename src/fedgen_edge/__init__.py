@@ -2,8 +2,13 @@
 
 The names below are the public ones; each is loaded when it is first used, so that importing the
 package costs nothing.
+
+Where torch is imported after it, torch's threads sleep while they wait for one another. By default
+they spin: beside another busy program each operation then lasts until the scheduler interrupts
+them, and a run takes ten times as long. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the user's stand.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +19,9 @@ if TYPE_CHECKING:
     from fedgen_edge.errors import FedGenError
     from fedgen_edge.experiments.build import Experiment, build
     from fedgen_edge.tasks.task import TASKS, Task
+
+if "GOMP_SPINCOUNT" not in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 __version__ = "0.1.0"
 

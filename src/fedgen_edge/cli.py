@@ -103,7 +103,6 @@ class Methods:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    _wait_passively()
     atexit.register(gc.freeze)  # an ending process need not look for cycles: most of a second
     try:
         _check_text(args)
@@ -124,16 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fedgen: stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def _wait_passively() -> None:
-    """Have the threads of torch, which is imported later, sleep while they wait for one another.
-
-    By default they spin: beside another busy program each operation then lasts until the scheduler
-    interrupts them, and a run takes ten times as long. What the user has set stands.
-    """
-    if "GOMP_SPINCOUNT" not in os.environ:
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -6,6 +6,8 @@ import platform
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import joblib
@@ -22,7 +24,7 @@ CPU_TOKENS = 4096
 """Tokens in one step beyond which a CPU gains nothing from a larger stack: with as many, a round of
 stories260K was 7 % quicker than with half, and one of SmolLM2 2 to 7 %."""
 LARGE_STEP = 0.2
-"""Seconds of one client's step beyond which every thread has enough to do."""
+"""Seconds of a step beyond which every thread has enough to do."""
 CLEARLY = 0.85
 """Part of the seconds with more threads that fewer must stay below to be preferred."""
 LOAD_SAMPLE = 0.3
@@ -49,34 +51,60 @@ def device(name: str) -> torch.device:
     return found
 
 
+@dataclass
+class Threads:
+    """The number of torch's threads, as others set it and as it is set here."""
+
+    default: int
+    """What torch, OMP_NUM_THREADS or the program that uses this package says."""
+    ours: int | None = None
+    """What was set here last."""
+
+    def set(self, number: int) -> None:
+        """Have torch compute with this many."""
+        torch.set_num_threads(number)
+        self.ours = number
+
+    def most(self) -> int:
+        """The number that applied before anything was set here."""
+        if (now := torch.get_num_threads()) != self.ours:
+            self.default = now
+        return self.default
+
+
+THREADS = Threads(torch.get_num_threads())
+
+
 def set_threads(asked: int | None) -> None:
-    """Have torch compute with this many threads; None: with every core that this process may use.
+    """Have torch compute with this many threads; None: with every core that is to be had.
 
-    Those are what its affinity and its container's quota leave it. OMP_NUM_THREADS is heeded.
+    Those are what the process's affinity and its container's quota leave it, less what other
+    programs keep busy now.
     """
-    torch.set_num_threads(asked or min(torch.get_num_threads(), joblib.cpu_count()))
+    most = min(THREADS.most(), joblib.cpu_count())
+    THREADS.set(asked or (min(most, _idle_cores()) if most > 1 else most))
 
 
-def choose_threads(task: Task, adapter: Leaves, batch: Batch, clients: int) -> int:
-    """The number of threads for training on this processor, at most torch's present one.
+def choose_threads(task: Task, adapter: Leaves, batch: Batch, clients: int | None) -> None:
+    """Have torch compute with as many threads as training gains from, and no more than now.
 
-    Cores that other programs keep busy are left to them. Of what remains, half as many threads are
-    tried as long as a step is clearly quicker with them: small models lose to waiting at every
-    operation what they gain in it. A large step is not tried: it fills every thread.
+    Half as many are tried as long as a step is clearly quicker with them: small models lose to
+    waiting at every operation what they gain in it. A large step is not tried: it fills every
+    thread.
 
     Args:
         task: whose loss is trained.
         adapter: one client's leaves, on the task's device.
         batch: one client's batch, there too.
-        clients: in one step.
+        clients: in one step; None for a task that takes no stack.
     """
     most = torch.get_num_threads()
     if most == 1 or batch["mask"].device.type != "cpu":
-        return most
-    most = min(most, _idle_cores())
-    if most == 1 or _step_seconds(most, task, adapter, batch, 1) > LARGE_STEP:
-        return most
-    return fewest_quick(lambda n: _step_seconds(n, task, adapter, batch, clients), most)
+        return
+    alone = None if clients is None else 1
+    if _step_seconds(most, task, adapter, batch, alone) * (clients or 1) < LARGE_STEP:
+        step = partial(_step_seconds, task=task, adapter=adapter, batch=batch, clients=clients)
+        THREADS.set(fewest_quick(step, most))
 
 
 def fewest_quick(seconds: Callable[[int], float], most: int) -> int:
@@ -88,12 +116,16 @@ def fewest_quick(seconds: Callable[[int], float], most: int) -> int:
 
 
 def _idle_cores() -> int:
-    """Cores that no other program uses now; at least one."""
-    cores = psutil.cpu_count() or 1
-    return max(1, round(cores * (1 - psutil.cpu_percent(LOAD_SAMPLE) / 100)))
+    """Cores of this process's affinity that no other program uses now; at least one."""
+    loads = psutil.cpu_percent(LOAD_SAMPLE, percpu=True)
+    process = psutil.Process()
+    cores = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(len(loads))
+    return max(1, round(sum(1 - loads[core] / 100 for core in cores or () if core < len(loads))))
 
 
-def _step_seconds(threads: int, task: Task, adapter: Leaves, batch: Batch, clients: int) -> float:
+def _step_seconds(
+    threads: int, task: Task, adapter: Leaves, batch: Batch, clients: int | None
+) -> float:
     """Seconds of a forward and a backward pass with this many threads: the best of three.
 
     The first one, which also wakes the threads up, does not count unless it is a large one.
@@ -109,11 +141,13 @@ def _step_seconds(threads: int, task: Task, adapter: Leaves, batch: Batch, clien
         torch.set_num_threads(before)
 
 
-def _timed_step(task: Task, adapter: Leaves, batch: Batch, clients: int) -> float:
+def _timed_step(task: Task, adapter: Leaves, batch: Batch, clients: int | None) -> float:
     began = time.perf_counter()
-    leaves = {k: v.requires_grad_() for k, v in stack([adapter] * clients).items()}
+    if clients is not None:
+        adapter, batch = stack([adapter] * clients), stack([batch] * clients)
+    leaves = {k: v.detach().requires_grad_() for k, v in adapter.items()}
     with torch.compiler.set_stance("force_eager"):
-        loss = task.loss(leaves, stack([batch] * clients), task.phases[0].prefix)
+        loss = task.loss(leaves, batch, task.phases[0].prefix)
         torch.autograd.grad(loss.total.sum(), [*leaves.values()], allow_unused=True)
     return time.perf_counter() - began
 

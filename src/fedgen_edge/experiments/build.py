@@ -381,9 +381,8 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
     can_stack = settings.engine.name != "serial" and experiment.task.model.stackable
     step = _largest_step(experiment)
     stack = min(cohort, settings.engine.stack or machine.stack_size(*step)) if can_stack else None
-    measured = settings.engine.threads is None and settings.engine.name != "ray"
-    threads = machine.choose_threads(*step, stack or 1) if measured else torch.get_num_threads()
-    torch.set_num_threads(threads)
+    if settings.engine.threads is None and settings.engine.name != "ray":
+        machine.choose_threads(*step, stack)
     return replace(
         settings,
         backbone=replace(
@@ -403,7 +402,7 @@ def _resolved(experiment: Experiment, cohort: int) -> Settings:
             name=_engine(settings.engine.name, can_stack),
             stack=stack,
             device=str(clients.device),
-            threads=threads,
+            threads=torch.get_num_threads(),
         ),
     )
 
