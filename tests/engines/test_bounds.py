@@ -133,6 +133,11 @@ def test_where_no_bound_is_known_nothing_is_refused_for_it(training: Training) -
     assert strayed(bounds, 100, {"w": torch.zeros(1)}, {"w": torch.full((1,), 1e30)}) is None
 
 
+def test_a_chain_that_may_stretch_anything_is_not_bounded_by_a_rate_of_zero() -> None:
+    zero = {"w": torch.zeros(1)}  # nothing can move, and infinitely often nothing is no number
+    assert strayed(Bounds(9, Training(), 0.0, stretch=math.inf), 1, zero, zero) is None
+
+
 def test_very_many_steps_are_bounded_in_no_time_and_by_no_less() -> None:
     few, many = reach(Training(), 1.0, 100_000), reach(Training(), 1.0, 10**12)
     assert few is not None

@@ -149,6 +149,8 @@ def strayed(bounds: Bounds, steps: int, start: Leaves, delta: Leaves) -> str | N
 
 def _strayed_together(bounds: Bounds, steps: int, start: Leaves, delta: Leaves) -> str | None:
     """The same where leaves travel as one vector, so that the largest of all may have moved any."""
+    if math.isinf(bounds.stretch):
+        return None
     tops, each = [], True
     for phase in bounds.phases:
         found, own = bounds.reach(phase, steps), _of(phase, delta)
