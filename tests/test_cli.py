@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from fedgen_edge import cli, cli_deploy, cli_models, cli_plan, config
 from fedgen_edge.algorithms.methods import METHODS
+from fedgen_edge.errors import is_out_of_memory
 
 FRAME = re.compile(r"[╭╮╰╯│─\s]+")
 
@@ -618,7 +619,7 @@ def test_a_run_whose_files_were_altered_is_refused(
 def test_no_room_is_told_from_other_errors(act: Callable[[], object], told: bool) -> None:
     with pytest.raises((MemoryError, RuntimeError)) as caught:
         act()
-    assert cli.is_out_of_memory(caught.value) == told
+    assert is_out_of_memory(caught.value) == told
 
 
 def test_no_room_for_a_model_is_one_line(

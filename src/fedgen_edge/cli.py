@@ -21,7 +21,7 @@ from fedgen_edge.cli_models import Export, Generate, export, generate
 from fedgen_edge.cli_plan import Plan, plan
 from fedgen_edge.completion import FLAG, print_completion
 from fedgen_edge.config import Settings
-from fedgen_edge.errors import ConfigError, FedGenError
+from fedgen_edge.errors import ConfigError, FedGenError, is_out_of_memory
 from fedgen_edge.experiments.folders import began
 from fedgen_edge.imports import explain_missing, importing
 
@@ -123,12 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("fedgen: stopped", file=sys.stderr)
         sys.exit(130)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no room for a tensor, on a processor or an accelerator, or for anything."""
-    no_room = ("can't allocate memory", "out of memory")  # torch's words, in a RuntimeError
-    return isinstance(error, MemoryError) or any(words in str(error) for words in no_room)
 
 
 def _check_text(args: list[str]) -> None:

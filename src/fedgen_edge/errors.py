@@ -29,6 +29,12 @@ class TrainingError(FedGenError):
     """Training left the finite numbers."""
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no room for a tensor, on a processor or an accelerator, or for anything."""
+    no_room = ("can't allocate memory", "out of memory")  # torch's words, in a RuntimeError
+    return isinstance(error, MemoryError) or any(words in str(error) for words in no_room)
+
+
 class MissingExtraError(FedGenError):
     """An optional library is not installed."""
 

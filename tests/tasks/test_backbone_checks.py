@@ -158,3 +158,19 @@ def test_defaults_that_are_an_expression_stay_one() -> None:
     for kind, targets in language.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items():
         wanted = [targets] if isinstance(targets, str) else targets
         assert language.default_targets(kind) == wanted
+
+
+@TYPES
+def test_a_model_whose_numbers_are_not_finite_is_refused_for_that(dtype: torch.dtype) -> None:
+    model = make(T.LlamaForCausalLM, **LLAMA).to(dtype)
+    model.model.norm.weight.data[0] = float("nan")
+    for check in (check_causal, check_packing):
+        with pytest.raises(ConfigError, match="a llama, computes numbers that are not finite"):
+            check("x", model)
+
+
+def test_no_memory_left_is_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(T.LlamaForCausalLM, **LLAMA)
+    monkeypatch.setattr(model, "forward", lambda *_, **__: torch.empty(2**48))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        check_causal("x", model)

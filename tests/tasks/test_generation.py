@@ -1,5 +1,7 @@
 """Generation is transformers' own, with the adapter as PEFT has it."""
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from fedgen_edge.config import Evaluation, Settings, from_table
-from fedgen_edge.errors import ConfigError
+from fedgen_edge.errors import AdapterError, ConfigError
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones, language
 from fedgen_edge.tasks.generation import Decoding, encode_chat, holds_chats
@@ -87,6 +90,30 @@ def test_a_full_models_greedy_text_is_that_of_its_weights(tmp_path: Path) -> Non
     decoded = task.loaded.tokenizer.decode(expected, skip_special_tokens=True)
     assert task.generate(weights, "One day", GREEDY, 0) == decoded
     assert task.generate(task.model.backbone(), "One day", GREEDY, 0) == before
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "lacks model.norm.weight"),
+        (lambda w: w.update(more=torch.ones(2)), "has another weight, more"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(3)}),
+            "norm.weight is .3., this",
+        ),
+        (lambda w: w["model.norm.weight"].fill_(math.nan), "model.norm.weight is not finite"),
+    ],
+)
+def test_a_full_model_that_is_not_this_backbones_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], line: str
+) -> None:
+    task = build("tiny", full=True)
+    task.model.save(tmp_path / "model", task.model.backbone(), settings_for("tiny"), {})
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    change(weights)
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(AdapterError, match=line):
+        task.model.load(tmp_path / "model")
 
 
 def test_a_seed_gives_one_text_and_leaves_the_global_random_numbers(task: Language) -> None:

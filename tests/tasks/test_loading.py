@@ -21,6 +21,7 @@ from transformers import (
 
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.tasks import backbones
 from fedgen_edge.tasks.outline import config_of
 from model_folders import IDS, SHAPE, change_json, change_weights, llama, load, save
 
@@ -273,3 +274,14 @@ def test_plain_transformers_draws_what_a_folder_lacks(tmp_path: Path) -> None:
     change_weights(save(llama(), tmp_path), without("lm_head"))
     one, two = (AutoModelForCausalLM.from_pretrained(tmp_path).lm_head.weight for _ in range(2))
     assert not torch.equal(one, two)
+
+
+def test_no_memory_left_is_not_blamed_on_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(llama(), tmp_path / "llama")
+    monkeypatch.setattr(
+        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(2**48)
+    )
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        backbones.load(Backbone(path=str(folder)), torch.device("cpu"))

@@ -213,3 +213,18 @@ def test_a_run_compares_a_noisy_adapter_before_it_and_its_own_after_it(
     ):
         pass
     assert compared == [("adapter", True, None), ("global", True, None)]
+
+
+def test_layers_that_are_named_in_full_are_suggested_in_full(moe: Path) -> None:
+    names = ("model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_proj")
+    task = built(settings(str(moe), names))
+    with pytest.raises(ConfigError, match=r"'model.layers.1.self_attn.q_proj'\] works"):
+        task.model.check_peft(settings(str(moe), names))
+
+
+def test_an_adapter_that_was_trained_away_is_written_all_the_same(tmp_path: Path) -> None:
+    told = settings("tiny")
+    task = built(told)
+    leaves = {k: torch.full(v, 1e30) for k, v in task.model.leaf_shapes().items()}
+    task.model.save(tmp_path / "adapter", leaves, told, {})
+    task.model.check_written(tmp_path / "adapter", leaves)  # its logits are not finite

@@ -35,7 +35,7 @@ HARMLESS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
-    "megatron_core", "qalora_group_size",
+    "megatron_core", "qalora_group_size", "eva_config",
 }  # fmt: skip
 """Fields of LoraConfig that are read, or say nothing of what an adapter computes."""
 PLAIN_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")

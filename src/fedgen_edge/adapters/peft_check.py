@@ -16,6 +16,7 @@ from torch import Generator, Tensor, nn
 
 from fedgen_edge.adapters.formats import PREFIX, to_peft
 from fedgen_edge.adapters.lora import Lora
+from fedgen_edge.errors import is_out_of_memory
 from fedgen_edge.seeds import seeded
 from fedgen_edge.types import Leaves
 
@@ -66,7 +67,11 @@ def compare(
                 return fault
             theirs = forward().float()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         return f"it refuses: {' '.join(str(error).split())[:160]}"
+    if not bool(ours.isfinite().all()):
+        return None  # trained away: its factors are equal, and there is no more to compare
     off, moved = float((theirs - ours).norm()), float((ours - plain).norm())
     last_place = torch.finfo(next(model.parameters()).dtype).eps * float(ours.norm())
     if off <= SHARE * moved + ROUNDINGS * last_place:

@@ -118,17 +118,24 @@ class Adapted:
         working = sorted(n for n in names if self._only(n)._reread(settings) is None)
         if self._only(*working)._reread(settings) is not None:
             working = []
-        way = f"adapter.target_modules={working} works" if working else "take another backbone"
+        chosen = list(self._only(*working).adapter.targets)  # pyright: ignore[reportAttributeAccessIssue]
+        way = f"adapter.target_modules={chosen} works" if working else "take another backbone"
         raise ConfigError(
             f"adapter.target_modules={list(settings.adapter.target_modules) or sorted(names)}: "
             f"PEFT would read another adapter from what a run writes ({fault}): {way}"
         )
 
     def _only(self, *names: str) -> "Adapted":
-        """The same with adapters of the layers with these last names alone."""
+        """The same with adapters of the layers with these last names alone.
+
+        Where the targets are no last names, they stand for fewer layers than their last names
+        would: then the layers are named in full.
+        """
         assert isinstance(self.adapter, Lora)
+        exact = {*self.adapter.targets} <= {k.rsplit(".", 1)[-1] for k in self.adapter.sites}
         sites = {k: v for k, v in self.adapter.sites.items() if k.rsplit(".", 1)[-1] in names}
-        return replace(self, adapter=replace(self.adapter, sites=sites, targets=names))
+        targets = names if exact else tuple(sites)
+        return replace(self, adapter=replace(self.adapter, sites=sites, targets=targets))
 
     def _reread(self, settings: Settings) -> str | None:
         """What PEFT makes otherwise of a noisy adapter that is written and read; none if nothing.
@@ -158,17 +165,20 @@ class Adapted:
         if fault := self._differs(folder, served(leaves)):
             raise AdapterError(
                 f"{folder}: PEFT reads another adapter from it than was trained ({fault}): "
-                "delete the folder, and go on with `fedgen resume`"
+                "take the whole model instead, by `fedgen export --merge`, which does not need PEFT"
             )
 
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
             return self._with_averages(formats.read(folder, self.adapter, any_rank=True))
+        path = folder / self.weights
         try:
-            return self._with_averages(load_file(folder / self.weights))
+            weights = load_file(path)
         except SafetensorError as error:
-            raise AdapterError(f"{folder / self.weights} is damaged: {error}") from None
+            raise AdapterError(f"{path} is damaged: {error}") from None
+        _check_weights(path, weights, self.adapter.shapes())
+        return self._with_averages(weights)
 
     def merged(self, folder: Path, leaves: Leaves) -> None:
         """Write the backbone with an adapter merged into it; this model is spent afterwards."""
@@ -248,3 +258,16 @@ def adapt(
     lora = inject(network, settings, targets)
     initial = formats.read(settings.initial, lora) if settings.initial else None
     return Adapted(network, lora, initial=initial, **where)
+
+
+def _check_weights(path: Path, weights: Leaves, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse a full model's file that has other weights than the model, or unusable ones."""
+    for name in sorted({*shapes} ^ {*weights}):
+        which = "lacks" if name in shapes else "has another weight,"
+        raise AdapterError(f"{path} {which} {name}: it is not this backbone's: restore it")
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            sizes = f"{list(weights[name].shape)}, this backbone needs {list(shape)}"
+            raise AdapterError(f"{path}: {name} is {sizes}: restore it")
+        if not bool(weights[name].isfinite().all()):
+            raise AdapterError(f"{path}: {name} is not finite: the model is unusable")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
+from fedgen_edge.tasks.loading import describe
 from fedgen_edge.tasks.loss import TokenLoss
 from fedgen_edge.types import Batch
 
@@ -116,16 +117,20 @@ def _compute(path: str, model: Any, task: str, forward: Callable[[], Tensor]) ->
     """Logits in float32, each token's around their mean.
 
     Raises:
-        ConfigError: the model does not compute them.
+        ConfigError: the model does not compute them, or they are not finite.
     """
     try:
         with torch.enable_grad():
             logits = forward().detach().float()
     except FAILURES as error:
-        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"{_name(path, model)} does not read {task} ({reason}): take another"
+            f"{_name(path, model)} does not read {task} ({describe(error)}): take another"
         ) from None
+    if not bool(logits.isfinite().all()):
+        raise ConfigError(
+            f"{_name(path, model)} computes numbers that are not finite: its weights or its "
+            "config.json are damaged: take another, or backbone.precision='float32'"
+        )
     return logits - logits.mean(-1, keepdim=True)
 
 

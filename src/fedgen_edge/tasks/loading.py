@@ -14,7 +14,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fedgen_edge.errors import ConfigError
+from fedgen_edge.errors import ConfigError, is_out_of_memory
 
 FAILURES = (
     OSError,
@@ -36,7 +36,13 @@ STRANGE = "\U000f1234 \u2603"
 
 
 def describe(error: Exception, length: int = 200) -> str:
-    """What a library says of a failure, in one line; with its type where that says the most."""
+    """What a library says of a failure, in one line; with its type where that says the most.
+
+    Raises:
+        Exception: the failure itself where there was no memory left, for which no file is to blame.
+    """
+    if is_out_of_memory(error):
+        raise error
     text = " ".join(str(error).split())[:length]
     vague = not text or isinstance(error, LookupError | ArithmeticError | AttributeError)
     return f"{type(error).__name__}: {text}" if vague else text
