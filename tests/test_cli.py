@@ -520,18 +520,22 @@ COMMANDS = {
     ),
     "generate at a temperature below 0": (
         "generate {run} --prompt x --temperature -1",
-        ["--temperature=-1.0", "at least 0"],
+        ["--temperature=-1.0", "0 (the most probable token), or from 0.001"],
     ),
     "generate at no temperature": (
         "generate {run} --prompt x --temperature nan",
-        ["--temperature=nan", "finite"],
+        ["--temperature=nan", "to 1000.0"],
     ),
     "generate from no token": ("generate {run} --prompt x --top-p 0", ["--top-p=0.0", "above 0"]),
     "generate from more than all": ("generate {run} --prompt x --top-p 2", ["--top-p=2.0"]),
     "generate from fewer than none": ("generate {run} --prompt x --top-k -1", ["--top-k=-1"]),
+    "generate at a temperature that leaves the finite numbers": (
+        "generate {run} --prompt x --temperature 1e-40",
+        ["--temperature=1e-40", "from 0.001"],
+    ),
     "generate with a penalty of 0": (
         "generate {run} --prompt x --repetition-penalty 0",
-        ["--repetition-penalty=0.0", "above 0"],
+        ["--repetition-penalty=0.0", "from 0.001 to 1000.0"],
     ),
     "generate with a chat and without": (
         "generate {run} --prompt x --chat --no-chat",

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from fedgen_edge.tasks.task import Learnt, Worded
     from fedgen_edge.types import Leaves
 
+LEAST, MOST = 1e-3, 1e3
+"""Of what logits are divided or multiplied by: beyond, they leave the finite numbers."""
+
 
 @dataclass(frozen=True)
 class Generate:
@@ -98,10 +101,16 @@ def _check_ranges(told: Generate) -> None:
         if getattr(told, name) < 1:
             raise ConfigError(f"{_flag(told, name)} must be at least 1")
     bounds = {
-        "temperature": (0 <= told.temperature < float("inf"), "at least 0, and finite"),
+        "temperature": (
+            told.temperature == 0 or LEAST <= told.temperature <= MOST,
+            f"0 (the most probable token), or from {LEAST} to {MOST}",
+        ),
         "top_p": (0 < told.top_p <= 1, "above 0, and at most 1"),
         "top_k": (told.top_k >= 0, "at least 0"),
-        "repetition_penalty": (0 < told.repetition_penalty < float("inf"), "above 0, and finite"),
+        "repetition_penalty": (
+            LEAST <= told.repetition_penalty <= MOST,
+            f"from {LEAST} to {MOST}",
+        ),
     }
     for name, (fits, wanted) in bounds.items():
         if not fits:

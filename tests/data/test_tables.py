@@ -259,6 +259,12 @@ def test_what_save_to_disk_wrote_is_read(hub: Any, tmp_path: Path) -> None:
     splits = read(settings("hub", tmp_path / "splits", **FIELDS))
     assert splits.examples.texts == [ROWS[2]["text"], ROWS[0]["text"], ROWS[1]["text"]]
     assert splits.splits == ["validation", "train", "train"]
+    with pytest.raises(FedGenError, match=r"written by save_to_disk: leave data.config='b' out"):
+        read(settings("hub", tmp_path / "one", config="b"))
+    for note in ("state.json", "dataset_info.json"):
+        (tmp_path / "one" / note).write_text("{}")
+    with pytest.raises(FedGenError, match="is no data set by name or folder"):
+        read(settings("hub", tmp_path / "one"))
 
 
 def test_a_blank_text_of_a_data_set_is_left_out(hub: Any, tmp_path: Path) -> None:

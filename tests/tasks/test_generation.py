@@ -223,6 +223,17 @@ def test_texts_written_by_the_chat_template_are_chats_and_plain_ones_are_not(
     assert not holds_chats(AutoTokenizer.from_pretrained(backbones._tiny()), [chat])
 
 
+def test_the_start_mark_of_a_template_is_no_sign_of_a_chat(chat_folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    start = tokenizer.bos_token
+    tokenizer.chat_template = (
+        start + "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
+    )
+    assert holds_chats(tokenizer, ["[INST] hi [/INST] yo"])
+    tokenizer.chat_template = start + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert not holds_chats(tokenizer, [f"a plain {start} text"])
+
+
 def test_a_runs_samples_go_on_with_each_prompt(task: Language) -> None:
     plan = Evaluation(prompts=("One day", "The"), sample_tokens=3)
     samples = [*task.samples({}, plan, 5)]

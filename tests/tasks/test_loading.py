@@ -13,15 +13,18 @@ from transformers import (
     AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
 
-from fedgen_edge.config import Backbone
+from fedgen_edge.config import Backbone, from_table
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.language import check_length
 from fedgen_edge.tasks.outline import config_of
 from model_folders import IDS, SHAPE, change_json, change_weights, llama, load, save
 
@@ -285,3 +288,45 @@ def test_no_memory_left_is_not_blamed_on_the_folder(
     )
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         backbones.load(Backbone(path=str(folder)), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2"])
+def test_masks_that_older_versions_saved_are_passed_over_and_weights_are_not(
+    tmp_path: Path, kind: str
+) -> None:
+    shape = {"vocab_size": 258, "bos_token_id": 0, "eos_token_id": 1}
+    model = (
+        GPT2LMHeadModel(GPT2Config(**shape, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+        if kind == "gpt2"
+        else GPTNeoForCausalLM(
+            GPTNeoConfig(**shape, hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16,
+                         attention_types=[[["local"], 1]], window_size=8,
+                         max_position_embeddings=64)
+        )
+    ).eval()  # fmt: skip
+    folder = save(model, tmp_path / kind)
+    layer = "transformer.h.0.attn" + (".attention" if kind == "gpt_neo" else "")
+    mask = torch.ones(1, 1, 64, 64).tril()
+    seen = {f"{layer}.bias": mask - mask.tril(-8), f"{layer}.masked_bias": torch.tensor(-1e9)}
+    change_weights(folder, lambda weights: weights | seen)
+    with torch.no_grad():
+        assert torch.equal(load(folder).model(IDS).logits, model(IDS).logits)
+    for wrong in (torch.randn(1, 1, 64, 64), torch.ones(1, 1, 64, 64), torch.ones(16)):
+        change_weights(
+            folder, lambda weights, wrong=wrong: weights | {f"{layer}.masked_bias": wrong}
+        )
+        with pytest.raises(ConfigError, match=r"1 weight is not used: .*masked_bias"):
+            load(folder)
+
+
+def test_more_layers_than_tensors_are_refused_before_they_are_made(tmp_path: Path) -> None:
+    folder = save(llama(), tmp_path / "deep")
+    change_json(folder / "config.json", num_hidden_layers=100)
+    with pytest.raises(ConfigError, match=r"num_hidden_layers=100 in its config.json is above"):
+        load(folder)
+
+
+def test_a_length_that_is_no_number_is_one_line() -> None:
+    config = LlamaConfig(**SHAPE, sliding_window="x")  # a field that Llama's does not declare
+    with pytest.raises(ConfigError, match=r"sliding_window='x' in its config.json is no whole"):
+        check_length(from_table({}), config)

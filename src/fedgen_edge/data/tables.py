@@ -194,11 +194,17 @@ def _load(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     path = str(settings.path)
     try:
         if any(os.path.isfile(Path(path, name)) for name in SAVED):
+            if settings.config is not None:
+                raise fault(
+                    settings,
+                    f" was written by save_to_disk: leave data.config={settings.config!r} out",
+                )
             saved = datasets.load_from_disk(path)
             splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
             return cast(Mapping[str, Any], splits)
         return cast(Mapping[str, Any], datasets.load_dataset(path, settings.config))
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
+            NotImplementedError, DatasetsError) as error:  # fmt: skip
         raise _explain(settings, str(error)) from None
 
 

@@ -96,7 +96,8 @@ def holds_chats(tokenizer: Any, texts: Sequence[str]) -> bool:
         page = tokenizer.apply_chat_template(_message("{message}"), tokenize=False)
     except (TemplateError, TypeError, ValueError):
         return False
-    mark = page.partition("{message}")[0].strip().splitlines()[-1:]
+    before = page.partition("{message}")[0].replace(tokenizer.bos_token or "", "")
+    mark = before.strip().splitlines()[-1:]
     return bool(mark) and 2 * sum(mark[0] in text for text in texts) > len(texts)
 
 

@@ -279,7 +279,18 @@ def _prompts(settings: Evaluation) -> Sequence[str]:
 
 def _context(config: Any) -> int:
     """Most tokens that the backbone reads at once."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    most = _number(config, "max_position_embeddings")
+    return most if most and most > 0 else sys.maxsize
+
+
+def _number(config: Any, name: str) -> int | None:
+    """A whole number of the configuration, if it has one of this name."""
+    value = getattr(config.get_text_config(), name, None)
+    if value is None or isinstance(value, int):
+        return value
+    raise ConfigError(
+        f"backbone.path: {name}={value!r} in its config.json is no whole number: correct it"
+    )
 
 
 def check_length(settings: Settings, config: Any) -> None:
@@ -305,9 +316,8 @@ def check_length(settings: Settings, config: Any) -> None:
 
 def _window(config: Any) -> int | None:
     """How far back some layers of the backbone see; none is as far as all do."""
-    config = config.get_text_config()
-    slides = "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"])
-    return getattr(config, "sliding_window", None) if slides else None
+    types = getattr(config.get_text_config(), "layer_types", None) or ["sliding_attention"]
+    return _number(config, "sliding_window") if "sliding_attention" in types else None
 
 
 def _check_samples(settings: Settings, loaded: Loaded) -> None:

@@ -5,13 +5,16 @@ Python files that lie beside the weights. Here each of these is a mistake of one
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fedgen_edge.errors import ConfigError, is_out_of_memory
@@ -29,6 +32,8 @@ FAILURES = (
     StrictDataclassError,
 )
 """What transformers raises where a folder's files are damaged or do not belong together."""
+MASKS = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
+"""Ends the names of masks that transformers saved with GPT-2, GPT-Neo and their like."""
 NAMED = 3
 """Weights that a message names; of more it says how many."""
 STRANGE = "\U000f1234 \u2603"
@@ -176,6 +181,7 @@ def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> A
     Raises:
         ConfigError: weights are missing, not used, or of other sizes; or it cannot be loaded.
     """
+    _check_depth(folder, config, setting)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -192,8 +198,51 @@ def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> A
             f"{setting} is no causal language model here ({describe(error)}): take another"
         ) from None
     model, loading = loaded
-    check_weights(loading, type(model).__name__, setting)
+    unused = loading["unexpected_keys"] - _saved_masks(folder, loading["unexpected_keys"])
+    check_weights({**loading, "unexpected_keys": unused}, type(model).__name__, setting)
     return model
+
+
+def _check_depth(folder: Path, config: Any, setting: str) -> None:
+    """Refuse more layers than the files have tensors before they are all made."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    tensors = sum(len(file.keys()) for file in _opened(folder))
+    if isinstance(layers, int) and layers > tensors > 0:
+        raise ConfigError(
+            f"{setting}: num_hidden_layers={layers} in its config.json is above the number of "
+            f"tensors in its files, {tensors}: give the files of one model, complete"
+        )
+
+
+def _saved_masks(folder: Path, names: Collection[str]) -> set[str]:
+    """Those of these names that are masks of causal attention, which transformers once saved.
+
+    They hold nothing that a model learns, and today's classes make them anew.
+    """
+    wanted = {name for name in names if MASKS.search(name)}
+    masks = set()
+    for file in _opened(folder) if wanted else ():
+        for key in file.keys():  # noqa: SIM118
+            name = next((n for n in wanted if n.endswith(key) or key.endswith(n)), None)
+            if name and _is_mask(file.get_tensor(key)):
+                masks.add(name)
+    return masks
+
+
+def _is_mask(tensor: Tensor) -> bool:
+    """Whether a tensor is the number that hides, or ones and zeros that show no later token."""
+    if tensor.ndim != 4:
+        return tensor.ndim == 0
+    shown = tensor != 0
+    plain = shown.shape[:2] == (1, 1) and shown.shape[2] == shown.shape[3]
+    return plain and bool((tensor[shown] == 1).all()) and not bool(shown.triu(1).any())
+
+
+def _opened(folder: Path) -> Iterator[Any]:
+    """The safetensors files of a folder, one after the other; those that are damaged aside."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with suppress(SafetensorError), safe_open(path, "pt") as file:
+            yield file
 
 
 def check_weights(loading: Mapping[str, Any], kind: str, setting: str) -> None:
