@@ -177,7 +177,7 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path) -> None:
         ("d.json", b"[" * 100_000, " is not one JSON array (maximum recursion"),
         ("d.json", b"[" + b"9" * 5000 + b"]", " is not one JSON array (Exceeds the limit"),
         ("d.jsonl.gz", b'{"text": "a"}', "cannot be read (Not a gzipped file"),
-        ("d.parquet", b"", " cannot be read as Parquet (Parquet file size is 0 bytes): mend it"),
+        ("d.parquet", b"", " cannot be read as Parquet (Parquet file size is 0 bytes): correct it"),
         ("d.parquet", b"PAR1" * 9, " cannot be read as Parquet ("),
     ],
 )

@@ -21,7 +21,7 @@ from fedgen_edge.adapters import peft_check
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import from_table
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones, language
+from fedgen_edge.tasks import backbones, language, whole_models
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])
 DEFAULT = {"rope_type": "default", "rope_theta": 100_000.0}
@@ -127,3 +127,14 @@ def test_the_tokenizer_is_named_as_every_version_knows_it(tmp_path: Path) -> Non
     assert type(before) is type(after)
     assert before("Once upon a time").input_ids == after("Once upon a time").input_ids
     assert before.get_vocab() == after.get_vocab()
+
+
+def test_the_text_part_of_a_model_that_reads_more_has_the_older_names_too(tmp_path: Path) -> None:
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "x", "text_config": {"rope_parameters": rope}}))
+    whole_models.complete(tmp_path)
+    assert json.loads(file.read_text())["text_config"] == {
+        "rope_parameters": rope,
+        "rope_theta": 1e6,
+    }

@@ -72,5 +72,5 @@ def _full_match(pattern: str, name: str) -> bool:
     except re.error as error:
         raise ConfigError(
             f"adapter.target_modules={pattern!r} is no regular expression ({error}): "
-            "give names of layers, or mend it"
+            "give names of layers, or correct it"
         ) from None

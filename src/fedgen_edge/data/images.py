@@ -136,7 +136,7 @@ def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
         try:
             pixels, numbers = _unpacked(path)
         except DAMAGED as error:
-            raise _fault(settings, f": {path.name} cannot be read ({error}): mend it") from None
+            raise _fault(settings, f": {path.name} cannot be read ({error}): correct it") from None
         yield _part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
 
 
@@ -167,7 +167,7 @@ def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
                 raise ValueError("its pictures are not of bytes")
             numbers = _whole(held[b"labels"])
         except (pickle.UnpicklingError, AttributeError, *DAMAGED) as error:
-            raise _fault(settings, f": {path.name} is no batch ({error}): mend it") from None
+            raise _fault(settings, f": {path.name} is no batch ({error}): correct it") from None
         yield _part(settings, path, pixels, numbers, split)
 
 

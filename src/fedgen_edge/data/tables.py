@@ -76,7 +76,7 @@ def read_jsonl(settings: config.Data) -> Iterator[Row]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(": line")[0]
-            raise fault(settings, f", line {number} is not JSON ({reason}): mend it") from None
+            raise fault(settings, f", line {number} is not JSON ({reason}): correct it") from None
         if not isinstance(record, dict):
             raise fault(settings, f", line {number} is not a JSON object: write {{...}}")
         yield make_row(settings, record, f", line {number}")
@@ -91,7 +91,7 @@ def read_json(settings: config.Data) -> Iterator[Row]:
     except (ValueError, RecursionError, *UNREADABLE) as error:
         raise fault(
             settings,
-            f" is not one JSON array ({error}): mend it, or set data.source='jsonl' if each line "
+            f" is not one JSON array ({error}): correct it, or set data.source='jsonl' if each line "
             "is an object",
         ) from None
     if not isinstance(records, list):
@@ -114,7 +114,7 @@ def read_csv(settings: config.Data) -> Iterator[Row]:
             for record in reader:
                 yield make_row(settings, _whole_record(settings, record, reader), _place(reader))
     except (ValueError, csv.Error, *UNREADABLE) as error:
-        raise fault(settings, f" cannot be read as CSV in UTF-8 ({error}): mend it") from None
+        raise fault(settings, f" cannot be read as CSV in UTF-8 ({error}): correct it") from None
     finally:
         csv.field_size_limit(before)
 
@@ -151,7 +151,7 @@ def read_parquet(settings: config.Data) -> Iterator[Row]:
                 yield make_row(settings, record, f", row {number}")
     except (ValueError, NotImplementedError, *UNREADABLE) as error:
         reason = str(error).partition("\n")[0]
-        raise fault(settings, f" cannot be read as Parquet ({reason}): mend it") from None
+        raise fault(settings, f" cannot be read as Parquet ({reason}): correct it") from None
 
 
 def _check_names(settings: config.Data, names: Collection[str]) -> list[str]:

@@ -204,7 +204,7 @@ def _outline(settings: Settings, config: Any, *, full: bool) -> Language:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be made of "
-            f"its config.json ({reason}): mend it, or take another"
+            f"its config.json ({reason}): correct it, or take another"
         ) from None
 
 

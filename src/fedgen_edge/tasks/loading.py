@@ -151,7 +151,7 @@ def read_config(folder: Path, setting: str) -> Any:
     check_code(values, config, setting)
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ConfigError(
-            f"{setting} is no causal language model, but a {config.model_type}: take another"
+            f"{setting} is no causal language model: its type is {config.model_type}: take another"
         )
     check_text(config, setting, "vocab_size")
     return config

@@ -154,7 +154,7 @@ def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
     except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"pretrain.config: no {config.model_type} has this shape ({reason}): mend it"
+            f"pretrain.config: no {config.model_type} has this shape ({reason}): correct it"
         ) from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -46,8 +46,11 @@ def _change(path: Path, change: Any) -> None:
 def _add_rope(config: dict[str, Any]) -> dict[str, Any]:
     """The same configuration, also with the older names; those it has already are kept.
 
-    Where layers of several types have positions of their own there is no common older name.
+    So is the text part of one that reads more. Where layers of several types have positions of
+    their own there is no common older name.
     """
+    if "text_config" in config:
+        config = {**config, "text_config": _add_rope(config["text_config"])}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" not in rope:
         return config
