@@ -166,7 +166,11 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path) -> None:
         ("d.csv", b"text,n\na,1\nb, c,2\n", ", line 3 has not as many values as the first line"),
         ("d.csv", b"text,n\na,1\nb\n", ", line 3 has not as many values as the first line"),
         ("d.csv", b"text\n\xe4\n", " cannot be read as CSV in UTF-8 ('utf-8' codec"),
-        ("d.csv", b'text\n"a\n', " cannot be read as CSV in UTF-8 (unexpected end of data): mend"),
+        (
+            "d.csv",
+            b'text\n"a\n',
+            " cannot be read as CSV in UTF-8 (unexpected end of data): correct",
+        ),
         ("d.csv", b"text\na\0b\n", ""),
         ("d.csv.gz", b"text\na\n", " cannot be read as CSV in UTF-8 (Not a gzipped file"),
         ("d.csv.gz", gzip.compress(b"text\na\n")[:-9], " cannot be read as CSV in UTF-8 (Compr"),

@@ -213,7 +213,7 @@ def test_a_new_model_needs_a_configuration_and_a_tokenizer(tmp_path: Path) -> No
         (replace(SETTINGS, pretrain=replace(SETTINGS.pretrain, config="gpt2")),
          "pretrain.config='gpt2' is of a language model"),
         (replace(new(settings, tmp_path), backbone=empty), "its tokenizer cannot be used"),
-        (new(settings, tmp_path, n_head=3), r"pretrain.config: no gpt2 has this shape .*: correct it"),
+        (new(settings, tmp_path, n_head=3), r"pretrain.config: no gpt2 has this shape .*: correct"),
         (new(settings, tmp_path, activation_function="none"), "pretrain.config: no gpt2 has"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=said):

@@ -91,8 +91,8 @@ def read_json(settings: config.Data) -> Iterator[Row]:
     except (ValueError, RecursionError, *UNREADABLE) as error:
         raise fault(
             settings,
-            f" is not one JSON array ({error}): correct it, or set data.source='jsonl' if each line "
-            "is an object",
+            f" is not one JSON array ({error}): correct it, or set data.source='jsonl' if each "
+            "line is an object",
         ) from None
     if not isinstance(records, list):
         raise fault(settings, " is not a JSON array: write [{...}, {...}]")
