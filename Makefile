@@ -60,11 +60,17 @@ bench: install $(VENV)/.backbone
 paper: install $(VENV)/.backbone
 	@$(BIN)/python paper/make.py $(ITEMS) --scale $(SCALE) --data $(DATA)
 
+# requirements-kit.lock is the part of requirements.lock that the kits of a deployment install: neither
+# torch, nor what torch alone needs, is in it.
+COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-header --no-emit-package torch --upgrade --quiet --overrides $$override
+
 lock: install
-	@override=$$(mktemp); echo "torch ; sys_platform == 'never'" > $$override; \
-		$(BIN)/uv pip compile pyproject.toml --extra test --group lock --universal --python-version 3.11 \
-		--generate-hashes --no-annotate --no-header --no-emit-package torch --upgrade --quiet \
-		--overrides $$override --output-file requirements.lock; rm $$override
+	@override=$$(mktemp); trap "rm $$override" EXIT; echo "torch ; sys_platform == 'never'" > $$override; \
+		$(COMPILE) --extra test --group lock --output-file requirements.lock && \
+		echo "torch ; python_version < '3'" > $$override && \
+		$(COMPILE) --extra flower --extra images --extra hub --extra compress \
+		--constraints requirements.lock --output-file requirements-kit.lock
 
 clean:
 	@rm -rf $(VENV) .venv-newest .venv-oldest dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache

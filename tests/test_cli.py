@@ -650,13 +650,22 @@ def test_bash_completes_commands_and_options() -> None:
     told = [sys.executable, "-m", "fedgen_edge", "--tyro-print-completion", "bash"]
     script = subprocess.run(told, capture_output=True, text=True, check=False)
     assert (script.returncode, script.stderr) == (0, "")
-    ask = (
-        script.stdout + "\nCOMP_WORDS=(fedgen generate --temp); COMP_CWORD=2\n"
+    lines = [
+        "",
+        "generate --temp",
+        "deploy re",
+        "deploy init --add",
+    ]
+    ask = script.stdout + "".join(
+        f"\nCOMP_WORDS=(fedgen {line or chr(34) * 2}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1))\n"
         "eval \"$(complete -p fedgen | sed -E 's/.*-F ([^ ]+).*/\\1/')\"\n"
         'echo "${COMPREPLY[@]}"\n'
+        for line in lines
     )
-    asked = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
-    assert "--temperature" in asked.stdout
+    asked = subprocess.run(["bash"], input=ask, capture_output=True, text=True, check=True)
+    commands, *options = asked.stdout.splitlines()
+    assert set(cli.COMMANDS) <= set(commands.split())
+    assert [option.split() for option in options] == [["--temperature"], ["revoke"], ["--address"]]
 
 
 def test_a_shell_without_completion_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

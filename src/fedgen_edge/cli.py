@@ -16,7 +16,18 @@ from typing import Annotated
 import tyro
 
 from fedgen_edge.arguments import parse, recipe
-from fedgen_edge.cli_deploy import Client, Server, Status, client, deploy, server, status
+from fedgen_edge.cli_deploy import (
+    Add,
+    Client,
+    Init,
+    Revoke,
+    Server,
+    Status,
+    client,
+    deploy,
+    server,
+    status,
+)
 from fedgen_edge.cli_models import Export, Generate, export, generate
 from fedgen_edge.cli_plan import Plan, plan
 from fedgen_edge.completion import FLAG, print_completion
@@ -171,6 +182,7 @@ def _completed() -> dict[str, object]:
         "generate": Generate,
         "export": Export,
         "methods": Methods,
+        "deploy": {"init": Init(settings), "add": Add, "revoke": Revoke},
         "server": Server,
         "client": Client,
         "status": Status,

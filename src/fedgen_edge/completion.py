@@ -15,7 +15,7 @@ def print_completion(commands: Mapping[str, Any], shell: str) -> None:
     """Print the script that completes these commands' names and options.
 
     Args:
-        commands: a class for each, or an instance that has its defaults.
+        commands: a class for each, an instance that has its defaults, or its own commands.
         shell: bash, zsh or fish.
 
     Raises:
@@ -23,16 +23,20 @@ def print_completion(commands: Mapping[str, Any], shell: str) -> None:
     """
     if shell not in SHELLS:
         raise ConfigError(f"{FLAG}={shell!r} is none of {', '.join(SHELLS)}: name one of them")
-    kinds = []
-    for name, command in commands.items():
-        kind, default = (
-            (command, {})
-            if isinstance(command, type)
-            else (
-                type(command),
-                {"default": command},
-            )
-        )
-        kinds.append(Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)])
-    union: Any = Union[tuple(kinds)]  # noqa: UP007
-    tyro.cli(union, prog="fedgen", args=[FLAG, shell])
+    tyro.cli(_make_union(commands), prog="fedgen", args=[FLAG, shell])
+
+
+def _make_union(commands: Mapping[str, Any]) -> Any:
+    kinds = tuple(_make_subcommand(name, command) for name, command in commands.items())
+    return Union[kinds]  # noqa: UP007
+
+
+def _make_subcommand(name: str, command: Any) -> Any:
+    default = {}
+    if isinstance(command, Mapping):
+        kind = _make_union(command)
+    elif isinstance(command, type):
+        kind = command
+    else:
+        kind, default = type(command), {"default": command}
+    return Annotated[kind, tyro.conf.subcommand(name, prefix_name=False, **default)]

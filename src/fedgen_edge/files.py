@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-SHIPPED = ("recipes", "requirements.lock")
+SHIPPED = ("recipes", "requirements-kit.lock")
 """What a wheel of this package has inside it, and its sources beside them."""
 DRAFT = re.compile(r"\.(.+?)\.\d+(\.old)?")
 """Name of a draft: the target's, and the process that writes it."""

@@ -17,26 +17,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fedgen_edge.config import from_table
-from fedgen_edge.deploy import contents, kits
-from fedgen_edge.deploy.software import pack_software, select_requirements
+from fedgen_edge.deploy import kits
+from fedgen_edge.deploy.software import pack_software
 from fedgen_edge.deploy.wheel import build_wheel
-from fedgen_edge.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
-ALPHA, BETA = "a" * 64, "b" * 64
-SAMPLE = f"""\
-# made by a tool
---index-url https://example.org/simple
-alpha==1.0 \\
-    --hash=sha256:{ALPHA} \\
-    --hash=sha256:{BETA}
-    # via beta
-Beta_two==2.0 ; python_version < '3.12' \\
-    --hash=sha256:{ALPHA}
-beta-two==2.1 ; python_version >= '3.12' \\
-    --hash=sha256:{BETA}
-gamma==3.0
-"""
+LOCK = ROOT / "requirements-kit.lock"
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +96,7 @@ def test_the_wheel_has_recipes_types_and_the_lock_and_no_trace_of_this_machine(w
         files = {name: archive.read(name) for name in archive.namelist()}
     for path in (ROOT / "recipes").iterdir():
         assert files[f"fedgen_edge/recipes/{path.name}"] == path.read_bytes()
-    assert files["fedgen_edge/requirements.lock"] == (ROOT / "requirements.lock").read_bytes()
+    assert files["fedgen_edge/requirements-kit.lock"] == LOCK.read_bytes()
     assert {"fedgen_edge/py.typed", "fedgen_edge/deploy/templates/kit.md.jinja"} <= set(files)
     assert not [name for name in files if name.endswith(".pyc") or "/." in name]
     assert not [name for name, content in files.items() if str(ROOT).encode() in content]
@@ -119,33 +105,21 @@ def test_the_wheel_has_recipes_types_and_the_lock_and_no_trace_of_this_machine(w
 # ---- what is pinned
 
 
-def test_pins_are_taken_from_the_lock_with_all_their_hashes_and_nothing_else() -> None:
-    assert select_requirements(SAMPLE, {"beta-two"}) == (
-        f"Beta_two==2.0 ; python_version < '3.12' \\\n    --hash=sha256:{ALPHA}\n"
-        f"beta-two==2.1 ; python_version >= '3.12' \\\n    --hash=sha256:{BETA}\n"
+def test_the_kit_of_an_installed_server_has_the_whole_lock(site: Path) -> None:
+    program = (
+        "from fedgen_edge.deploy.software import *; print(find_shipped(LOCK)); "
+        "print(pack_software()['requirements.txt'].decode(), end='')"
     )
-    assert select_requirements(SAMPLE, {"alpha"}) == (
-        f"alpha==1.0 \\\n    --hash=sha256:{ALPHA} \\\n    --hash=sha256:{BETA}\n"
-    )
-
-
-@pytest.mark.parametrize("name", ["gamma", "delta"])
-def test_a_library_without_a_hash_or_a_pin_is_refused_by_name(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"requirements\.lock pins no {name} by a hash"):
-        select_requirements(SAMPLE, {"alpha", name})
-
-
-def pins(extras: list[str]) -> dict[str, str]:
-    """Versions by name, of the requirements file of a kit."""
-    text = pack_software(extras)["requirements.txt"].decode()
-    found = re.findall(r"^([\w.-]+)==(\S+)", text, re.MULTILINE)
-    return {canonicalize_name(name): version for name, version in found}
+    where, _, requirements = run_installed(site, program).partition("\n")
+    assert where == str(site / "fedgen_edge" / LOCK.name)
+    assert requirements == LOCK.read_text()
 
 
 def test_all_that_a_pinned_library_needs_is_pinned_too_but_torch() -> None:
-    pinned = pins(["flower", "images", "hub", "compress"])
-    assert {"flwr", "cryptography", "diffusers", "datasets", "zstandard", "peft"} <= set(pinned)
-    assert not {"torch", "pytest", "ruff", "sympy", "fedgen-edge"} & set(pinned)
+    text = pack_software()["requirements.txt"].decode()
+    pinned = {canonicalize_name(name) for name in re.findall(r"^([\w.-]+)==", text, re.MULTILINE)}
+    assert {"flwr", "cryptography", "diffusers", "datasets", "pandas", "zstandard"} <= pinned
+    assert not {"torch", "pytest", "ruff", "ray", "sympy", "fedgen-edge"} & pinned
     for name in pinned:
         try:
             needed = map(Requirement, distribution(name).requires or ())
@@ -154,22 +128,6 @@ def test_all_that_a_pinned_library_needs_is_pinned_too_but_torch() -> None:
         for other in needed:
             if other.marker is None or other.marker.evaluate({"extra": ""}):
                 assert canonicalize_name(other.name) in {*pinned, "torch"}, (name, other)
-
-
-EXTRAS = {
-    "text": ({}, ["flower"]),
-    "pictures": ({"task": "vae"}, ["flower", "images"]),
-    "a data set of the hub": ({"data": {"source": "hub"}}, ["flower", "hub"]),
-    "zstd upwards": ({"uplink": {"zstd": 3}}, ["flower", "compress"]),
-    "zstd downwards": ({"downlink": {"zstd": 3}}, ["flower", "compress"]),
-}
-
-
-@pytest.mark.parametrize(("table", "extras"), EXTRAS.values(), ids=EXTRAS)
-def test_a_kit_has_the_libraries_of_its_recipe_and_no_others(
-    table: dict[str, object], extras: list[str]
-) -> None:
-    assert contents.extras(from_table(table)) == extras
 
 
 # ---- where it goes, and what the pages say

@@ -20,8 +20,10 @@ from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Method, Settings, from_table
 from fedgen_edge.errors import CheckpointError, ConfigError, TrainingError
 from fedgen_edge.experiments import federate, targets
+from fedgen_edge.experiments.comparison import grouped
 from fedgen_edge.experiments.merging import agreement
 from fedgen_edge.experiments.models import export, folder_of, reopen, serve
+from fedgen_edge.experiments.report import write
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.experiments.summary import read
 from fedgen_edge.matrix import objection
@@ -274,6 +276,31 @@ def test_where_a_run_works_and_how_fast_it_learns_may_change_before_it_is_resume
     table["training"]["lr"] = 1e-5  # what the message about infinite numbers says to lower
     (folder / "settings.toml").write_text(tomli_w.dumps(table))
     assert reopen(folder).settings.training.lr == 1e-5
+
+
+def test_the_report_says_which_rounds_had_the_rate_of_before_a_resume(
+    corpus: Path, tmp_path: Path
+) -> None:
+    changed, constant = tmp_path / "changed", tmp_path / "constant"
+    create(settings(corpus, federation={"rounds": 3}, training={"lr": 0.01}), changed)
+    events = proceed(reopen(changed), changed)
+    while next(events).done < 2:
+        pass
+    events.close()  # pyright: ignore[reportAttributeAccessIssue]
+    recipe = changed / "settings.toml"
+    assert "lr = 0.01\n" in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace("lr = 0.01\n", "lr = 0.001\n"))
+    finish(changed)
+    change = {"round": 2, "name": "training.lr", "before": 0.01, "now": 0.001}
+    assert json.loads((changed / "run.json").read_text())["changes"] == [change]
+    finish(changed)  # nothing is other than at the last resume
+    assert json.loads((changed / "run.json").read_text())["changes"] == [change]
+    write([changed], page := tmp_path / "page.html")
+    assert "training.lr was 0.01, then 0.001 after round 2." in page.read_text()
+
+    create(settings(corpus, federation={"rounds": 3}, training={"lr": 0.001}), constant)
+    rates = [group.settings["training.lr"] for group in grouped([read(changed), read(constant)])]
+    assert rates == ["0.01, then 0.001 after round 2", "0.001"]
 
 
 @pytest.mark.parametrize("rounds", [[], [1, 2], [1, 2, 3, 4, 5, 6, 8], [2, 3, 4, 5, 6, 7, 8, 9]])

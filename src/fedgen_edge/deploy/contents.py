@@ -31,7 +31,7 @@ def server(
     ca = keys.authority(now)
     hosts = list(dict.fromkeys((place.host, "localhost", "127.0.0.1")))
     tls = keys.certificate(ca, hosts, now)
-    software = pack_software(extras(settings))
+    software = pack_software()
     kits = {name: kit(name, federation.address, settings, ca.public, software) for name in names}
     backbone = settings.backbone.path
     about = _about(settings, federation.address, software) | {
@@ -89,17 +89,6 @@ def kit(
         "README.md": _rendered("kit.md", about),
         **{f"software/{name}": content for name, content in software.items()},
     }
-
-
-def extras(settings: Settings) -> list[str]:
-    """Parts of this package's dependencies that a federation with these settings needs."""
-    needed = {
-        "flower": True,
-        "images": settings.task != "language",
-        "hub": settings.data.source in {"hub", "parquet"},
-        "compress": settings.uplink.zstd > 0 or settings.downlink.zstd > 0,
-    }
-    return [extra for extra, wanted in needed.items() if wanted]
 
 
 def _about(settings: Settings, address: str, software: Mapping[str, bytes]) -> dict[str, Any]:

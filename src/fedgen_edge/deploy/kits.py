@@ -88,8 +88,7 @@ def add(name: str, folder: Path) -> Path:
                 f"such as {name}-2"
             )
     ca, recipe = (folder / "ca" / "ca.crt").read_bytes(), load(folder / "recipe.toml")
-    software = pack_software(contents.extras(recipe))
-    content = contents.kit(name, federation.address, recipe, ca, software)
+    content = contents.kit(name, federation.address, recipe, ca, pack_software())
     with _private():
         with files.folder(folder / "kits" / name) as draft:
             _lay(draft, content)

@@ -39,7 +39,11 @@ class Group:
 def grouped(runs: Sequence[RunFiles]) -> list[Group]:
     """Runs by the settings that differ between them, the seed aside."""
     names = sorted({n for run in runs for n in run.settings if not n.startswith(ASIDE)})
-    told = [{name: json.dumps(run.settings.get(name)) for name in names} for run in runs]
+    told = [
+        {name: json.dumps(run.settings.get(name)) for name in names}
+        | {name: text for name, text in summary.describe_changes(run).items() if name in names}
+        for run in runs
+    ]
     differ = [name for name in names if len({each[name] for each in told}) > 1]
     found: dict[tuple[str, ...], list[RunFiles]] = {}
     for run, each in zip(runs, told, strict=True):

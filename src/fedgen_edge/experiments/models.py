@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedgen_edge import files, machine
+from fedgen_edge.config import plain
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, build, task_of
+from fedgen_edge.experiments.checkpoint import latest
 from fedgen_edge.experiments.folders import began, folder_of, folders
 from fedgen_edge.experiments.provenance import Made, data_digest, origin
 from fedgen_edge.tasks.task import Learnt
@@ -26,6 +28,23 @@ def reopen(run: Path) -> Experiment:
     _unchanged(run, told, "backbone.sha256", experiment.task.model.sha256)
     _unchanged(run, told, "data_sha256", data_digest(experiment))
     return experiment
+
+
+def record_changes(run: Path) -> None:
+    """Write into run.json which settings have changed since the run last went on, and when."""
+    settings, facts = began(run)
+    changes = facts.get("changes", [])
+    before = facts.get("settings", {}) | {change["name"]: change["now"] for change in changes}
+    now = {name: value for name, value in plain(settings).items() if name in before}
+    changed = [name for name in now if now[name] != before[name]]
+    if not changed:
+        return
+    state, _, _ = latest(run)
+    done = state.round if state else 0
+    changes = changes + [
+        {"round": done, "name": name, "before": before[name], "now": now[name]} for name in changed
+    ]
+    records.write_json(run / "run.json", {**facts, "changes": changes})
 
 
 def serve(run: Path, precision: Literal["float32"] | None = None) -> Learnt:

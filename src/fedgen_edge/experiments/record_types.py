@@ -158,12 +158,23 @@ class Backbone:
 
 
 @dataclass(frozen=True, config=LOOSE)
+class Change:
+    """A setting that was changed before a run was resumed."""
+
+    round: Whole
+    name: Text
+    before: Any
+    now: Any
+
+
+@dataclass(frozen=True, config=LOOSE)
 class Facts:
     """run.json."""
 
     measure: list[Any] = field(default_factory=list)
     backbone: Backbone | None = None
     settings: dict[Any, Any] = field(default_factory=dict)
+    changes: list[Change] = field(default_factory=list)
     adapter_bytes: Real = 0
     full_bytes: Real = 0
     peak_bytes: Real = 0

@@ -150,6 +150,7 @@ def single(run: RunFiles) -> dict[str, Any]:
         "pictures": plots.pictures(run) | plots.pictures(run, targets.PICTURES),
         "samples": samples(run),
         "provenance": provenance(run),
+        "changes": summary.describe_changes(run),
         "settings": (run.folder / "settings.toml").read_text("utf-8"),
     }
 

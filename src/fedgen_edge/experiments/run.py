@@ -24,7 +24,7 @@ from fedgen_edge.experiments.evaluate import (
 )
 from fedgen_edge.experiments.federate import federate
 from fedgen_edge.experiments.judge import judge, judged
-from fedgen_edge.experiments.models import folder_of, save
+from fedgen_edge.experiments.models import folder_of, record_changes, save
 from fedgen_edge.experiments.provenance import Made, holdings, provenance
 from fedgen_edge.jobs import Tuned
 from fedgen_edge.machine import give_back, peak_memory
@@ -76,6 +76,7 @@ def proceed(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Do what is left of a run, from its last commit to its test."""
     with records.locked(run):
         files.sweep(run)
+        record_changes(run)
         with closing(experiment):
             for stage in _stages(experiment, run):
                 yield from stage

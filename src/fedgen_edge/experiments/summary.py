@@ -128,6 +128,15 @@ def dotted(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
+def describe_changes(run: RunFiles) -> dict[str, str]:
+    """The values of every setting that was changed before the run was resumed, by its name."""
+    values: dict[str, str] = {}
+    for change in run.facts.get("changes", ()):
+        first = values.get(change["name"], f"{change['before']}")
+        values[change["name"]] = f"{first}, then {change['now']} after round {change['round']}"
+    return values
+
+
 def by_model(run: RunFiles) -> dict[str, dict[str, Row]]:
     """Evaluation rows by model and client: the backbone first, the run's own models last."""
     found: dict[str, dict[str, Row]] = {}
