@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tomli_w
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from conftest import sentences, suited
 from fedgen_edge.algorithms.methods import METHODS
@@ -248,6 +248,7 @@ def test_what_a_kill_after_the_last_commit_left_is_deleted(unbroken: Path, tmp_p
         ("data.length", 16, "32"),
         ("method.name", "fedavg", "'fedper'"),
         ("federation.rounds", 9, "8"),
+        ("training.lr_full", 0.5, "None"),
     ],
 )
 def test_a_setting_that_a_run_rests_on_is_not_changed_before_it_is_resumed(
@@ -276,6 +277,24 @@ def test_where_a_run_works_and_how_fast_it_learns_may_change_before_it_is_resume
     table["training"]["lr"] = 1e-5  # what the message about infinite numbers says to lower
     (folder / "settings.toml").write_text(tomli_w.dumps(table))
     assert reopen(folder).settings.training.lr == 1e-5
+
+
+def test_an_initial_adapter_may_move_before_a_run_is_resumed_but_not_become_another(
+    corpus: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    first, moved, folder = tmp_path / "first", tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(unbroken / "adapters" / "global", first)
+    create(settings(corpus, adapter={"initial": str(first)}), folder)
+    shutil.move(first, moved)
+    recipe = folder / "settings.toml"
+    recipe.write_text(recipe.read_text().replace(str(first), str(moved)))
+    assert reopen(folder).settings.adapter.initial == moved
+    weights = moved / "adapter_model.safetensors"
+    save_file({name: leaf + 1 for name, leaf in load_file(weights).items()}, weights)
+    with pytest.raises(
+        CheckpointError, match=r"adapter\.initial_sha256 was [0-9a-f]{16}\.\.\., and"
+    ):
+        reopen(folder)
 
 
 def test_the_report_says_which_rounds_had_the_rate_of_before_a_resume(

@@ -13,11 +13,12 @@ LISTED = 12
 """Names of clients in a message."""
 FREE = (
     "engine.", "evaluation.keep", "evaluation.target", "evaluation.tensorboard",
-    "data.path", "backbone.path", "backbone.autoencoder", "judging.weights",
+    "data.path", "backbone.path", "backbone.autoencoder", "adapter.initial", "judging.weights",
     "training.lr", "training.clip", "method.server_lr", "personal.lr", "personal.fallback",
 )  # fmt: skip
 """Settings that may change before a run is resumed: where it runs, what its files are called (what
-these hold is compared by hash), and what a message about infinite numbers says to change.
+these hold is compared by hash), and what a message about infinite numbers says to change. A name
+that ends with a dot is of a whole table.
 """
 
 
@@ -44,12 +45,15 @@ def _check_settings(run: Path, settings: Settings, before: Mapping[str, Any]) ->
         CheckpointError: names the first that differs.
     """
     for name, now in plain(settings).items():
-        fixed = name in before and not name.startswith(FREE)
-        if fixed and before[name] != now:
+        if name in before and before[name] != now and not _may_change(name):
             raise CheckpointError(
                 f"{run / 'settings.toml'}: {name} was {before[name]!r} when the run began, and is "
                 f"{now!r} now: set it back, or begin another run"
             )
+
+
+def _may_change(name: str) -> bool:
+    return any(name == free or (free[-1] == "." and name.startswith(free)) for free in FREE)
 
 
 def folders(run: Path, wanted: Sequence[str | None] = ()) -> dict[str | None, Path]:

@@ -12,20 +12,21 @@ from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, build, task_of
 from fedgen_edge.experiments.checkpoint import latest
 from fedgen_edge.experiments.folders import began, folder_of, folders
-from fedgen_edge.experiments.provenance import Made, data_digest, origin
+from fedgen_edge.experiments.provenance import Made, data_digest, initial_digest, origin
 from fedgen_edge.tasks.task import Learnt
 from fedgen_edge.types import Leaves, ServerState
 
 
 def reopen(run: Path) -> Experiment:
-    """The experiment of a run's folder, on the same backbone and data.
+    """The experiment of a run's folder, on the same backbone, initial adapter and data.
 
     Raises:
-        CheckpointError: there is no run, or its backbone or data have changed since.
+        CheckpointError: there is no run, or one of these has changed since.
     """
     settings, told = began(run)
     experiment = build(settings)
     _unchanged(run, told, "backbone.sha256", experiment.task.model.sha256)
+    _unchanged(run, told, "adapter.initial_sha256", initial_digest(experiment.task))
     _unchanged(run, told, "data_sha256", data_digest(experiment))
     return experiment
 
@@ -67,13 +68,13 @@ def serve(run: Path, precision: Literal["float32"] | None = None) -> Learnt:
     return task
 
 
-def _unchanged(run: Path, told: Any, key: str, now: str) -> None:
+def _unchanged(run: Path, told: Any, key: str, now: str | None) -> None:
     """Refuse to go on where a run rests on something else than it began with."""
     for part in key.split("."):
         told = told.get(part) if isinstance(told, dict) else None
     if told != now:
         raise CheckpointError(
-            f"{run / 'run.json'}: {key} was {str(told)[:16]}..., and is {now[:16]}... now: "
+            f"{run / 'run.json'}: {key} was {str(told)[:16]}..., and is {str(now)[:16]}... now: "
             "restore what the run began with, or begin another"
         )
 

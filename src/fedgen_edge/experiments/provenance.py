@@ -17,7 +17,7 @@ from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.machine import hardware
 from fedgen_edge.tasks.task import Learnt, Worded
 from fedgen_edge.types import ServerState
-from fedgen_edge.uplink.transform import length
+from fedgen_edge.uplink.transform import encode, length
 
 LIBRARIES = ("transformers", "peft", "tokenizers", "accelerate", "safetensors", "numpy")
 
@@ -88,6 +88,7 @@ def facts(task: Learnt, settings: Settings, device: torch.device) -> dict[str, A
             "sha256": task.model.sha256,
             "parameters": sum(math.prod(s) for s in task.model.shapes().values()),
         },
+        "adapter": {"initial_sha256": initial_digest(task)},
         "adapter_parameters": sum(math.prod(s) for s in adapter.values()),
         "adapter_bytes": length(adapter),
         "full_bytes": length(task.model.shapes()),
@@ -123,6 +124,12 @@ def data_digest(experiment: Experiment) -> str:
         parts = (examples.digest(part) for part in (own.train, own.validation, own.test))
         found.update(json.dumps([own.name, *parts]).encode())
     return found.hexdigest()
+
+
+def initial_digest(task: Learnt) -> str | None:
+    """SHA-256 of the adapter that training begins from, where it is not a fresh one."""
+    initial = task.model.initial
+    return None if initial is None else hashlib.sha256(encode(initial)).hexdigest()
 
 
 def origin(made: Made, state: ServerState, client: str) -> dict[str, Any]:
