@@ -243,7 +243,8 @@ def test_what_workers_refuse_is_said_here_and_they_end_before_a_cluster_that_was
     fleet = Fleet(partial(failing, pid), workers=1)
     with pytest.raises(TrainingError, match=r"^round 1, client a: lost$"):
         list(fleet.engine("diverged", 1, sums=False)(ORDERS, lines({})))
-    with pytest.raises(FedGenError, match=r"^a worker of engine.name='ray': this needs: [^\n]*$"):
+    lacking = r"^a worker of engine.name='ray': this needs the extra hub: [^\n]*$"
+    with pytest.raises(FedGenError, match=lacking):
         list(fleet.engine("lacking", 1, sums=False)(ORDERS, lines({})))
     worker = psutil.Process(int(pid.read_text()))
     fleet.close()
