@@ -1,11 +1,12 @@
 """What a run writes is what plain PEFT reads: checked before anything is written, and after."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -15,13 +16,15 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedgen_edge.adapters import peft_check
+from fedgen_edge.adapters import formats, peft_check
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import AdapterError, ConfigError
+from fedgen_edge.experiments.build import Experiment
 from fedgen_edge.experiments.run import create, proceed
 from fedgen_edge.seeds import generator
 from fedgen_edge.tasks import backbones
+from fedgen_edge.tasks.adapted import Adapted
 from fedgen_edge.tasks.language import Language
 from fedgen_edge.tasks.task import TASKS, Learnt
 from fedgen_edge.types import Leaves
@@ -228,3 +231,51 @@ def test_an_adapter_that_was_trained_away_is_written_all_the_same(tmp_path: Path
     leaves = {k: torch.full(v, 1e30) for k, v in task.model.leaf_shapes().items()}
     task.model.save(tmp_path / "adapter", leaves, told, {})
     task.model.check_written(tmp_path / "adapter", leaves)  # its logits are not finite
+
+
+def test_an_adapter_that_peft_initialised_by_eva_is_read_as_peft_reads_it(tmp_path: Path) -> None:
+    task = language(settings("tiny", ("q_proj", "v_proj")))
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "v_proj"],
+        init_lora_weights="eva",
+        eva_config=EvaConfig(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT would rather have the factors on no device
+        wrapped = get_peft_model(AutoModelForCausalLM.from_pretrained(task.model.folder), config)
+    for name, weight in wrapped.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=generator("eva"))
+    wrapped.save_pretrained(str(tmp_path / "eva"))
+    assert isinstance(task.model.adapter, Lora)
+    leaves = formats.read(tmp_path / "eva", task.model.adapter)
+    plain = AutoModelForCausalLM.from_pretrained(task.model.folder)
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path / "eva"))
+    with torch.no_grad(), task.model.adapter.bound(leaves):
+        torch.testing.assert_close(task.model.network(IDS).logits, theirs(IDS).logits)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ConfigError("no"), RuntimeError("can't allocate memory"), MemoryError(), KeyboardInterrupt()],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_run_that_is_not_begun_lets_its_workers_go(
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[Experiment] = []
+
+    def refuse(*_: object) -> None:
+        raise error
+
+    def close(experiment: Experiment) -> None:
+        closed.append(experiment)
+
+    monkeypatch.setattr(Adapted, "check_peft", refuse)
+    monkeypatch.setattr(Experiment, "close", close)
+    with pytest.raises(type(error)):
+        create(settings("tiny", **texts(tmp_path)), tmp_path / "run")
+    assert len(closed) == 1
+    assert not (tmp_path / "run").exists()

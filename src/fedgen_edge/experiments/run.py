@@ -12,7 +12,7 @@ from typing import Any
 from fedgen_edge import files
 from fedgen_edge.adapters.ranks import cut, truncated
 from fedgen_edge.config import Settings, to_toml
-from fedgen_edge.errors import FedGenError, TrainingError
+from fedgen_edge.errors import TrainingError
 from fedgen_edge.experiments import records
 from fedgen_edge.experiments.build import Experiment, beside, build
 from fedgen_edge.experiments.checkpoint import last
@@ -61,14 +61,14 @@ def create(settings: Settings, out: Path) -> Experiment:
     experiment = build(settings)
     try:
         experiment.task.model.check_peft(experiment.settings)
-    except FedGenError:
+        held, facts = holdings(experiment), provenance(experiment)
+        records.claim(out)
+        files.write(out / "settings.toml", to_toml(experiment.settings).encode())
+        records.write_json(out / "clients.json", held)
+        records.write_json(out / "run.json", facts)
+    except BaseException:  # workers must not outlive a run that was never made
         experiment.close()
         raise
-    held, facts = holdings(experiment), provenance(experiment)
-    records.claim(out)
-    files.write(out / "settings.toml", to_toml(experiment.settings).encode())
-    records.write_json(out / "clients.json", held)
-    records.write_json(out / "run.json", facts)
     return experiment
 
 

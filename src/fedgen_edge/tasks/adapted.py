@@ -165,7 +165,8 @@ class Adapted:
         if fault := self._differs(folder, served(leaves)):
             raise AdapterError(
                 f"{folder}: PEFT reads another adapter from it than was trained ({fault}): "
-                "take the whole model instead, by `fedgen export --merge`, which does not need PEFT"
+                "the checkpoint stands: take the whole model instead, by `fedgen export --merge`, "
+                "which does not need PEFT"
             )
 
     def load(self, folder: Path) -> Leaves:
