@@ -33,7 +33,6 @@ from fedgen_edge.cli_plan import Plan, plan
 from fedgen_edge.completion import FLAG, print_completion
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import ConfigError, FedGenError, is_out_of_memory
-from fedgen_edge.experiments.folders import began
 from fedgen_edge.imports import explain_missing, importing
 
 COMMANDS = {
@@ -254,6 +253,8 @@ def resume(told: Resume) -> None:
     if (told.run / "federation.toml").exists():
         server(Server(told.run))
         return
+    from fedgen_edge.experiments.folders import began
+
     began(told.run)
     with importing():
         from fedgen_edge.experiments.models import reopen

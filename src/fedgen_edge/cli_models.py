@@ -9,7 +9,6 @@ import tyro
 from fedgen_edge import files
 from fedgen_edge.config import Evaluation
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.experiments.folders import began, folder_of, folders
 from fedgen_edge.imports import importing
 
 if TYPE_CHECKING:
@@ -79,6 +78,8 @@ class Export:
 
 def generate(told: Generate) -> None:
     """`fedgen generate RUN --client ID --prompt TEXT`, or `--class NAME --out FILE`."""
+    from fedgen_edge.experiments.folders import began, folder_of
+
     _check_ranges(told)
     settings, facts = began(told.run)
     _check_material(told, pictures=settings.task != "language")
@@ -171,6 +172,8 @@ def _draw(told: Generate, task: "Learnt", adapter: "Leaves") -> None:
 
 def export(told: Export) -> None:
     """`fedgen export RUN --out FOLDER`."""
+    from fedgen_edge.experiments.folders import folders
+
     out = told.out or told.run / "export"
     folders(told.run, [told.client] if told.client or told.merge else ())
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

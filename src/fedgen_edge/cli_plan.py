@@ -71,7 +71,6 @@ def plan(args: list[str]) -> None:
 
 
 def _speed(told: Plan) -> "Speed | None":
-
     from fedgen_edge import machine
     from fedgen_edge.planning import speed
     from fedgen_edge.tasks.backbones import precision

@@ -1,9 +1,5 @@
 """Everything that a user can cause, as one tree: the command prints one line and exits with 2."""
 
-from importlib.metadata import requires
-
-from packaging.requirements import Requirement
-
 
 class FedGenError(Exception):
     """A mistake that its user can mend; the message names what is wrong and the way out."""
@@ -65,6 +61,10 @@ class CarrierError(FedGenError):
 
 def _requirements(extra: str) -> list[str]:
     """The libraries of an extra, in quotes: our own name is at no index."""
+    from importlib.metadata import requires
+
+    from packaging.requirements import Requirement
+
     needed = map(Requirement, requires("fedgen-edge") or ())
     optional = [r for r in needed if r.marker and r.marker.evaluate({"extra": extra})]
     return [f'"{requirement.name}{requirement.specifier}"' for requirement in optional]
