@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from fedgen_edge.adapters.dropout import mask
 from fedgen_edge.adapters.layers import KINDS, Kind, Shape, kind_of
-from fedgen_edge.adapters.targets import adaptable, choose_layers, share_of_experts
+from fedgen_edge.adapters.targets import ALL, adaptable, choose_layers, share_of_experts
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.types import CORE, RESIDUAL, Leaves
@@ -201,7 +201,7 @@ def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> 
         model.set_submodule(name, site)
     root = math.sqrt(settings.rank) if settings.rslora else settings.rank
     layers = tuple(sorted(short) if exact else chosen)
-    experts = share_of_experts(model) if list(targets) == ["all-linear"] else 0.0
+    experts = share_of_experts(model) if list(targets) == [ALL] else 0.0
     return Lora(sites, settings.rank, settings.alpha / root, layers, experts)
 
 

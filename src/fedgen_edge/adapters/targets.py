@@ -9,6 +9,9 @@ from transformers.pytorch_utils import Conv1D
 from fedgen_edge.adapters.layers import KINDS, kind_of
 from fedgen_edge.errors import ConfigError
 
+ALL = "all-linear"
+"""Means every linear layer but the head."""
+
 
 def choose_layers(
     model: nn.Module, named: Mapping[str, nn.Module], targets: Sequence[str], *, strict: bool
@@ -51,13 +54,18 @@ def share_of_experts(model: nn.Module) -> float:
     return sum(sizes) / sum(p.numel() for p in model.parameters())
 
 
+def is_expression(targets: Sequence[str]) -> bool:
+    """Whether targets are one regular expression, and neither names nor `all-linear`."""
+    return len(targets) == 1 and targets[0] != ALL and bool(re.search(r"[^\w.]", targets[0]))
+
+
 def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:
     """PEFT's meaning of target_modules: `all-linear`, one regular expression, or names."""
-    if list(targets) == ["all-linear"]:
+    if list(targets) == [ALL]:
         heads = [m for get in ("get_output_embeddings",) if (m := getattr(model, get, lambda: 0)())]
         linear = kind_of(layer) in (KINDS[nn.Linear], KINDS[Conv1D])
         return linear and all(layer is not head for head in heads)
-    if len(targets) == 1 and re.search(r"[^\w.]", targets[0]):
+    if is_expression(targets):
         return _full_match(targets[0], name)
     return any(_is_called(name, t) for t in targets)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from fedgen_edge.adapters.targets import ALL, is_expression
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
 
@@ -27,13 +28,11 @@ def keep_to_text(adapter: Adapter, model: Any, default: Sequence[str]) -> Adapte
         default: the targets where the settings name none.
     """
     targets = adapter.target_modules or tuple(default)
-    every = list(targets) == ["all-linear"]
-    pattern = len(targets) == 1 and re.search(r"[^\w.]", targets[0]) and not every
-    if not is_multimodal(model) or pattern:
+    if not is_multimodal(model) or is_expression(targets):
         return adapter
     prefix, part = _text_part(model)
     linear = (name for name, layer in part.named_modules() if isinstance(layer, nn.Linear))
-    names = sorted({n.rpartition(".")[2] for n in linear}) if every else targets
+    names = sorted({n.rpartition(".")[2] for n in linear}) if list(targets) == [ALL] else targets
     either = "|".join(map(re.escape, names))
     return replace(adapter, target_modules=(rf"{re.escape(prefix)}\.(.*\.)?({either})",))
 
