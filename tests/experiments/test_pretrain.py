@@ -221,6 +221,17 @@ def test_a_new_model_needs_a_configuration_and_a_tokenizer(tmp_path: Path) -> No
     assert not [*tmp_path.glob("gpt2*")]
 
 
+def test_no_memory_left_is_not_blamed_on_the_shape(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = new(of_text(tmp_path), tmp_path)
+    tokenizer = replace(settings.backbone, path=str(backbones.find(settings.backbone)))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # the model is not there yet
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", lambda *_, **__: torch.empty(2**48))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        outline.fresh(str(settings.pretrain.config), tokenizer)
+
+
 def test_public_text_is_asked_for_with_its_share_and_its_labels(tmp_path: Path) -> None:
     settings = of_text(tmp_path)
     with pytest.raises(ConfigError, match=r"data\.public=0\.0 leaves no public text"):

@@ -272,6 +272,12 @@ def test_a_damaged_tokenizer_is_one_line(text: str | None, tmp_path: Path) -> No
     assert "its tokenizer cannot be used" in complaint(lambda: load(tmp_path))
 
 
+def test_a_tokenizers_configuration_that_is_nested_too_deep_is_one_line(tmp_path: Path) -> None:
+    save(llama(), tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"a":' * 5000 + "1" + "}" * 5000)
+    assert "its tokenizer cannot be used" in complaint(lambda: load(tmp_path))
+
+
 def test_plain_transformers_draws_what_a_folder_lacks(tmp_path: Path) -> None:
     # why all of the above is checked: two loads of one folder, two models, and no error
     change_weights(save(llama(), tmp_path), without("lm_head"))

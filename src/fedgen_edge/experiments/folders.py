@@ -17,8 +17,8 @@ FREE = (
     "training.lr", "training.clip", "method.server_lr", "personal.lr", "personal.fallback",
 )  # fmt: skip
 """Settings that may change before a run is resumed: where it runs, what its files are called (what
-these hold is compared by hash), and what a message about infinite numbers says to change. A name
-that ends with a dot is of a whole table.
+these hold is compared by hash, but for the weights that judge), and what a message about infinite
+numbers says to change. A name that ends with a dot is of a whole table.
 """
 
 

@@ -33,6 +33,7 @@ from fedgen_edge.planning.traffic import (
 )
 from fedgen_edge.schedule import cohort_size
 from fedgen_edge.tasks.language import Language, check_length
+from fedgen_edge.tasks.loading import describe
 from fedgen_edge.tasks.outline import config_of, layers, linear_weights, outlined
 from fedgen_edge.uplink.transform import length
 
@@ -201,10 +202,9 @@ def _outline(settings: Settings, config: Any, *, full: bool) -> Language:
         with torch.device("meta"):
             return outlined(config, settings.adapter, torch.bfloat16, full=full)
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be made of "
-            f"its config.json ({reason}): correct it, or take another"
+            f"its config.json ({describe(error, 120)}): correct it, or take another"
         ) from None
 
 
@@ -214,10 +214,9 @@ def _trained(settings: Settings, config: Any, clients: int = 0, *, checkpointing
     try:
         return training_step(settings, config, work, dtype_of(_precisions(settings)[0]))
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:120]
         raise ConfigError(
             f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be counted "
-            f"without its weights ({reason}): take another"
+            f"without its weights ({describe(error, 120)}): take another"
         ) from None
 
 

@@ -317,7 +317,7 @@ def _check_tokenizer_code(folder: Path, tokenizer: Any, setting: str) -> None:
         classes = values.get("auto_map") or {}
         classes = classes.get("AutoTokenizer") if isinstance(classes, dict) else classes
         names = [str(name).rpartition(".")[2] for name in classes or () if name]
-    except (OSError, ValueError, TypeError, AttributeError):  # it has none, or is damaged
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):  # none, or damaged
         return
     same = {name.removesuffix("Fast") for name in names}
     if names and type(tokenizer).__name__.removesuffix("Fast") not in same:

@@ -152,9 +152,9 @@ def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
         with seeded("fresh"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:120]
         raise ConfigError(
-            f"pretrain.config: no {config.model_type} has this shape ({reason}): correct it"
+            f"pretrain.config: no {config.model_type} has this shape ({describe(error, 120)}): "
+            "correct it"
         ) from None
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

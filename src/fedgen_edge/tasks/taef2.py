@@ -10,6 +10,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fedgen_edge.tasks.loading import describe
+
 WIDTH = 64
 """Channels between the first and the last layer."""
 LATENT = 32
@@ -108,5 +110,5 @@ def load(folder: Path) -> tuple[nn.Module, nn.Module]:
             held = load_file(folder / name)
             network.load_state_dict({k: v.float() for k, v in held.items()})
         except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{name}: {' '.join(str(error).split())[:160]}") from None
+            raise ValueError(f"{name}: {describe(error, 160)}") from None
     return parts
