@@ -241,7 +241,10 @@ def checkpointed(task: Language) -> Language:
     model, adapter = task.module.model, task.model.adapter
     sites = [*adapter.sites.values()] if isinstance(adapter, Lora) else []
     how = {"use_reentrant": False, "preserve_rng_state": False, "context_fn": partial(_both, sites)}
-    model.activation_checkpointing_enable(how)
+    # transformers 5.24 warns of the name that 5.20 knows alone
+    newer = hasattr(model, "activation_checkpointing_enable")
+    enable = "activation_checkpointing_enable" if newer else "gradient_checkpointing_enable"
+    getattr(model, enable)(how)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True  # of this one alone: dropout within stays off
