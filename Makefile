@@ -53,6 +53,7 @@ lint: install
 	@$(BIN)/ruff format --check
 	@$(BIN)/basedpyright
 	@$(BIN)/lint-imports
+	@$(BIN)/python tools/house_language.py --check
 
 bench: install $(VENV)/.backbone
 	@$(BIN)/python benchmarks/speed.py $(BENCH)

@@ -31,8 +31,8 @@ from fedgen_edge import files
 from fedgen_edge.config import from_table
 from fedgen_edge.data.batches import pack
 from fedgen_edge.errors import FedGenError
-from fedgen_edge.experiments.build import Experiment, build
 from fedgen_edge.leaves import stack
+from fedgen_edge.runs.build import Experiment, build
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves
 
@@ -154,7 +154,7 @@ def compare_peft(root: Path, experiment: Experiment) -> float:
     adapter, folder = draw_noise(experiment, 0), root / "adapter"
     task.model.save(folder, adapter, experiment.settings, {})
     tokens = torch.tensor([task.encode(TEXTS[:1])[0]])
-    with torch.no_grad(), task.model.adapter.bound(adapter):
+    with torch.no_grad(), task.model.adapter.bind(adapter):
         ours = task.module.model(tokens, use_cache=False).logits
     theirs = PeftModel.from_pretrained(load_plain(root), str(folder)).eval()
     with torch.no_grad():

@@ -90,11 +90,11 @@ def submit(place: Place, config: dict[str, Any]) -> None:
     from flwr.supercore.control import ControlHttpClient
     from flwr.supercore.fab import Fab
 
-    from fedgen_edge.engines.flower_client import Server
+    from fedgen_edge.network.flower.http import FlowerServer
 
     told = "".join(f"{name} = {json.dumps(value)}\n" for name, value in config.items())
     about = APP["pyproject.toml"] + f"\n[tool.flwr.app.config]\n{told}".encode()
     content, _ = build_fab_from_files({**APP, "pyproject.toml": about})
     fab = fab_to_proto(Fab(sha256(content).hexdigest(), content, {}))
-    with Server(place.address, place.tls[0], LONG).client(ControlHttpClient) as control:
+    with FlowerServer(place.address, place.tls[0], LONG).make_client(ControlHttpClient) as control:
         control.StartRun(StartRunRequest(fab=fab))

@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 from fedgen_edge.config import load
-from fedgen_edge.experiments.build import build
-from fedgen_edge.machine import steady_allocations
-from fedgen_edge.rounds import rounds
+from fedgen_edge.federation.rounds import rounds
+from fedgen_edge.hardware import steady_allocations
+from fedgen_edge.runs.build import build
 
 
 def main(place: Path) -> None:

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from fedgen_edge.deploy import keys
-from fedgen_edge.engines.flower_environment import environment
+from fedgen_edge.deploy.provision import keys
+from fedgen_edge.network.flower.environment import environment
 
 LONG = 600.0
 """Seconds that nothing here takes unless it is broken."""
@@ -58,13 +58,13 @@ class Place:
     def lay(self) -> None:
         """Make the keys and the certificates."""
         now = datetime.now(UTC)
-        ca = keys.authority(now)
-        server = keys.certificate(ca, ["localhost", "127.0.0.1"], now)
+        ca = keys.make_authority(now)
+        server = keys.make_server_certificate(ca, ["localhost", "127.0.0.1"], now)
         made = {"ca.crt": ca.public, "server.crt": server.public, "server.key": server.private}
         for name in self.keys():
-            pair = keys.site()
+            pair = keys.make_site_key()
             made |= {name: pair.private, f"{name}.pub": pair.public}
-        for name, content in {**made, "secret": keys.secret()}.items():
+        for name, content in {**made, "secret": keys.make_secret()}.items():
             (self.folder / name).write_bytes(content)
             (self.folder / name).chmod(0o600)
 
@@ -147,9 +147,9 @@ def admit(place: Place) -> None:
     """Let the sites in: a SuperNode that is not known yet would end."""
     from flwr.supercore.control import ControlHttpClient
 
-    from fedgen_edge.engines.flower_client import Server
-    from fedgen_edge.engines.flower_hub import Registry
+    from fedgen_edge.network.flower.http import FlowerServer
+    from fedgen_edge.network.flower.server import NodeRegistry
 
-    link = Server(place.address, place.tls[0], LONG)
-    with link.client(ControlHttpClient) as control:
-        Registry(link, control).keep(place.keys())
+    link = FlowerServer(place.address, place.tls[0], LONG)
+    with link.make_client(ControlHttpClient) as control:
+        NodeRegistry(link, control).retain_only(place.keys())

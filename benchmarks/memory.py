@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from fedgen_edge.config import from_table
-from fedgen_edge.experiments.run import create, proceed
-from fedgen_edge.machine import hardware, peak_memory, steady_allocations
+from fedgen_edge.hardware import describe_hardware, peak_memory, steady_allocations
+from fedgen_edge.runs.run import create, proceed
 
 COUNTS = (10, 100, 1000, 10000)
 
@@ -75,7 +75,7 @@ def main() -> None:
     result = {
         "backbone": Path(told.backbone).resolve().name,
         "kernels_cached": int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024")),
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": describe_hardware(torch.device("cpu")),
         "peak_megabytes": peaks,
         "most_over_fewest": round(peaks[str(told.counts[-1])] / peaks[str(told.counts[0])], 3),
     }

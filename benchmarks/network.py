@@ -36,7 +36,7 @@ from typing import Any
 from bare_flower import bare
 from loopback import LONG, Place, Scale, admit, free_port, told
 
-from fedgen_edge.engines.flower_environment import environment
+from fedgen_edge.network.flower.environment import environment
 
 LEAVES, RANK = 64, 8
 
@@ -45,7 +45,7 @@ LEAVES, RANK = 64, 8
 
 
 def ours(place: Place, size: int, rounds: int) -> tuple[list[float], int]:
-    from fedgen_edge.engines.flower_runtime import superlink, supernode
+    from fedgen_edge.network.flower.runtime import superlink, supernode
 
     database = place.folder / "state.db"
     link = place.start("superlink", superlink(place.port, place.tls, database, place.secret))
@@ -69,37 +69,37 @@ def part(name: str, place: Place, **given: int) -> list[str]:
 
 def server(place: Place, given: Mapping[str, Any]) -> None:
     """The rounds of a federation, as `fedgen server` does them, and the moment of each commit."""
-    from fedgen_edge.algorithms.methods import method
+    from fedgen_edge.algorithms.methods import make_algorithm
     from fedgen_edge.config import from_table
-    from fedgen_edge.deploy.audit import Audit
-    from fedgen_edge.deploy.federation import Deployment
-    from fedgen_edge.deploy.roll import opened
-    from fedgen_edge.deploy.settings import Federation
-    from fedgen_edge.engines.exchange import Terms
-    from fedgen_edge.engines.flower_runtime import hub
-    from fedgen_edge.experiments.federate import federate
+    from fedgen_edge.deploy.server.audit import Audit
+    from fedgen_edge.deploy.server.federation import Deployment
+    from fedgen_edge.deploy.server.registry import open_registry
+    from fedgen_edge.deploy.settings import DeploymentSettings
+    from fedgen_edge.network.flower.runtime import hub
+    from fedgen_edge.network.messages import Terms
+    from fedgen_edge.runs.federate import federate
 
     # one round more than is wanted: the last is followed by an evaluation, which bare has not
     plan = {"clients": place.sites, "rounds": given["rounds"] + 1}
     settings = from_table({"federation": plan, "evaluation": {"every": 10**6}})
     run, names = place.folder / "run", place.keys()
     run.mkdir()
-    roll = opened(run / "sites.json")
-    roll.enrol(list(names))
+    roll = open_registry(run / "sites.json")
+    roll.enroll(list(names))
     with hub(place.address, place.tls[0], place.secret, names) as found:
         made: Any = Adapter(given["size"])
         deployment = Deployment(
-            Federation(address="localhost:1", gather=LONG, deadline=LONG, quorum=1.0),
+            DeploymentSettings(address="localhost:1", gather=LONG, deadline=LONG, quorum=1.0),
             settings,
             made,
-            method(settings.method),
+            make_algorithm(settings.method),
             Terms("0" * 32, "recipe", "backbone"),
             found.carrier,
             Audit(run / "audit.jsonl"),
             roll,
             lambda: list(names),
         )
-        while len(deployment.ready()) < place.sites:
+        while len(deployment.find_ready_sites()) < place.sites:
             time.sleep(0.2)
         mark(place)
         for line in federate(deployment, run):
@@ -144,11 +144,17 @@ def site(place: Place, given: Mapping[str, Any]) -> None:
     """Answer as an honest site does, but for the training."""
     import numpy as np
 
-    from fedgen_edge.engines.exchange import Answer, Work, digest, line, read
-    from fedgen_edge.engines.flower_runtime import serve
+    from fedgen_edge.network.flower.runtime import serve
+    from fedgen_edge.network.messages import (
+        Answer,
+        WorkRequest,
+        decode_message,
+        digest,
+        encode_line,
+    )
 
     def handle(text: str, payload: bytes) -> tuple[str, bytes]:
-        work = read(Work, text, payload)
+        work = decode_message(WorkRequest, text, payload)
         said: dict[str, Any] = {"weight": 8, "train": 8, "validation": 1, "test": 1, "items": 8}
         sent = b""
         if work.kind == "train":
@@ -158,7 +164,7 @@ def site(place: Place, given: Mapping[str, Any]) -> None:
             change = np.full((len(payload) - head) // 4, small, np.float32)
             sent = payload[:head] + change.tobytes()
         answer = Answer(work.kind, work.terms, work.round, work.attempt, digest(payload), said)
-        return line(answer), sent
+        return encode_line(answer), sent
 
     serve(f"127.0.0.1:{given['port']}", place.secret, handle, threading.Event())
 
@@ -214,14 +220,14 @@ def case(megabytes: int, sites: int, rounds: int, repeats: int) -> dict[str, Any
 def backbone_bytes(path: str) -> int:
     """Bytes of a backbone as every site fetches it, once: a package's GGUF files, or a folder."""
     from fedgen_edge.config import from_table
-    from fedgen_edge.tasks import backbones
+    from fedgen_edge.tasks.backbones import pretrained
 
     kind, _, name = path.partition(":")
     spec = importlib.util.find_spec(name) if kind == "package" else None
     if spec is not None and spec.submodule_search_locations:
         files = Path(next(iter(spec.submodule_search_locations))).rglob("*.gguf")
     else:
-        files = backbones.find(from_table({"backbone": {"path": path}}).backbone).iterdir()
+        files = pretrained.find_folder(from_table({"backbone": {"path": path}}).backbone).iterdir()
     return sum(each.stat().st_size for each in files if each.is_file())
 
 
@@ -242,10 +248,10 @@ def main() -> None:
         return
     import torch
 
-    from fedgen_edge.machine import hardware
+    from fedgen_edge.hardware import describe_hardware
 
     result = {
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": describe_hardware(torch.device("cpu")),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "flwr": version("flwr"),

@@ -29,26 +29,26 @@ from unittest.mock import patch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from fedgen_edge import jobs, orders
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Settings, from_table
-from fedgen_edge.experiments import federate, records
-from fedgen_edge.experiments.build import Experiment
-from fedgen_edge.experiments.run import create
-from fedgen_edge.machine import hardware, steady_allocations
-from fedgen_edge.seeds import seeded
-from fedgen_edge.tasks import backbones
+from fedgen_edge.federation import jobs, orders
+from fedgen_edge.hardware import describe_hardware, steady_allocations
+from fedgen_edge.runs import federate, records
+from fedgen_edge.runs.build import Experiment
+from fedgen_edge.runs.run import create
+from fedgen_edge.seeds import seed_global_generators
+from fedgen_edge.tasks.backbones import pretrained
 
 CLIENTS, STEPS, LENGTH = 64, 50, 64
 TRAINING, VALIDATION = "training", "validation"
 PARTS: dict[str, list[tuple[Any, str]]] = {
     TRAINING: [(jobs, "local_update")],
     "select": [(Experiment, "cohort")],
-    "encode, read, down": [(orders, "sent_down"), (orders, "came_down")],
-    "start and stack": [(jobs.Clients, "together")],
-    "encode, up": [(jobs, "sent_up")],
-    "read, up": [(jobs, "came_up")],
-    "memory": [(Algorithm, "keeps"), (Algorithm, "learns"), (jobs.Train, "accepted")],
+    "encode, read, down": [(orders, "encode_broadcast"), (orders, "decode_broadcast")],
+    "start and stack": [(jobs.Clients, "prepare_inputs")],
+    "encode, up": [(jobs, "encode_update")],
+    "read, up": [(jobs, "decode_update")],
+    "memory": [(Algorithm, "keeps"), (Algorithm, "learns"), (jobs.Train, "commit_updates")],
     "looked at": [(federate, "_check_finite")],
     "merge and step": [(Algorithm, "step")],
     "record": [(federate, "_line"), (records, "append")],
@@ -61,7 +61,7 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
 
 def lay(place: Path, size: int) -> Path:
     """A random Llama with the tokenizer of the tiny backbone, and text of 64 clients."""
-    tiny = backbones.find(from_table({"backbone": {"path": "tiny"}}).backbone)
+    tiny = pretrained.find_folder(from_table({"backbone": {"path": "tiny"}}).backbone)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -75,7 +75,7 @@ def lay(place: Path, size: int) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=True,
     )
-    with seeded("overhead"):
+    with seed_global_generators("overhead"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.save_pretrained(place / "backbone")
     tokenizer.save_pretrained(place / "backbone")
@@ -178,7 +178,7 @@ def main() -> None:
         found = measured(Path(place), told.rank, told.size, told.rounds, told.steps)
     spent = found.pop("rounds")
     result = {
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": describe_hardware(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "torch": version("torch"),
         "clients": CLIENTS,

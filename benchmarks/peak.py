@@ -23,7 +23,7 @@ from safetensors import safe_open
 from speed import Shape, folder_of, ours, timed
 from torch.profiler import ProfilerActivity, profile
 
-from fedgen_edge.machine import hardware, steady_allocations
+from fedgen_edge.hardware import describe_hardware, steady_allocations
 
 KINDS = {
     "products with frozen weights": ("aten::mm", "aten::addmm"),
@@ -99,7 +99,7 @@ def main() -> None:
         runs.append((rate, max(before, peak(device))))
     result = {
         "backbone": folder_of(told.backbone).name,
-        "hardware": hardware(device),
+        "hardware": describe_hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "batch": str(shape),

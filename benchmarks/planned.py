@@ -19,17 +19,17 @@ from typing import Any
 import torch
 
 from fedgen_edge.config import Backbone, from_table
-from fedgen_edge.machine import hardware
-from fedgen_edge.planning.memory import Work, training_step
-from fedgen_edge.planning.speed import Speed, calibrate, step_seconds
-from fedgen_edge.tasks.outline import config_of
+from fedgen_edge.hardware import describe_hardware
+from fedgen_edge.planning.memory import StepPlan, count_training_step
+from fedgen_edge.planning.speed import Speed, calibrate, time_step
+from fedgen_edge.tasks.language.config_only import load_config
 
 GROWN = Path(__file__).parent.parent / "tests" / "planning" / "grown.py"
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 WORKS = {
-    "stories260K": (Work(4, 64), Work(8, 512)),
-    "gpt2": (Work(4, 64), Work(2, 512)),
-    "SmolLM2-135M": (Work(4, 64), Work(2, 512)),
+    "stories260K": (StepPlan(4, 64), StepPlan(8, 512)),
+    "gpt2": (StepPlan(4, 64), StepPlan(2, 512)),
+    "SmolLM2-135M": (StepPlan(4, 64), StepPlan(2, 512)),
 }
 """Of each model, the step that is timed, and the larger one whose bytes are taken."""
 CPU = torch.device("cpu")
@@ -49,10 +49,10 @@ def main() -> None:
     found = {}
     for name in WORKS:
         path = str(told.data / name) if (told.data / name).is_dir() else name
-        config = config_of(Backbone(path=path))
+        config = load_config(Backbone(path=path))
         found[name] = {kind: beside(name, config, kind, speed) for kind, speed in speeds.items()}
     result = {
-        "hardware": hardware(CPU),
+        "hardware": describe_hardware(CPU),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "load_before": load,
@@ -64,9 +64,9 @@ def main() -> None:
 def beside(name: str, config: Any, kind: str, speed: Speed) -> dict[str, Any]:
     """What is said, and what is so."""
     timed, weighed = WORKS[name]
-    said = speed.seconds(training_step(SETTINGS, config, timed, TYPES[kind]).cost)
-    so = step_seconds(SETTINGS, config, timed, TYPES[kind], CPU)
-    grows = training_step(SETTINGS, config, weighed, TYPES[kind]).peak
+    said = speed.estimate_seconds(count_training_step(SETTINGS, config, timed, TYPES[kind]).cost)
+    so = time_step(SETTINGS, config, timed, TYPES[kind], CPU)
+    grows = count_training_step(SETTINGS, config, weighed, TYPES[kind]).peak
     grown = growth(config, weighed, kind)
     return {
         "rows": timed.rows,
@@ -80,7 +80,7 @@ def beside(name: str, config: Any, kind: str, speed: Speed) -> dict[str, Any]:
     }
 
 
-def growth(config: Any, work: Work, kind: str) -> int:
+def growth(config: Any, work: StepPlan, kind: str) -> int:
     """Bytes by which a fresh process grows, whose allocator gives back what is freed."""
     command = [sys.executable, str(GROWN), str(work.rows), str(work.length), "0", "0", kind]
     steady = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}

@@ -26,7 +26,7 @@ count. `fedgen run` does all that it does besides: bytes, records, commits, the 
 client, the report; of personalisation there is none. As a library (`library_rounds.py`), it does
 what the others do, and reads, partitions and tokenises the text on top.
 
-`importing` is the seconds of a process that imports what all of them use, and does nothing.
+`speed_up_imports` is the seconds of a process that imports what all of them use, and does nothing.
 
 Perplexity is that of the last global adapter on all clients' test blocks, by one program for all.
 The others' blocks have one label fewer than ours, as their loss shifts within a block, and
@@ -50,12 +50,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import peft_io
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Settings, from_table, load, to_toml
-from fedgen_edge.experiments.build import Experiment, added, build
-from fedgen_edge.machine import hardware
-from fedgen_edge.tasks.language import Language
+from fedgen_edge.hardware import describe_hardware
+from fedgen_edge.runs.build import Experiment, build, sum_statistics
+from fedgen_edge.tasks.language.task import Language
 from fedgen_edge.types import Leaves
 
 RECIPES = Path(__file__).parent.parent / "recipes"
@@ -188,9 +188,11 @@ def perplexity(experiment: Experiment, folder: Path | None) -> float:
     """Of all clients' test blocks under an adapter; none is the backbone."""
     lora = experiment.task.model.adapter
     assert isinstance(lora, Lora)
-    adapter: Leaves = formats.read(folder, lora) if folder else {}
+    adapter: Leaves = peft_io.read(folder, lora) if folder else {}
     shards = experiment.clients.shards
-    sums = added({shard.name: experiment.sums(adapter, shard.test) for shard in shards})
+    sums = sum_statistics(
+        {shard.name: experiment.evaluate_client(adapter, shard.test) for shard in shards}
+    )
     return math.exp(sums["total"] / sums["count"])
 
 
@@ -277,7 +279,7 @@ def main() -> None:
     federation, training = experiment.settings.federation, experiment.settings.training
     result = {
         "workload": told.workload,
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": describe_hardware(torch.device("cpu")),
         "threads": torch.get_num_threads(),
         "ours": versions(sys.executable),
         **{f"of_{app}": versions(python) for app, python in pythons.items()},

@@ -26,13 +26,14 @@ from peft import LoraConfig, get_peft_model
 from torch.optim import AdamW
 from transformers import AutoModelForCausalLM
 
-from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import from_table
 from fedgen_edge.data.batches import MARKS
+from fedgen_edge.federation.client import Recipe, local_update
+from fedgen_edge.hardware import describe_hardware, peak_memory, steady_allocations
 from fedgen_edge.leaves import stack
-from fedgen_edge.machine import hardware, peak_memory, steady_allocations
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones, language
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.language import task as language
 from fedgen_edge.types import Batch
 
 LENGTH = 64
@@ -52,7 +53,7 @@ class Shape(NamedTuple):
 
 
 def folder_of(path: str) -> Path:
-    return backbones.find(from_table({"backbone": {"path": path}}).backbone)
+    return pretrained.find_folder(from_table({"backbone": {"path": path}}).backbone)
 
 
 def bare(path: str, rows: int, device: torch.device) -> Case:
@@ -219,7 +220,7 @@ def conditions(path: str, shape: Shape, device: torch.device) -> dict[str, Any]:
     """What a result holds for."""
     return {
         "backbone": folder_of(path).name,
-        "hardware": hardware(device),
+        "hardware": describe_hardware(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "batch": str(shape),

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from fedgen_edge.seeds import seeded
+from fedgen_edge.seeds import seed_global_generators
 
 KINDS = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCABULARY = 300
@@ -186,7 +186,7 @@ def write_model(kind: str, folder: Path) -> None:
         size = AutoModelForCausalLM.from_config(config).num_parameters()
     if size > LARGEST:
         raise ValueError(f"{size} parameters are not tiny")
-    with seeded("tiny"):
+    with seed_global_generators("tiny"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():

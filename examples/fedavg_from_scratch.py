@@ -11,8 +11,8 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from fedgen_edge.config import Settings, from_table
-from fedgen_edge.data.batches import Budget, deal
-from fedgen_edge.experiments.build import build
+from fedgen_edge.data.batches import Budget, make_batches
+from fedgen_edge.runs.build import build
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves
 
@@ -41,7 +41,7 @@ def main(backbone: str = "tiny") -> Leaves:
         for c in cohort:
             own = {name: leaf.clone().requires_grad_() for name, leaf in adapter.items()}
             optimiser = torch.optim.AdamW(own.values(), lr=told.training.lr, weight_decay=0)
-            for batch in deal(shards[c].train, budget, seed, "train", r, c):
+            for batch in make_batches(shards[c].train, budget, seed, "train", r, c):
                 loss = task.loss(own, batch, phase="")
                 optimiser.zero_grad()
                 (loss.total / loss.count).backward()

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from fedgen_edge.config import from_table
-from fedgen_edge.experiments.build import build
-from fedgen_edge.rounds import mean_loss, rounds
+from fedgen_edge.federation.rounds import mean_loss, rounds
+from fedgen_edge.runs.build import build
 from fedgen_edge.types import Order
 
 TABLE = {
@@ -30,7 +30,7 @@ def main(backbone: str = "tiny", folder: str = "adapters") -> None:
     for tuned in parts.engine(orders, parts.tune):
         shard = parts.clients.shards[tuned.order.clients[0]]
         for name, adapter in {"global": state.adapter, "personal": tuned.adapter}.items():
-            found = parts.sums(adapter, shard.test)
+            found = parts.evaluate_client(adapter, shard.test)
             print(f"{shard.name}, {name}: {found['total'] / found['count']:.3f} nats a token")
         parts.task.model.save(Path(folder, shard.name), tuned.adapter, parts.settings, {})
 

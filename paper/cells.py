@@ -5,8 +5,9 @@ from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
-from fedgen_edge.experiments.summary import number, paired_interval
-from fedgen_edge.measure import Measure, Number
+from fedgen_edge.report.summary import paired_interval
+from fedgen_edge.runs.formatting import number
+from fedgen_edge.tasks.measure import Measure, Number
 from items import Row, worded
 
 Form = Callable[[Number], str]

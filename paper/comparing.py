@@ -24,8 +24,9 @@ from cells import (
     tabled,
     values,
 )
-from fedgen_edge.experiments.summary import BACKBONE, number, paired_interval, size
-from fedgen_edge.measure import Measure
+from fedgen_edge.report.summary import BACKBONE, paired_interval
+from fedgen_edge.runs.formatting import number, size
+from fedgen_edge.tasks.measure import Measure
 from items import Row
 
 
@@ -156,7 +157,7 @@ def thirds(row: Row) -> list[float]:
     """The validation number at the last judged round of each third."""
     measure = Measure(*row["measure"])
     ends = [[way for way in row["way"] if 3 * way[0] <= part * row["rounds"]] for part in (1, 2, 3)]
-    return [measure.shown(before[-1][-1], 1) for before in ends]
+    return [measure.compute(before[-1][-1], 1) for before in ends]
 
 
 def drift(item: Row, rows: Sequence[Row]) -> Lines:

@@ -17,9 +17,10 @@ from matplotlib.ticker import FuncFormatter
 
 from cells import called, divided, of, of_item, values
 from comparing import BEFORE, moves
-from fedgen_edge.experiments.drawing import SERIES, STYLE, WIDTH, figure_of, finished, to_svg
-from fedgen_edge.experiments.summary import paired_interval, size
-from fedgen_edge.measure import Measure
+from fedgen_edge.report.style import SERIES, STYLE, WIDTH, finish_figure, make_figure, to_svg
+from fedgen_edge.report.summary import paired_interval
+from fedgen_edge.runs.formatting import size
+from fedgen_edge.tasks.measure import Measure
 from items import ROOT, Row
 from varying import columns
 from views import by_client
@@ -73,7 +74,7 @@ def _marked(
 
 def curve(item: Row, rows: Sequence[Row]) -> Figure:
     """The first measure over what is varied, a line a division and model."""
-    figure, axes = figure_of()
+    figure, axes = make_figure()
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     divisions = list(dict.fromkeys(row["division"] for row in rows))
     looks = _looks()
@@ -91,7 +92,7 @@ def curve(item: Row, rows: Sequence[Row]) -> Figure:
 
 def grid(item: Row, rows: Sequence[Row]) -> Figure:
     """The first measure over divisions, a line a column."""
-    figure, axes = figure_of()
+    figure, axes = make_figure()
     held, measure = divided(rows), item["measures"][0]
     for one, look in zip(columns(item, rows), _looks(), strict=False):
         found = [values(of(own, one.variant), one.model, measure) for own in held.values()]
@@ -103,7 +104,7 @@ def grid(item: Row, rows: Sequence[Row]) -> Figure:
 
 def clients(item: Row, rows: Sequence[Row]) -> Figure:
     """What clients gain over what is varied, a line a division."""
-    figure, axes = figure_of()
+    figure, axes = make_figure()
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for (division, held), look in zip(by_client(item, rows).items(), _looks(), strict=False):
         found = [[gain.mean for gain in held[variant]] for variant in variants]
@@ -138,7 +139,7 @@ def _way(axes: Axes, own: Sequence[Row], column: int, look: tuple, label: str) -
     """A line with its interval through the rounds that were judged."""
     measure = Measure(*own[0]["measure"])
     steps = list(zip(*(row["way"] for row in own), strict=True))
-    found = [[measure.shown(way[-1], 1) for way in step] for step in steps]
+    found = [[measure.compute(way[-1], 1) for way in step] for step in steps]
     _through(axes, [fmean(way[column] for way in step) for step in steps], found, look, label)
 
 
@@ -154,7 +155,7 @@ def _through(
 
 def drift(item: Row, rows: Sequence[Row]) -> Figure:
     """The cosine between clients over the rounds, a few together."""
-    figure, axes = figure_of()
+    figure, axes = make_figure()
     for one, look in zip(of_item(item), _looks(), strict=False):
         points = [_cosines(row) for row in of(rows, one.variant)]
         x = sorted(set.intersection(*map(set, points)))
@@ -172,7 +173,7 @@ def _cosines(row: Row) -> dict[int, float]:
 
 
 def _whole(figure: Figure, axes: Axes, x: str, y: str, columns: int = 3) -> Figure:
-    found = finished(figure, axes, x, y, columns)
+    found = finish_figure(figure, axes, x, y, columns)
     assert found, "an item has records"
     return found
 

@@ -234,7 +234,7 @@ def _result(verdicts: dict[str, str]) -> str:
 
 def codes() -> str:
     """Every code that the gate refuses by."""
-    from fedgen_edge.engines.gate import CODES
+    from fedgen_edge.network.gate import CODES
 
     rows = [f"| `{code}` | {said} |" for code, said in CODES.items()]
     return "\n".join(["| code | what it means |", "|---|---|", *rows])
@@ -242,9 +242,9 @@ def codes() -> str:
 
 def settings() -> str:
     """The settings of `federation.toml`: each field's default, and the sentence under it."""
-    from fedgen_edge.deploy.settings import Federation
+    from fedgen_edge.deploy.settings import DeploymentSettings
 
-    body = ast.parse(inspect.getsource(Federation)).body[0]
+    body = ast.parse(inspect.getsource(DeploymentSettings)).body[0]
     assert isinstance(body, ast.ClassDef)
     rows = ["| setting | default | what it is |", "|---|---|---|"]
     for field, told in zip(body.body, body.body[1:], strict=False):
@@ -257,12 +257,12 @@ def settings() -> str:
 
 def matrix() -> str:
     """Which method works with what."""
-    from fedgen_edge.matrix import legend, mark, rows
+    from fedgen_edge.cli.compatibility import format_mark, make_legend, make_rows
 
-    columns = legend()
+    columns = make_legend()
     out = [f"| method | {' | '.join(columns)} |", f"|---|{':-:|' * len(columns)}"]
-    for name, found in rows().items():
-        out.append(f"| {name} | {' | '.join(mark(k, found[k]) for k in columns)} |")
+    for name, found in make_rows().items():
+        out.append(f"| {name} | {' | '.join(format_mark(k, found[k]) for k in columns)} |")
     return "\n".join([*out, "", *(f"- **{name}**: {about}" for name, about in columns.items())])
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedgen_edge.config import to_table
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.experiments.records import lines, write_lines
+from fedgen_edge.runs.records import lines, write_lines
 from items import ROOT, Case, Row, best, cases, digest, key_of, merged, settings_of, trials, tunings
 
 RESULTS = ROOT / "paper" / "results"

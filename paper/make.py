@@ -21,7 +21,7 @@ import fill
 import kept
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import FedGenError, TrainingError
-from fedgen_edge.experiments.records import folder_name, locked
+from fedgen_edge.runs.records import folder_name, lock_run
 from items import (
     ITEMS,
     Case,
@@ -67,7 +67,7 @@ def make(told: argparse.Namespace) -> None:
     jobs = told.jobs or (1 if told.scale == "full" else len(os.sched_getaffinity(0)))
     told.runs.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
-    with locked(told.runs):
+    with lock_run(told.runs):
         for item in found:
             with workers(min(jobs, item.get("jobs", jobs))) as pool:
                 failed += carried(item, told, pool)
@@ -110,16 +110,16 @@ def prepare(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
 
 def pretrained(settings: Settings, out: Path) -> str:
     """Make a backbone, or go on with it; returns why it failed, if it did."""
-    from fedgen_edge.experiments.pretrain import begin, train, working
+    from fedgen_edge.runs.pretrain import begin, get_training_folder, train
 
-    if not (working(out) / "planned.toml").exists():  # stopped before it began
-        shutil.rmtree(working(out), ignore_errors=True)
+    if not (get_training_folder(out) / "planned.toml").exists():  # stopped before it began
+        shutil.rmtree(get_training_folder(out), ignore_errors=True)
     try:
         for _ in train(begin(settings, out), out):
             pass
     except FedGenError as error:
         return f"backbone {out.name}: {error}"
-    shutil.rmtree(working(out))
+    shutil.rmtree(get_training_folder(out))
     return ""
 
 

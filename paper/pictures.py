@@ -17,19 +17,18 @@ from statistics import fmean
 from typing import Any
 
 from fedgen_edge.errors import CheckpointError
-from fedgen_edge.experiments.apart import distances
-from fedgen_edge.experiments.records import lines, write_lines
-from fedgen_edge.experiments.summary import (
+from fedgen_edge.report.sample_distances import distances
+from fedgen_edge.report.summary import (
     BACKBONE,
     GLOBAL,
     PERSONAL,
     RunFiles,
-    judged,
-    number,
     paired_interval,
     read,
-    size,
+    summarize_models,
 )
+from fedgen_edge.runs.formatting import number, size
+from fedgen_edge.runs.records import lines, write_lines
 
 OWN = (GLOBAL, PERSONAL)
 """Models of a run's own method."""
@@ -75,7 +74,7 @@ def records(run: RunFiles, recipe: str, label: str = "") -> list[Row]:
         "alpha": setting["partition.alpha"],
         "sample_steps": setting["evaluation.sample_steps"],
     }
-    held_out = {row.model: row.mean for row in judged(run)}
+    held_out = {row.model: row.mean for row in summarize_models(run)}
     return [
         {
             **facts,

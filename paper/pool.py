@@ -29,7 +29,7 @@ def workers(jobs: int) -> Iterator[Executor]:
 
 def _begin() -> None:
     """Leave Ctrl-C to the parent, and outlive it by nothing."""
-    from fedgen_edge.machine import steady_allocations
+    from fedgen_edge.hardware import steady_allocations
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_follow, daemon=True).start()

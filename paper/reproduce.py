@@ -14,10 +14,11 @@ from pathlib import Path
 from statistics import fmean
 
 from fedgen_edge.config import Settings
-from fedgen_edge.experiments.records import lines, read_json, write_lines
-from fedgen_edge.experiments.summary import paired_interval, read, size, uplink
-from fedgen_edge.machine import steady_allocations
-from fedgen_edge.tasks.language import MEASURE
+from fedgen_edge.hardware import steady_allocations
+from fedgen_edge.report.summary import paired_interval, read, uplink
+from fedgen_edge.runs.formatting import size
+from fedgen_edge.runs.records import lines, read_json, write_lines
+from fedgen_edge.tasks.language.task import MEASURE
 from items import Row, of_recipe
 from kept import RESULTS
 from running import finished
@@ -45,7 +46,7 @@ def means(rows: Sequence[Row]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, list[float]]] = {}
     for row in (r for r in rows if r["participated"]):
         each = found.setdefault(row["model"], {}).setdefault(row["seed"], [])
-        each.append(MEASURE.shown(row["total"], row["count"]))
+        each.append(MEASURE.compute(row["total"], row["count"]))
     return {m: {s: fmean(v) for s, v in seeds.items()} for m, seeds in found.items()}
 
 

@@ -8,20 +8,13 @@ from pathlib import Path
 from statistics import fmean
 
 from fedgen_edge.config import Settings, to_toml
-from fedgen_edge.experiments.apart import distances
-from fedgen_edge.experiments.diagnose import diagnose
-from fedgen_edge.experiments.merging import agreement
-from fedgen_edge.experiments.models import reopen
-from fedgen_edge.experiments.records import read_json
-from fedgen_edge.experiments.run import Event, create, proceed
-from fedgen_edge.experiments.summary import (
-    RunFiles,
-    by_client,
-    by_model,
-    read,
-    tenth,
-    uplink,
-)
+from fedgen_edge.report.diagnose import diagnose
+from fedgen_edge.report.layers import agreement
+from fedgen_edge.report.sample_distances import distances
+from fedgen_edge.report.summary import RunFiles, by_client, by_model, read, tenth, uplink
+from fedgen_edge.runs.models import reopen
+from fedgen_edge.runs.records import read_json
+from fedgen_edge.runs.run import Event, create, proceed
 from items import Row
 
 LIBRARIES = ("fedgen-edge", "torch", "transformers", "peft")
@@ -48,7 +41,7 @@ def finished(settings: Settings, folder: Path) -> Path:
     """A folder of a finished run of these settings; says how far it is."""
     folder = folder_of(settings, folder)
     for event in done(settings, folder):
-        print(f"{folder.name}: {event.stage} {event.done}/{event.total}", flush=True)
+        print(f"{folder.name}: {event.stage} {event.completed}/{event.total}", flush=True)
     return folder
 
 
@@ -133,9 +126,9 @@ def _test(run: RunFiles, rows: dict[str, Row]) -> Row:
     total, words = (sum(row.get(key, 0) for row in rows.values()) for key in ("total", "words"))
     worst = sorted(each.values(), reverse=True)[: tenth(len(each))]
     return {
-        "pooled": measure.shown(total, sum(row["count"] for row in rows.values())),
+        "pooled": measure.compute(total, sum(row["count"] for row in rows.values())),
         "mean": fmean(each.values()),
         "worst_decile": fmean(worst),
         "each": [float(f"{value:.5g}") for value in each.values()],
-        **({"word": measure.shown(total, words)} if words else {}),
+        **({"word": measure.compute(total, words)} if words else {}),
     }

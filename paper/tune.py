@@ -13,10 +13,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedgen_edge.experiments.build import Experiment, beside, build
-from fedgen_edge.experiments.records import lines, write_lines
-from fedgen_edge.machine import steady_allocations
-from fedgen_edge.rounds import rounds
+from fedgen_edge.federation.rounds import rounds
+from fedgen_edge.hardware import steady_allocations
+from fedgen_edge.runs.build import Experiment, build, with_method
+from fedgen_edge.runs.records import lines, write_lines
 from fedgen_edge.types import Order, ServerState
 from items import of_recipe
 from kept import RESULTS
@@ -29,7 +29,7 @@ def trained(experiment: Experiment) -> tuple[ServerState, float]:
     for done in rounds(state, experiment.algorithm, experiment.engine, experiment.train, plan):
         state = done.state
     held = experiment.validation(state)["clients"]
-    return state, fmean(experiment.task.measure.shown(loss, 1) for loss in held.values())
+    return state, fmean(experiment.task.measure.compute(loss, 1) for loss in held.values())
 
 
 def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
@@ -39,9 +39,9 @@ def models(experiment: Experiment) -> Iterator[tuple[str, float]]:
     orders = [Order((c,), state.round, state.adapter) for c in range(len(experiment.holdings))]
     tuned = experiment.engine(orders, experiment.tune)
     best = [own.history[own.chosen] for own in tuned]
-    yield "personal", fmean(experiment.task.measure.shown(loss, 1) for loss in best)
+    yield "personal", fmean(experiment.task.measure.compute(loss, 1) for loss in best)
     for name in experiment.settings.evaluation.baselines:
-        yield name, trained(beside(experiment, name))[1]
+        yield name, trained(with_method(experiment, name))[1]
 
 
 def attempt(told: dict[str, Any], trial: dict[str, Any], seed: int) -> Iterator[dict[str, Any]]:

@@ -22,7 +22,8 @@ from cells import (
     tabled,
     values,
 )
-from fedgen_edge.experiments.summary import BACKBONE, paired_interval, size
+from fedgen_edge.report.summary import BACKBONE, paired_interval
+from fedgen_edge.runs.formatting import size
 from items import Row
 
 

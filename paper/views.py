@@ -20,8 +20,8 @@ from cells import (
     values,
 )
 from comparing import convergence, drift, methods
-from fedgen_edge.experiments.gains import Gain
-from fedgen_edge.experiments.summary import paired_interval
+from fedgen_edge.report.gains import Gain
+from fedgen_edge.report.summary import paired_interval
 from items import LISTS, Row, merged, settled, tried, worded
 from varying import curve, grid
 
@@ -104,7 +104,7 @@ def clients(item: Row, rows: Sequence[Row]) -> Lines:
                 linked(spread(values(own, last, "pooled")), item, own),
                 linked(between([gain.mean for gain in found]), item, own),
                 *(linked(spread([100 * share for share in shares]), item, own)
-                  for shares in ([g.gained for g in found], [g.lost for g in found])),
+                  for shares in ([g.share_gained for g in found], [g.share_lost for g in found])),
             ]  # fmt: skip
             body.append([division, variant, chosen(own), *cells])
         told.append(f"- {division}: {paying(held)}.")
@@ -119,7 +119,9 @@ def by_client(item: Row, rows: Sequence[Row]) -> dict[str, dict[str, list[Gain]]
     def gain(ours: Row, theirs: Row) -> Gain:
         found = enumerate(gains(ours["test"][last]["each"], theirs["test"][first]["each"]))
         least = sorted(found, key=lambda client: client[1])
-        return Gain(last, first, newcomers=False, each={str(c): gain for c, gain in least})
+        return Gain(
+            last, first, newcomers=False, gain_by_client={str(c): gain for c, gain in least}
+        )
 
     return {
         division: {

@@ -13,14 +13,14 @@ from torch import Generator, Tensor
 from torch.optim import AdamW
 
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.client import Recipe, local_update
 from fedgen_edge.config import Settings
 from fedgen_edge.data.batches import Shard
 from fedgen_edge.data.corpus import Corpus, Images, Texts
+from fedgen_edge.federation.client import Recipe, local_update
 from fedgen_edge.leaves import add
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.task import Learnt
-from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, none_follow
+from fedgen_edge.tasks.task import TrainableTask
+from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, settle_nothing
 
 LONG = {"test_recipes.py", "test_faults.py"}
 """Files that take minutes, which begin first, so that other cores have enough left to do."""
@@ -54,7 +54,7 @@ def backbone(request: pytest.FixtureRequest) -> str:
     return str(SHARED / "stories260K")
 
 
-def corpus_for(task: Learnt, count: int, client: int) -> Corpus:
+def corpus_for(task: TrainableTask, count: int, client: int) -> Corpus:
     """Different examples of one client, of what the task learns."""
     if task.measure.material == "text":
         texts = sentences(count, client)
@@ -86,7 +86,7 @@ class Line:
         error = (adapter["w"].unsqueeze(-1) - batch["x"]).square() / 2
         return PerClient((error * batch["mask"]).sum(-1), batch["mask"].sum(-1).float())
 
-    settle = staticmethod(none_follow)
+    settle = staticmethod(settle_nothing)
 
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
         with torch.no_grad():
@@ -100,7 +100,7 @@ class Line:
 def suited(name: str) -> dict[str, Any]:
     """The part `training` of settings with which a method works; nothing for any."""
     plain = {"optimiser": "sgd", "lr": 0.05, "clip": 0.0}
-    return plain if METHODS[name].needs(Settings()) else {}
+    return plain if METHODS[name].find_conflict(Settings()) else {}
 
 
 def numbers(*values: float) -> Batch:
@@ -137,7 +137,7 @@ def wrapped(plain: torch.nn.Module, start: Leaves, targets: Sequence[str], **how
     return leaves
 
 
-def trained(task: Learnt, start: Leaves, batches: Sequence[Batch], rate: float) -> Leaves:
+def trained(task: TrainableTask, start: Leaves, batches: Sequence[Batch], rate: float) -> Leaves:
     """The leaves after a local update by AdamW with the moments that a GAN wants."""
     ends = {"epoch": torch.tensor(0), "last": torch.tensor(False)}
     recipe = Recipe(partial(AdamW, lr=rate, betas=(0.0, 0.99)))

@@ -9,7 +9,7 @@ import tiny_models
 import transformers
 from tiny_models import KINDS
 
-from fedgen_edge.experiments.progress import heading
+from fedgen_edge.runs.progress import describe_run
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "architectures-tiny.json"
 JUDGED = json.loads(RECORD.read_text("utf-8"))
@@ -42,10 +42,10 @@ def test_a_run_says_that_all_linear_leaves_experts_frozen(tmp_path: Path) -> Non
     weights = dict(architectures.load_plain(tmp_path).named_parameters())
     experts = sum(w.numel() for name, w in weights.items() if ".experts." in name)
     share = experts / sum(w.numel() for w in weights.values())
-    lines = heading(architectures.build_experiment(tmp_path, ["all-linear"])).splitlines()
+    lines = describe_run(architectures.build_experiment(tmp_path, ["all-linear"])).splitlines()
     frozen = f"{share:.0%} of the backbone's weights"
     assert lines[1:] == [f"all-linear leaves routed experts frozen, {frozen}"]
-    assert len(heading(architectures.build_experiment(tmp_path, ["q_proj"])).splitlines()) == 1
+    assert len(describe_run(architectures.build_experiment(tmp_path, ["q_proj"])).splitlines()) == 1
 
 
 @pytest.mark.slow

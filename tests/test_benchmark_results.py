@@ -14,6 +14,7 @@ COMPILED = sorted((ROOT / "results").glob("compiled-*.json"))
 PEAKS = sorted((ROOT / "results").glob("peak-*.json"))
 SIMULATORS = sorted((ROOT / "results").glob("simulators-*.json"))
 OVERHEADS = sorted((ROOT / "results").glob("overhead-*.json"))
+BUSY = sorted((ROOT / "results").glob("busy-*.json"))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def test_others_are_given_what_fedgen_run_trains_on(
     from safetensors.torch import load_file
 
     from fedgen_edge.config import from_table
-    from fedgen_edge.experiments.build import build
+    from fedgen_edge.runs.build import build
 
     simulators = program("simulators", monkeypatch)
     data = {"packages": ["json", "logging"], "length": 16}
@@ -132,3 +133,18 @@ def test_of_flowers_ways_the_quicker_one_counts_that_keeps_the_backbone(
     found = simulators.summary(runs)
     assert (found["flower_over_ours"], found["blaze_over_ours"]) == (5.0, 3.0)
     assert (found["flower_over_library"], found["blaze_over_library"]) == (10.0, 6.0)
+
+
+@pytest.mark.parametrize("path", BUSY, ids=lambda p: p.stem)
+def test_the_default_number_of_threads_is_near_the_best(path: Path) -> None:
+    told = read(path)
+    for name, every in told["all_runs"].items():
+        medians = {
+            way: statistics.median(run["seconds"] for run in runs) for way, runs in every.items()
+        }
+        assert told[name]["seconds"] == pytest.approx(medians)
+        fixed = min(seconds for way, seconds in medians.items() if way != "default")
+        assert told[name]["default_over_best"] == pytest.approx(
+            medians["default"] / fixed, abs=1e-3
+        )
+        assert medians["default"] <= 1.3 * fixed

@@ -11,15 +11,23 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import pytest
 
 from fedgen_edge import config
-from fedgen_edge.algorithms.methods import method
-from fedgen_edge.config import Settings, Training, flat, from_table, learning_rate, load, to_toml
-from fedgen_edge.deploy.settings import Federation, Site, read
+from fedgen_edge.algorithms.methods import make_algorithm
+from fedgen_edge.config import (
+    Settings,
+    Training,
+    from_table,
+    iter_settings,
+    learning_rate,
+    load,
+    to_toml,
+)
+from fedgen_edge.deploy.settings import DeploymentSettings, SiteSettings, read
 from fedgen_edge.errors import ConfigError
 
 SOURCE = Path(config.__file__)
 RECIPES = sorted((SOURCE.parents[2] / "recipes").glob("*.toml"))
 PARTS = {name: part for name, part in get_type_hints(Settings).items() if name != "task"}
-DEFAULTS = dict(flat(Settings()))
+DEFAULTS = dict(iter_settings(Settings()))
 NEEDS = {"data.source": {"path": "texts"}, "uplink.feedback": {"values": "int8"}}
 """What a setting cannot be without."""
 
@@ -74,10 +82,10 @@ def through_toml(settings: Settings, folder: Path) -> Settings:
 def test_every_setting_comes_back_from_toml(name: str, tmp_path: Path) -> None:
     wanted = other(hint(name), DEFAULTS[name])
     settings = from_table(table_of(name, wanted))
-    assert dict(flat(settings))[name] == wanted
+    assert dict(iter_settings(settings))[name] == wanted
     back = through_toml(settings, tmp_path)
     assert back == settings
-    assert type(dict(flat(back))[name]) is type(wanted)
+    assert type(dict(iter_settings(back))[name]) is type(wanted)
 
 
 def test_a_setting_that_may_be_none_is_none_by_default() -> None:
@@ -163,7 +171,9 @@ HOSTILE = {
 
 @pytest.mark.parametrize(("content", "told"), HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize(
-    "reader", [load, partial(read, Federation), partial(read, Site)], ids=["recipe", "plan", "site"]
+    "reader",
+    [load, partial(read, DeploymentSettings), partial(read, SiteSettings)],
+    ids=["recipe", "plan", "site"],
 )
 def test_a_hostile_file_of_settings_is_one_line(
     content: bytes, told: str, reader: Callable[[Path], object], tmp_path: Path
@@ -269,9 +279,9 @@ def test_every_setting_has_its_sentence() -> None:
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_loads_and_names_methods_that_there_are(path: Path) -> None:
     settings = load(path)
-    method(settings.method)
+    make_algorithm(settings.method)
     for name in settings.evaluation.baselines:
-        method(config.Method(name=name))
+        make_algorithm(config.Method(name=name))
 
 
 def test_there_are_recipes() -> None:

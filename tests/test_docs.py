@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
-from fedgen_edge.experiments.records import lines
+from fedgen_edge.runs.records import lines
 
 ROOT = Path(__file__).parent.parent
 

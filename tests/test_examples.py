@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fedgen_edge.experiments.build import build
-from fedgen_edge.rounds import rounds
+from fedgen_edge.federation.rounds import rounds
+from fedgen_edge.runs.build import build
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

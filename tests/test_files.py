@@ -81,7 +81,7 @@ def fill(draft: Path, content: str) -> None:
 
 
 def test_a_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
-    with files.folder(tmp_path / "run" / "done") as draft:
+    with files.replace_folder(tmp_path / "run" / "done") as draft:
         fill(draft, "new")
         assert not (tmp_path / "run" / "done").exists()
     assert (tmp_path / "run" / "done" / "inner" / "a.txt").read_text() == "new"
@@ -91,7 +91,7 @@ def test_a_folder_appears_when_its_block_ends(tmp_path: Path) -> None:
 def test_a_new_folder_takes_the_old_ones_place_with_all_that_was_in_it(tmp_path: Path) -> None:
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "old.txt").write_text("old")
-    with files.folder(tmp_path / "done") as draft:
+    with files.replace_folder(tmp_path / "done") as draft:
         fill(draft, "new")
     assert names(tmp_path) == ["done", "done/inner", "done/inner/a.txt"]
 
@@ -102,7 +102,7 @@ def test_a_block_that_fails_leaves_the_old_folder_untouched(
 ) -> None:
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "old.txt").write_text("old")
-    with pytest.raises(stop), files.folder(tmp_path / "done") as draft:  # noqa: PT012
+    with pytest.raises(stop), files.replace_folder(tmp_path / "done") as draft:  # noqa: PT012
         fill(draft, "new")
         raise stop
     assert names(tmp_path) == ["done", "done/old.txt"]
@@ -113,7 +113,10 @@ def test_a_block_that_fails_leaves_the_old_folder_untouched(
 def test_a_folder_that_cannot_be_kept_leaves_the_old_one_untouched(tmp_path: Path) -> None:
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "old.txt").write_text("old")
-    with pytest.raises(OSError, match="no space left"), files.folder(tmp_path / "done") as draft:
+    with (
+        pytest.raises(OSError, match="no space left"),
+        files.replace_folder(tmp_path / "done") as draft,
+    ):
         fill(draft, "new")
     assert names(tmp_path) == ["done", "done/old.txt"]
 
@@ -123,7 +126,7 @@ def test_what_a_killed_process_left_in_the_draft_is_not_taken_along(tmp_path: Pa
     stale = tmp_path / f".done.{os.getpid()}"
     stale.mkdir()
     (stale / "half.txt").write_text("half")
-    with files.folder(tmp_path / "done") as draft:
+    with files.replace_folder(tmp_path / "done") as draft:
         fill(draft, "new")
     assert names(tmp_path) == ["done", "done/inner", "done/inner/a.txt"]
 
@@ -144,7 +147,7 @@ def test_what_a_killed_process_left_is_put_right(tmp_path: Path) -> None:
     (tmp_path / ".d.4711.old").mkdir()
     (tmp_path / "d").mkdir()  # the new one is in its place
     (tmp_path / ".lock").write_text("")
-    files.sweep(tmp_path)
+    files.clean_drafts(tmp_path)
     assert sorted(p.name for p in tmp_path.rglob("*")) == [".lock", "c", "d", "sub"]
 
 
@@ -162,6 +165,6 @@ def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
         return real(self, to)
 
     monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(OSError, match="no"), files.folder(target) as draft:
+    with pytest.raises(OSError, match="no"), files.replace_folder(target) as draft:
         (draft / "new").touch()
     assert [p.name for p in tmp_path.rglob("*")] == ["adapter", "old"]

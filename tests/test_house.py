@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 import fedgen_edge
+import house_language
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.laws import Laws
-from fedgen_edge.algorithms.methods import METHODS, method
+from fedgen_edge.algorithms.methods import METHODS, make_algorithm
+from fedgen_edge.algorithms.properties import MergeProperties
 from fedgen_edge.config import Method
 
 ROOT = Path(__file__).parents[1]
@@ -24,9 +25,9 @@ def test_the_catalogue_of_the_docs_is_the_catalogue() -> None:
 def test_the_page_of_methods_says_what_they_declare_of_merging() -> None:
     page = (ROOT / "docs" / "methods.md").read_text("utf-8")
     told = re.findall(r"^- \*\*`(\w+)`\*\*, [^.]*\. Of( all but)?:([^.]*)\.$", page, re.MULTILINE)
-    assert [law for law, *_ in told] == [*Laws._fields]
+    assert [law for law, *_ in told] == [*MergeProperties._fields]
     for law, but, names in told:
-        holds = [n for n in METHODS if getattr(METHODS[n].laws, law) == (not but)]
+        holds = [n for n in METHODS if getattr(METHODS[n].properties, law) == (not but)]
         assert re.findall(r"`([^`]+)`", names) == holds
 
 
@@ -34,9 +35,9 @@ def test_the_page_of_methods_says_what_they_declare_of_merging() -> None:
 def test_every_method_of_the_catalogue_says_what_it_is_and_can_be_made(name: str) -> None:
     entry = METHODS[name]
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", name)
-    assert entry.about
-    assert "\n" not in entry.about
-    assert isinstance(method(Method(name=name)), Algorithm)
+    assert entry.summary
+    assert "\n" not in entry.summary
+    assert isinstance(make_algorithm(Method(name=name)), Algorithm)
 
 
 def test_the_public_names_are_those_that_can_be_seen_and_used() -> None:
@@ -48,7 +49,50 @@ def test_the_public_names_are_those_that_can_be_seen_and_used() -> None:
         _ = fedgen_edge.nothing
 
 
-@pytest.mark.parametrize("module", ["cli", "deploy.status", "experiments.summary"])
+@pytest.mark.parametrize("module", ["cli.main", "deploy.server.status", "report.summary"])
 def test_what_only_reads_a_run_waits_for_no_torch(module: str) -> None:
     told = f"import sys, fedgen_edge.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", told], check=False).returncode == 0
+
+
+SAMPLE = """
+class Row: ...
+
+def judged(updates):
+    found = [u for u in updates]
+    total = 0
+    for update in found:
+        total += update
+
+    return total, len(found)
+
+def split_rounds(one_round):
+    rest = one_round
+    return rest
+
+def padded_up(x): ...
+def feed(x): ...
+"""
+
+
+def test_names_are_counted_as_a_reader_would(tmp_path: Path) -> None:
+    (tmp_path / "room").mkdir()
+    (tmp_path / "room" / "a.py").write_text(SAMPLE)
+    (tmp_path / "room" / "b.py").write_text("class Row: ...\n")
+    modules = house_language.read_modules(tmp_path)
+    offenders = house_language.find_offenders(modules)
+    by_kind = {(o.kind, o.name) for o in offenders}
+    # `rest` is gone after two lines, `split` and `feed` are verbs
+    assert by_kind == {
+        ("participle", "judged"),
+        ("participle", "padded_up"),
+        ("pronoun", "found"),
+        ("class", "Row"),
+    }
+    counts = house_language.count(tmp_path, modules, offenders)
+    assert counts["functions"] == 4
+    assert counts["participle functions, %"] == 50
+    # updates, found, total, update, u; one_round, rest; x, x
+    assert counts["bindings"] == 9
+    assert counts["class names with two meanings"] == 1
+    assert (counts["largest folder, files"], counts["loose modules"]) == (2, 0)

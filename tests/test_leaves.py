@@ -148,7 +148,7 @@ def test_select_keeps_the_names_that_pass() -> None:
 
 
 def test_the_largest_magnitude_of_a_leaf() -> None:
-    assert leaves.largest(torch.tensor([1.0, -3.0, 2.0])) == 3
-    assert leaves.largest(torch.tensor([[0.0, 4.0], [-1.0, 2.0]])) == 4
-    assert math.isinf(leaves.largest(torch.tensor([1.0, math.nan])))
-    assert math.isinf(leaves.largest(torch.tensor([1.0, -math.inf])))
+    assert leaves.max_magnitude(torch.tensor([1.0, -3.0, 2.0])) == 3
+    assert leaves.max_magnitude(torch.tensor([[0.0, 4.0], [-1.0, 2.0]])) == 4
+    assert math.isinf(leaves.max_magnitude(torch.tensor([1.0, math.nan])))
+    assert math.isinf(leaves.max_magnitude(torch.tensor([1.0, -math.inf])))

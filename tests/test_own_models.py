@@ -11,26 +11,26 @@ from torch.optim import SGD, AdamW
 from conftest import Line, line_shard, numbers, sentences
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.algorithms.methods import METHODS, check
-from fedgen_edge.client import Patience, Recipe, descend
 from fedgen_edge.config import Federation, Method, from_table
 from fedgen_edge.data.batches import Budget, Shard, pack
-from fedgen_edge.engines.serial import serial
-from fedgen_edge.engines.stacked import stacked
+from fedgen_edge.engines.serial import run_serially
+from fedgen_edge.engines.stacked import make_stacked_engine
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.jobs import Clients, Train, Tuned
-from fedgen_edge.personal import Personalise
-from fedgen_edge.rounds import Engine, rounds
+from fedgen_edge.federation.client import Patience, Recipe, descend
+from fedgen_edge.federation.jobs import Clients, Train, TuningResult
+from fedgen_edge.federation.personalize import Personalize
+from fedgen_edge.federation.rounds import Engine, rounds
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import language
-from fedgen_edge.tasks.language import Language
+from fedgen_edge.tasks.language import task as language
+from fedgen_edge.tasks.language.task import Language
 from fedgen_edge.types import Commit, Leaves, Order
 
-ENGINES = (serial, stacked(3))
+ENGINES = (run_serially, make_stacked_engine(3))
 A, B = line_shard("a", 4), line_shard("b", 8)
 
 
 def run_line(
-    name: str, count: int, engine: Engine = serial, rate: float = 0.5, **settings: float
+    name: str, count: int, engine: Engine = run_serially, rate: float = 0.5, **settings: float
 ) -> tuple[Commit, dict[int, Leaves]]:
     """Full-batch rounds on a Line from w = 0, of clients that hold 4 and 8."""
     memory: dict[int, Leaves] = {}
@@ -114,14 +114,14 @@ def test_what_corrects_the_shared_model_is_not_told_of_own_ones(name: str) -> No
     assert {*sent.memory} == {"own:w", "noted"}
 
 
-def tuning(name: str, mixing: tuple[float, ...] = (), epochs: int = 1) -> Personalise:
+def tuning(name: str, mixing: tuple[float, ...] = (), epochs: int = 1) -> Personalize:
     """Of clients whose own models are 10 and 20, and who hold 4 and 8; 3 and 100 for validation."""
     algorithm = METHODS[name].make(Method())
     memory = {c: {"own:w": torch.tensor(w)} for c, w in enumerate((10.0, 20.0))}
     shards = [replace(A, validation=numbers(3.0)), replace(B, validation=numbers(100.0))]
     clients = Clients(Line(), algorithm, shards, 0, memory=memory)
     recipe = Recipe(partial(SGD, lr=0.5))
-    return Personalise(clients, Budget(99, epochs), recipe, Patience(fallback=not epochs), mixing)
+    return Personalize(clients, Budget(99, epochs), recipe, Patience(fallback=not epochs), mixing)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -188,7 +188,7 @@ def trainer(task: Language, algorithm: Algorithm, memory: dict[int, Leaves]) -> 
     names = list(task.model.leaf_shapes())
 
     def recipe(round_: int) -> Recipe:
-        trains = algorithm.training(names, round_)
+        trains = algorithm.make_trained_filter(names, round_)
         return Recipe(partial(AdamW, lr=1e-3), 1.0, trains, algorithm.corrects)
 
     return Train(clients, Budget(2, epochs=3), recipe)
@@ -212,11 +212,11 @@ def test_fedrep_trains_what_stays_and_then_what_is_shared(task: Language) -> Non
     assert [int(batch["epoch"]) for batch in batches] == [0, 0, 1, 1, 2, 2]
     before = start
     for batch, step in zip(batches, descend(task, start, {}, batches, job.recipe(0)), strict=True):
-        moved = {k for k, v in step.now.items() if not torch.equal(v, before[k])}
+        moved = {k for k, v in step.current.items() if not torch.equal(v, before[k])}
         last = {k for k in moved if ".layers.1." in k}
         assert moved == (last if batch["epoch"] < 2 else moved - last)
         assert moved
-        before = {k: v.clone() for k, v in step.now.items()}
+        before = {k: v.clone() for k, v in step.current.items()}
 
 
 @dataclass
@@ -229,10 +229,10 @@ class Seen:
     def steps(self, order: Order) -> int:
         return self.job.steps(order)
 
-    def kin(self, order: Order) -> int:
-        return self.job.kin(order)
+    def get_stack_group(self, order: Order) -> int:
+        return self.job.get_stack_group(order)
 
-    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[Tuned]:
+    def __call__(self, orders: Sequence[Order], *, stacked: bool) -> list[TuningResult]:
         assert stacked
         self.stacks.append([order.clients[0] for order in orders])
         return []
@@ -245,16 +245,16 @@ def test_stacks_hold_clients_whose_epochs_end_together(
     task: Language, name: str, stacks: list[list[int]]
 ) -> None:
     seen = Seen(trainer(task, METHODS[name].make(Method()), {}), [])
-    assert not list(stacked(3)([Order((c,), 0, {}) for c in range(4)], seen))
+    assert not list(make_stacked_engine(3)([Order((c,), 0, {}) for c in range(4)], seen))
     assert seen.stacks == stacks
 
 
 @pytest.mark.parametrize("name", ["fedrep", "ditto", "feddpa"])
 def test_stacked_clients_end_as_serial_ones(task: Language, name: str) -> None:
     algorithm = METHODS[name].make(Method())
-    expected, kept = run(task, algorithm, serial)
+    expected, kept = run(task, algorithm, run_serially)
     for size in (3, 4):
-        found, memory = run(task, algorithm, stacked(size))
+        found, memory = run(task, algorithm, make_stacked_engine(size))
         for leaf, value in expected.items():
             torch.testing.assert_close(found[leaf], value, atol=1e-5, rtol=0)
         assert memory.keys() == kept.keys()
@@ -265,8 +265,8 @@ def test_stacked_clients_end_as_serial_ones(task: Language, name: str) -> None:
 
 
 def test_ditto_without_a_pull_is_training_alone_bit_by_bit(task: Language) -> None:
-    _, alone = run(task, METHODS["local-only"].make(Method()), serial)
-    _, kept = run(task, METHODS["ditto"].make(Method(own_pull=0.0)), serial)
+    _, alone = run(task, METHODS["local-only"].make(Method()), run_serially)
+    _, kept = run(task, METHODS["ditto"].make(Method(own_pull=0.0)), run_serially)
     for client in range(4):
         expected = {k.replace("kept:", "own:"): v for k, v in alone[client].items()}
         assert {*expected} == {*kept[client]}

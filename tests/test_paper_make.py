@@ -25,7 +25,7 @@ import make
 import running
 import views
 from fedgen_edge.errors import ConfigError, TrainingError
-from fedgen_edge.experiments.records import lines, write_lines
+from fedgen_edge.runs.records import lines, write_lines
 
 ROOT = Path(__file__).parents[1]
 ITEM = {

@@ -11,7 +11,7 @@ import comparing
 import figures
 import varying
 import views
-from fedgen_edge.tasks.language import MEASURE
+from fedgen_edge.tasks.language.task import MEASURE
 
 VERSIONS = {"fedgen-edge": "0", "torch": "2"}
 

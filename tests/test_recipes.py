@@ -11,9 +11,9 @@ from statistics import fmean
 import pytest
 
 from fedgen_edge.config import Settings, load
-from fedgen_edge.experiments import pretrain, records
-from fedgen_edge.experiments.run import create, proceed
-from fedgen_edge.experiments.summary import paired_interval
+from fedgen_edge.report.summary import paired_interval
+from fedgen_edge.runs import pretrain, records
+from fedgen_edge.runs.run import create, proceed
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SEEDS = range(5)

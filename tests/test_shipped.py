@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from fedgen_edge import cli
-from fedgen_edge.arguments import recipe
+from fedgen_edge.cli import main as cli
+from fedgen_edge.cli.arguments import pop_recipe
 from fedgen_edge.config import load
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +16,7 @@ def test_a_recipe_that_is_shipped_is_found_by_its_name_in_any_folder(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert recipe([name]) == (name, load(ROOT / "recipes" / "quickstart.toml"))
+    assert pop_recipe([name]) == (name, load(ROOT / "recipes" / "quickstart.toml"))
 
 
 @pytest.mark.parametrize("name", ["quickstart.toml", "recipes/quickstart.toml"])
@@ -26,7 +26,7 @@ def test_a_file_that_is_there_is_taken_before_one_that_is_shipped(
     monkeypatch.chdir(tmp_path)
     Path("recipes").mkdir()
     Path(name).write_text('task = "vae"\n')
-    assert recipe([name])[1].task == "vae"
+    assert pop_recipe([name])[1].task == "vae"
 
 
 @pytest.mark.parametrize("name", ["quickstrat", "mine/quickstart.toml", "recipes/none.toml"])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedgen_edge.algorithms.methods import METHODS
     from fedgen_edge.config import Settings, from_table, load
     from fedgen_edge.errors import FedGenError
-    from fedgen_edge.experiments.build import Experiment, build
+    from fedgen_edge.runs.build import Experiment, build
     from fedgen_edge.tasks.task import TASKS, Task
 
 if "GOMP_SPINCOUNT" not in os.environ:
@@ -29,11 +29,11 @@ _HOMES = {
     "METHODS": "algorithms.methods",
     "TASKS": "tasks.task",
     "Algorithm": "algorithms.algorithm",
-    "Experiment": "experiments.build",
+    "Experiment": "runs.build",
     "FedGenError": "errors",
     "Settings": "config",
     "Task": "tasks.task",
-    "build": "experiments.build",
+    "build": "runs.build",
     "from_table": "config",
     "load": "config",
 }

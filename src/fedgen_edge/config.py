@@ -16,10 +16,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, Validation
 from pydantic.dataclasses import dataclass
 
 from fedgen_edge import files
-from fedgen_edge.errors import ConfigError
-from fedgen_edge.spelling import nearest
+from fedgen_edge.errors import ConfigError, find_nearest
 
-USUAL = {
+COMMON_ALIASES = {
     "algorithm": "method.name",
     "base_model": "backbone.path",
     "batch_size": "training.batch",
@@ -41,31 +40,31 @@ USUAL = {
 }
 """What other libraries call some settings, and an option."""
 
-SHOWN = 200
+MAX_VALUE_LENGTH = 200
 """Letters of a wrong value that a message has."""
 STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-def _no_flag(value: object) -> object:
+def _reject_bool(value: object) -> object:
     if isinstance(value, bool):
         # pydantic reads ValueError as its own
         raise ValueError("a number is wanted, not true or false")  # noqa: TRY004
     return value
 
 
-def _words(value: object) -> object:
+def _as_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-Number = BeforeValidator(_no_flag)
-Count = Annotated[int, Number, Field(ge=1, le=files.LARGEST)]
-Whole = Annotated[int, Number, Field(ge=0, le=files.LARGEST)]
+Number = BeforeValidator(_reject_bool)
+Count = Annotated[int, Number, Field(ge=1, le=files.MAX_INTEGER)]
+NonNegativeInt = Annotated[int, Number, Field(ge=0, le=files.MAX_INTEGER)]
 Positive = Annotated[float, Number, Field(gt=0)]
-NotNegative = Annotated[float, Number, Field(ge=0)]
+NonNegative = Annotated[float, Number, Field(ge=0)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
 Density = Annotated[float, Number, Field(gt=0, le=1)]
 Part = Annotated[float, Number, Field(ge=0, le=1)]
-Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 
 
 @dataclass(frozen=True, config=STRICT)
@@ -102,7 +101,7 @@ class Adapter:
     """Scale by alpha / sqrt(rank) instead (arXiv 2312.03732)."""
     dropout: Share = 0.0
     """Share of an adapter's inputs that is zeroed in training."""
-    target_modules: Words = ()
+    target_modules: Strings = ()
     """Layers to adapt, as PEFT means it: names (`q_proj`), each of which must match some layer, one
     regular expression, or `all-linear`, which leaves routed experts frozen; none is PEFT's choice
     for the architecture (q and v for Llama). Of texts that a client meets again, layers below the
@@ -144,7 +143,7 @@ class Data:
     """Folder or file of the source, or a hub data set's name; docstrings need none."""
     config: str | None = None
     """Configuration of a hub data set that has several, its `name` in `load_dataset`."""
-    packages: Words = (
+    packages: Strings = (
         "asyncio",
         "email",
         "http",
@@ -170,15 +169,15 @@ class Data:
     size: Count | None = None
     """Pixels of a side to which pictures are cut and scaled (images, cifar10); none takes them as
     they are."""
-    names: Words = ()
+    names: Strings = ()
     """Classes of pictures in the order of their numbers, which a backbone knows them by; none is
     the source's order."""
-    classes: Words = ()
+    classes: Strings = ()
     """Classes to keep; none is all."""
     public: Share = 0.0
     """Share of the training examples, of each class or label, that no client holds: what a
     backbone may be trained on by `fedgen pretrain`."""
-    unseen: Words = ()
+    unseen: Strings = ()
     """Classes, or labels, of which nothing is public."""
     part: Literal["private", "public"] = "private"
     """Which examples are meant: those that clients hold, or the public ones."""
@@ -189,7 +188,7 @@ class Data:
     train_limit: Count | None = None
     """Most training examples of a client, drawn from its own: a lower limit's are among them, and
     what is held out stays the same. None is all."""
-    split_seed: Whole = 0
+    split_seed: NonNegativeInt = 0
     """Seeds which of a client's examples are held out; apart from federation.seed, so that
     several seeds of a natural client are tested on the same text."""
 
@@ -241,9 +240,9 @@ class Federation:
     candidates: Count | None = None
     """Clients drawn each round, of whom the cohort is those whose last training loss was highest
     (power of choice, arXiv:2010.01243); none draws the cohort itself."""
-    newcomers: Whole = 0
+    newcomers: NonNegativeInt = 0
     """Clients, the last ones, that never train and only personalise the result."""
-    over: NotNegative = 0.0
+    over: NonNegative = 0.0
     """So many more clients are asked each round, as a share of the cohort; the first to finish
     count, and no more than the cohort. FedBuff, which has no rounds, does without."""
     deadline: Positive | None = None
@@ -251,7 +250,7 @@ class Federation:
     waits for the cohort. FedBuff does without."""
     rounds: Count = 10
     """Rounds of training; of FedBuff, commits."""
-    seed: Whole = 0
+    seed: NonNegativeInt = 0
     """With the round and the client, seeds every draw."""
 
     def __post_init__(self) -> None:
@@ -290,21 +289,21 @@ class Method:
 
     name: str = "fedgen-edge"
     """One of the names that `fedgen methods` lists."""
-    mu: NotNegative = 0.01
+    mu: NonNegative = 0.01
     """FedProx: pull of each local step towards the received adapter."""
     personal_layers: Count = 1
     """FedPer, FedRep: last layers whose leaves stay at the client."""
     head_epochs: Count = 1
     """FedRep: first epochs of a round, which train what stays at the client; the others train what
     is shared."""
-    own_pull: NotNegative = 0.1
+    own_pull: NonNegative = 0.1
     """Ditto: pull of each step of a client's own model towards the received adapter, the paper's
     lambda."""
     own_share: Annotated[float, Number, Field(gt=0, lt=1)] = 0.5
     """FedDPA: share of a client's own adapter in what layers put out, as it is trained."""
     clusters: Annotated[int, Number, Field(ge=2)] = 2
     """IFCA: adapters at the server, of which each client takes one."""
-    choose_by: Whole = 64
+    choose_by: NonNegativeInt = 64
     """IFCA: training examples, evenly spaced, by whose loss a client chooses; 0 is all."""
     residual_rank: Count = 32
     """FedEx-LoRA, FLoRA: rank of the frozen pair beside each trained one, which keeps what means
@@ -321,7 +320,7 @@ class Method:
     """Adaptive server optimisers: tau, which is added to the root of the squares."""
     buffer: Count = 2
     """FedBuff: updates that make a commit."""
-    staleness: NotNegative = 0.5
+    staleness: NonNegative = 0.5
     """FedBuff: an update that is s commits old counts (1 + s)^-staleness of itself."""
 
 
@@ -336,13 +335,13 @@ class Training:
     lr_full: Positive | None = None
     """Learning rate, in rounds, of methods that train every weight, which want a lower one; none is
     `lr`."""
-    weight_decay: NotNegative = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay (adamw), or L2 (sgd)."""
     momentum: Share = 0.0
     """Momentum of sgd."""
     betas: tuple[Share, Share] = (0.9, 0.999)
     """Decay of adamw's two moments; a GAN wants the first at 0."""
-    clip: NotNegative = 1.0
+    clip: NonNegative = 1.0
     """Largest norm of a client's gradient; 0 does not clip."""
     epochs: Count = 1
     """Passes over the client's examples in one round."""
@@ -352,7 +351,7 @@ class Training:
     """Blocks in a step, for each client."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the learning rate falls over the rounds."""
-    warmup: Whole = 0
+    warmup: NonNegativeInt = 0
     """Rounds over which the learning rate rises first."""
 
 
@@ -364,7 +363,7 @@ class Gan:
     """Steps of the critic on each batch, before the generator's one."""
     critic_rate: Positive = 1.0
     """The critic's learning rate, as a multiple of the generator's."""
-    r1: NotNegative = 1.0
+    r1: NonNegative = 1.0
     """Weight of the penalty on the critic's slope at real pictures."""
     average: Share = 0.99
     """Decay, in each step, of the generator's moving average, which makes the pictures."""
@@ -395,7 +394,7 @@ class Pretrain:
 class Personal:
     """What each client does with the last global adapter."""
 
-    epochs: Whole = 3
+    epochs: NonNegativeInt = 3
     """Most epochs of tuning; 0 leaves every client the global adapter, of which no copies are
     written, or its own model where a method makes one."""
     steps: Count | None = None
@@ -404,7 +403,7 @@ class Personal:
     """Learning rate."""
     patience: Count = 1
     """Epochs without a better validation loss before a client stops."""
-    pull: NotNegative = 0.0
+    pull: NonNegative = 0.0
     """Pull, in each step, towards the adapter that tuning began from, as FedProx's mu."""
     fallback: bool = True
     """Keep what tuning began from where tuning does not lower the client's validation loss."""
@@ -448,22 +447,22 @@ class Evaluation:
 
     every: Count = 1
     """Rounds between validations of the global adapter."""
-    blocks: Whole = 16
+    blocks: NonNegativeInt = 16
     """Most validation blocks of each client, evenly spaced; 0 is all. They judge each round, and
     the epochs of personalisation."""
-    test_blocks: Whole = 0
+    test_blocks: NonNegativeInt = 0
     """Most test blocks of each client at the end, evenly spaced; 0 is all."""
-    baselines: Words = ()
+    baselines: Strings = ()
     """Methods to train beside this one, on the same batches with the same budget."""
     target: Annotated[float, Number] | None = None
     """Validation number, such as a perplexity, to which the report counts rounds, bytes and virtual
     seconds; none is the best that all of these methods reach."""
-    prompts: Words = ()
+    prompts: Strings = ()
     """What the backbone, the global and the personal models are asked for, for the report: text to
     continue (none is `The `), or classes of pictures (none is all)."""
-    sample_tokens: Whole = 40
+    sample_tokens: NonNegativeInt = 40
     """Tokens in each continuation; 0 makes none."""
-    sample_pictures: Whole = 8
+    sample_pictures: NonNegativeInt = 8
     """Pictures of each class in a grid; 0 makes none."""
     sample_steps: Count = 25
     """Denoising steps of a sampled picture (diffusion)."""
@@ -513,7 +512,7 @@ class Downlink:
 class Uplink:
     """How a client's change is shortened on its way to the server."""
 
-    rank: Whole = 0
+    rank: NonNegativeInt = 0
     """Send each matrix as the closest product of this rank, where that is less; 0 sends all."""
     keep: Literal["all", "top-k", "random-k"] = "all"
     """Which values are sent: top-k, the largest; random-k, at places that both sides draw."""
@@ -611,62 +610,66 @@ def from_table(table: Mapping[str, Any]) -> Settings:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError(
-            explain(first["loc"], first["type"], first["msg"], first["input"])
+            explain_error(first["loc"], first["type"], first["msg"], first["input"])
         ) from None
 
 
-def explain(where: tuple[str | int, ...], kind: str, message: str, value: object) -> str:
+def explain_error(where: tuple[str | int, ...], kind: str, message: str, value: object) -> str:
     """One line for a setting that pydantic refused: its name, its value, the way out."""
     name = ".".join(str(part) for part in where)
     if kind in {"unexpected_keyword_argument", "extra_forbidden"}:
-        return unknown(name)
-    said = f"{message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
-    return f"{name}={repr(value)[:SHOWN]}: {said}"
+        return describe_unknown(name)
+    reason = f"{message[0].lower()}{message[1:]}; `fedgen run --help` explains it"
+    return f"{name}={repr(value)[:MAX_VALUE_LENGTH]}: {reason}"
 
 
-def unknown(name: str, options: Sequence[str] = ()) -> str:
+def describe_unknown(name: str, options: Sequence[str] = ()) -> str:
     """One line for a key that is no setting, with what its user may have meant.
 
     Args:
         name: of no setting.
         options: of the command, beside the settings.
     """
-    near = _meant(name.replace("-", "_"), [key for key, _ in flat(Settings())], options)
-    hint = f"did you mean {near!r}?" if near else "`fedgen run --help` explains every one"
+    suggestion = _guess_setting(
+        name.replace("-", "_"), [key for key, _ in iter_settings(Settings())], options
+    )
+    hint = (
+        f"did you mean {suggestion!r}?" if suggestion else "`fedgen run --help` explains every one"
+    )
     return f"unknown setting {name!r}: {hint}"
 
 
-def _meant(name: str, settings: Sequence[str], options: Sequence[str]) -> str | None:
+def _guess_setting(name: str, settings: Sequence[str], options: Sequence[str]) -> str | None:
     parts = {part: part for part in (key.partition(".")[0] for key in settings)}
     keys = parts | {key.rpartition(".")[2]: key for key in reversed(settings)}
-    if USUAL.get(name) in (*settings, *options):
-        return USUAL[name]
+    if COMMON_ALIASES.get(name) in (*settings, *options):
+        return COMMON_ALIASES[name]
     # the part left out is the commonest mistake
-    leaf = name if name in keys or "." in name else nearest(name, keys)
-    return keys.get(leaf or "") or nearest(name, [*settings, *options])
+    leaf = name if name in keys or "." in name else find_nearest(name, keys)
+    return keys.get(leaf or "") or find_nearest(name, [*settings, *options])
 
 
-def flat(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def iter_settings(settings: object, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every setting with its dotted name."""
     assert is_dataclass(settings)
     for field in fields(settings):
         value = getattr(settings, field.name)
         if is_dataclass(value):
-            yield from flat(value, f"{prefix}{field.name}.")
+            yield from iter_settings(value, f"{prefix}{field.name}.")
         else:
             yield prefix + field.name, value
 
 
-def plain(settings: Settings) -> dict[str, Any]:
+def to_flat_dict(settings: Settings) -> dict[str, Any]:
     """Every setting by its dotted name, as JSON has it."""
-    return json.loads(json.dumps(dict(flat(settings)), default=str))
+    return json.loads(json.dumps(dict(iter_settings(settings)), default=str))
 
 
 def to_table(settings: object) -> dict[str, Any]:
     """Nested dictionaries that `from_table` reads back; a setting that is none is left out."""
     assert is_dataclass(settings)
     values = {f.name: getattr(settings, f.name) for f in fields(settings)}
-    return {k: _plain(v) for k, v in values.items() if v is not None}
+    return {k: _to_plain(v) for k, v in values.items() if v is not None}
 
 
 def to_toml(settings: Settings) -> str:
@@ -674,7 +677,7 @@ def to_toml(settings: Settings) -> str:
     return tomli_w.dumps(to_table(settings))
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if is_dataclass(value):
         return to_table(value)
     if isinstance(value, Path):
@@ -686,6 +689,10 @@ def learning_rate(training: Training, round_: int, rounds: int) -> float:
     """The rate of a round, counted from 0: a linear warm-up, then the schedule down to 0."""
     if round_ < training.warmup:
         return training.lr * (round_ + 1) / (training.warmup + 1)
-    done = (round_ - training.warmup) / max(1, rounds - training.warmup)
-    fall = {"constant": 1.0, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
-    return training.lr * fall[training.schedule]
+    progress = (round_ - training.warmup) / max(1, rounds - training.warmup)
+    decay = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+    }
+    return training.lr * decay[training.schedule]

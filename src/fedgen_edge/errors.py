@@ -1,5 +1,7 @@
 """Everything that a user can cause, as one tree: the command prints one line and exits with 2."""
 
+from collections.abc import Iterable
+
 
 class FedGenError(Exception):
     """A mistake that its user can mend; the message names what is wrong and the way out."""
@@ -57,6 +59,19 @@ class WorkerError(FedGenError):
 
 class CarrierError(FedGenError):
     """Messages cannot be carried: what carries them is away, refuses, or has given the run up."""
+
+
+def find_nearest(name: str, known: Iterable[str]) -> str | None:
+    """The name among these that this one is near to; none where there is no such."""
+    import difflib
+
+    return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A question that names the nearest of these; empty where none is near."""
+    suggestion = find_nearest(name, known)
+    return f"did you mean {suggestion!r}?" if suggestion else ""
 
 
 def _requirements(extra: str) -> list[str]:

@@ -14,9 +14,9 @@ SHIPPED = ("recipes", "requirements-kit.lock")
 DRAFT = re.compile(r"\.(.+?)\.\d+(\.old)?")
 """Name of a draft: the target's, and the process that writes it."""
 
-DEEPEST = 50
+MAX_DEPTH = 50
 """Levels of a file's lists and tables, at most: ours have six."""
-LARGEST = 2**63 - 1
+MAX_INTEGER = 2**63 - 1
 """Whole numbers beyond it TOML does not have, and no setting or record needs."""
 
 
@@ -41,7 +41,7 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
 
 
 @contextmanager
-def folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path) -> Iterator[Path]:
     """A draft folder to fill; it takes the path's place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -67,7 +67,7 @@ def folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def sweep(root: Path) -> None:
+def clean_drafts(root: Path) -> None:
     """Put right what a killed process left below a folder: drafts go, a replaced folder comes back.
 
     Only for who alone writes there.
@@ -109,14 +109,14 @@ def parse(text: str | bytes, parser: Callable[[str], Any]) -> Any:
 def _check_value(value: Any) -> None:
     """Refuse what would fail later, in code that expects ordinary values."""
     level = [value]
-    for _ in range(DEEPEST):
-        if any(isinstance(v, int) and abs(v) > LARGEST for v in level):
+    for _ in range(MAX_DEPTH):
+        if any(isinstance(v, int) and abs(v) > MAX_INTEGER for v in level):
             raise ValueError("a whole number in it is beyond 64 bits")
         tables = [v.values() if isinstance(v, dict) else v for v in level if _holds_others(v)]
         level = [inner for table in tables for inner in table]
         if not level:
             return
-    raise ValueError(f"it is nested more than {DEEPEST} levels deep")
+    raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
 
 
 def _holds_others(value: Any) -> bool:

@@ -46,13 +46,13 @@ def norm(leaves: Leaves, axes: int = 0) -> Float[Tensor, "*clients"]:
     return torch.stack(squares).sum(0).sqrt()
 
 
-def largest(leaf: Tensor) -> float:
+def max_magnitude(leaf: Tensor) -> float:
     """The largest magnitude; one that is no number is larger than all."""
     low, high = torch.aminmax(leaf)
     return float("inf") if low.isnan() else max(-float(low), float(high))
 
 
-def flat(leaves: Leaves) -> Float[Tensor, " values"]:
+def flatten(leaves: Leaves) -> Float[Tensor, " values"]:
     """All values in a row, float64."""
     return torch.cat([v.flatten().double() for v in leaves.values()])
 
@@ -62,7 +62,7 @@ def stack(members: Sequence[Leaves]) -> Leaves:
     return {k: torch.stack([m[k] for m in members]) for k in members[0]}
 
 
-def filled(members: Sequence[Leaves]) -> list[Leaves]:
+def fill_missing(members: Sequence[Leaves]) -> list[Leaves]:
     """The same members with the same names: what one of them lacks is zero."""
     shapes = {k: v for member in members for k, v in member.items()}
     return [{k: m.get(k, torch.zeros_like(v)) for k, v in shapes.items()} for m in members]

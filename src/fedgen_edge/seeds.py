@@ -25,17 +25,17 @@ def generator(*key: int | str) -> torch.Generator:
 
 
 @contextmanager
-def seeded(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
+def seed_global_generators(*key: int | str, device: torch.device | None = None) -> Iterator[None]:
     """What draws from torch's global generators draws the same for this key, and leaves them be.
 
     Args:
         key: of the seed.
         device: an accelerator whose generator is seeded too; default: the processor's alone.
     """
-    beside = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=beside):
+    accelerators = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(devices=accelerators):
         torch.default_generator.manual_seed(seed(*key))
-        for accelerator in beside:
+        for accelerator in accelerators:
             with torch.cuda.device(accelerator):
                 torch.cuda.manual_seed(seed(*key))
         yield
@@ -58,8 +58,8 @@ def uniform(
     """
     key = _mix(seed.long() + _mix(torch.tensor(stream + 1, device=seed.device)))
     places = torch.arange(torch.Size(shape).numel(), device=seed.device)
-    drawn = (_mix(key.unsqueeze(-1) + places) >> 8) & ((1 << BITS) - 1)
-    return (drawn / (1 << BITS)).reshape(*seed.shape, *shape)
+    bits = (_mix(key.unsqueeze(-1) + places) >> 8) & ((1 << BITS) - 1)
+    return (bits / (1 << BITS)).reshape(*seed.shape, *shape)
 
 
 def normal(

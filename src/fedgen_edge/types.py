@@ -92,9 +92,9 @@ class Update:
     """Optimiser steps taken."""
     bytes_up: int
     """Serialised length of what was sent, metadata included."""
-    forgot: Leaves = field(default_factory=dict)
+    lost_memory: Leaves = field(default_factory=dict)
     """What the method had the client remember, where it has lost that: it trained without."""
-    moved: float | None = None
+    client_norm: float | None = None
     """Norm of the client's own change where `delta` is the mean over its worker's clients; none
     where it is the client's own."""
 
@@ -135,7 +135,7 @@ class Commit:
     """Where devices are described."""
 
 
-def none_follow(adapter: Leaves) -> Leaves:
+def settle_nothing(adapter: Leaves) -> Leaves:
     """How a task settles whose leaves are all trained."""
     del adapter
     return {}

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from test_formats import Make, adapted_logits, close, each_model, logits, random, write
 from test_mixed import linear
+from test_peft_io import Make, adapted_logits, close, each_model, logits, random, write
 from test_residual import IDS, SETTINGS, Small, stacked
 
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import peft_io
 from fedgen_edge.adapters.lora import Lora, inject, merge
-from fedgen_edge.algorithms.bases import begins
+from fedgen_edge.algorithms.fed_sb import begins
 from fedgen_edge.config import Adapter
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import CORE, Leaves
@@ -27,13 +27,13 @@ def test_the_product_of_all_three_is_added() -> None:
     model = Small()
     lora = inject(model, SETTINGS)
     leaves = cored(lora)
-    with torch.no_grad(), lora.bound(leaves):
+    with torch.no_grad(), lora.bind(leaves):
         found = model(IDS)
     plain = Small()
     with torch.no_grad():
         for name, how in (("embed", "or,rs,sv->vo"), ("conv", "orxy,rs,sihw->oihw"),
                           ("head", "or,rs,si->oi")):  # fmt: skip
-            kind = lora.sites[name].kind
+            kind = lora.layers[name].kind
             b, a = leaves[f"{name}.{kind.b}"], leaves[f"{name}.{kind.a}"]
             whole = torch.einsum(how, b, leaves[f"{name}.{CORE}"], a)
             getattr(plain, name).weight += 2.5 * whole
@@ -61,11 +61,11 @@ def test_peft_loads_it_as_plain_lora(make: Make, targets: tuple[str, ...], tmp_p
     between = {k: torch.randn(v.shape, generator=generator(k))
                for k, v in begins(own).items() if k.endswith(CORE)}  # fmt: skip
     ours = adapted_logits(model, lora, {**own, **between})
-    wide, rank = lora.widened({**own, **between})
+    wide, rank = lora.join_residuals({**own, **between})
     assert rank == 2
     assert wide.keys() == own.keys()
     write(tmp_path / "anna", wide, lora, settings)
     theirs = PeftModel.from_pretrained(make(), str(tmp_path / "anna"))  # pyright: ignore[reportArgumentType]
     close(ours, logits(theirs))
-    close(adapted_logits(model, lora, formats.read(tmp_path / "anna", lora)), ours)
+    close(adapted_logits(model, lora, peft_io.read(tmp_path / "anna", lora)), ours)
     assert (ours - adapted_logits(model, lora, own)).abs().max() > 0.01

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fedgen_edge.adapters import formats, peft_check
+from fedgen_edge.adapters import peft_check, peft_io
 from fedgen_edge.adapters.lora import inject
 from fedgen_edge.config import Adapter
 from fedgen_edge.seeds import generator
@@ -19,7 +19,7 @@ def fault(folder: Path, dilation: int) -> str | None:
     lora = inject(model, settings)
     own = peft_check.draw_noisy(lora, generator("noisy"))
     folder.mkdir()
-    formats.write(folder, own, lora, settings, backbone={}, provenance={})
+    peft_io.write(folder, own, lora, settings, backbone={}, provenance={})
     x = torch.randn(1, 2, 8, 8, generator=generator("x"))
     return peft_check.compare(folder, model, lora, own, lambda: model(x))
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from fedgen_edge.adapters.dropout import mask
+from fedgen_edge.adapters.dropout import draw_mask
 from fedgen_edge.adapters.lora import Lora, inject
 from fedgen_edge.config import Adapter
 from fedgen_edge.leaves import stack
@@ -22,7 +22,7 @@ WIDE = 5  # standard deviations: by chance, once in two million
 
 
 def of(seed: int, layer: int = 0, share: float = SHARE) -> Tensor:
-    return mask(torch.tensor(seed), layer, SHAPE, share)
+    return draw_mask(torch.tensor(seed), layer, SHAPE, share)
 
 
 def agreement(one: Tensor, other: Tensor) -> float:
@@ -87,16 +87,16 @@ def test_a_stack_of_masks_is_each_clients_mask_and_drawn_again_it_is_equal(
     seeds: list[int], layer: int, rows: int, share: float
 ) -> None:
     shape = (rows, 3, 2)
-    stacked = mask(torch.tensor(seeds), layer, shape, share)
+    stacked = draw_mask(torch.tensor(seeds), layer, shape, share)
     assert stacked.shape == (len(seeds), *shape)
-    alone = torch.stack([mask(torch.tensor(s), layer, shape, share) for s in seeds])
+    alone = torch.stack([draw_mask(torch.tensor(s), layer, shape, share) for s in seeds])
     assert torch.equal(stacked, alone)
-    assert torch.equal(stacked, mask(torch.tensor(seeds), layer, shape, share))
+    assert torch.equal(stacked, draw_mask(torch.tensor(seeds), layer, shape, share))
 
 
 def test_rows_that_fill_up_a_stack_leave_the_rows_before_them_alone() -> None:
     seed = torch.tensor([4, 9])
-    longer, shorter = mask(seed, 2, (6, 5), SHARE), mask(seed, 2, (4, 5), SHARE)
+    longer, shorter = draw_mask(seed, 2, (6, 5), SHARE), draw_mask(seed, 2, (4, 5), SHARE)
     assert torch.equal(longer[:, :4], shorter)
 
 
@@ -115,9 +115,9 @@ def test_dropout_is_on_the_updates_input_alone() -> None:
     model, lora = linear(SHARE)
     own = {name: torch.eye(8) for name in lora.shapes()}
     x, seed = torch.randn(4, 8, generator=generator("x")), torch.tensor(6)
-    with lora.bound(own, seed):
-        torch.testing.assert_close(model(x), x + x * mask(seed, 0, (4, 8), SHARE))
-    with lora.bound(own):
+    with lora.bind(own, seed):
+        torch.testing.assert_close(model(x), x + x * draw_mask(seed, 0, (4, 8), SHARE))
+    with lora.bind(own):
         torch.testing.assert_close(model(x), 2 * x)
 
 
@@ -125,10 +125,10 @@ def test_a_stack_of_clients_drops_what_its_clients_drop_alone() -> None:
     model, lora = linear(SHARE)
     own = [{k: torch.eye(8) * c for k in lora.shapes()} for c in (1, 2, 3)]
     x, seeds = torch.randn(6, 8, generator=generator("x")), torch.tensor([6, 7, 8])
-    with lora.bound(stack(own), seeds):
+    with lora.bind(stack(own), seeds):
         stacked = model(x)
     for client, seed, part, out in zip(own, seeds, x.split(2), stacked.split(2), strict=True):
-        with lora.bound(client, seed):
+        with lora.bind(client, seed):
             torch.testing.assert_close(out, model(part))
 
 
@@ -139,7 +139,7 @@ def test_an_embeddings_tokens_are_never_dropped_or_multiplied() -> None:
     rng = generator("factors")
     own = {k: torch.randn(s, generator=rng) for k, s in lora.shapes().items()}
     ids = torch.arange(9).reshape(3, 3)
-    with lora.bound(own):
+    with lora.bind(own):
         undropped = model(ids)
-    with lora.bound(own, torch.tensor(1)):
+    with lora.bind(own, torch.tensor(1)):
         torch.testing.assert_close(model(ids), undropped)

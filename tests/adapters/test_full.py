@@ -13,8 +13,8 @@ from fedgen_edge.adapters.full import Full
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.data.batches import pack
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import language
-from fedgen_edge.tasks.language import Language
+from fedgen_edge.tasks.language import task as language
+from fedgen_edge.tasks.language.task import Language
 from fedgen_edge.types import Leaves
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -179,4 +179,4 @@ def test_a_saved_full_model_says_where_it_came_from(
 
 
 def test_a_full_model_cannot_be_stacked(task: Language) -> None:
-    assert not task.model.stackable
+    assert not task.model.is_stackable

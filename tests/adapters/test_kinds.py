@@ -13,10 +13,10 @@ import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_formats import adapted_logits, close, llama, logits, written
+from test_peft_io import adapted_logits, close, llama, logits, written
 from torch import nn
 
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import peft_io
 from fedgen_edge.adapters.lora import Lora, inject
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import AdapterError
@@ -51,7 +51,7 @@ def test_whatever_plain_lora_began_from_it_gives_what_peft_gives(
     config = LoraConfig(r=2, target_modules=[*TARGETS], init_lora_weights=initial)
     folder = peft_folder(tmp_path / "anna", config)
     model, lora = injected()
-    close(adapted_logits(model, lora, formats.read(folder, lora)), logits_by_peft(folder))
+    close(adapted_logits(model, lora, peft_io.read(folder, lora)), logits_by_peft(folder))
 
 
 KINDS: list[tuple[Callable[[], Any], str]] = [
@@ -79,7 +79,7 @@ def test_every_other_kind_is_refused_by_its_name(
 ) -> None:
     folder = peft_folder(tmp_path / "anna", config())
     with pytest.raises(AdapterError, match=rf"anna is not plain LoRA \({name}\)") as caught:
-        formats.read(folder, injected()[1])
+        peft_io.read(folder, injected()[1])
     assert "\n" not in str(caught.value)
 
 
@@ -87,7 +87,7 @@ def test_a_kind_that_is_not_known_yet_is_refused_by_its_name(tmp_path: Path) -> 
     lora, _ = written(tmp_path)
     change_config(tmp_path / "anna", future={"of": 1})
     with pytest.raises(AdapterError, match=r"not plain LoRA \(future=\{'of': 1\}\)"):
-        formats.read(tmp_path / "anna", lora)
+        peft_io.read(tmp_path / "anna", lora)
 
 
 def change_config(folder: Path, **change: object) -> None:
@@ -104,9 +104,9 @@ def test_peft_folders_of_an_embedding_or_head_give_what_peft_gives(
 ) -> None:
     targets = (layer, "q_proj")
     folder = peft_folder(tmp_path / "anna", LoraConfig(r=2, target_modules=[*targets]))
-    assert any("base_layer" in name for name in load_file(folder / formats.WEIGHTS))
+    assert any("base_layer" in name for name in load_file(folder / peft_io.WEIGHTS))
     model, lora = injected(targets)
-    close(adapted_logits(model, lora, formats.read(folder, lora)), logits_by_peft(folder))
+    close(adapted_logits(model, lora, peft_io.read(folder, lora)), logits_by_peft(folder))
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_a_frozen_matrix_of_another_backbone_is_refused(
     change: Callable[[torch.Tensor], torch.Tensor], complaint: str, tmp_path: Path
 ) -> None:
     folder = peft_folder(tmp_path / "anna", LoraConfig(r=2, target_modules=["embed_tokens"]))
-    tensors = load_file(folder / formats.WEIGHTS)
+    tensors = load_file(folder / peft_io.WEIGHTS)
     name = "base_model.model.model.embed_tokens.base_layer.weight"
-    save_file({**tensors, name: change(tensors[name])}, folder / formats.WEIGHTS)
+    save_file({**tensors, name: change(tensors[name])}, folder / peft_io.WEIGHTS)
     with pytest.raises(AdapterError, match=f"anna {complaint}"):
-        formats.read(folder, injected(("embed_tokens",))[1])
+        peft_io.read(folder, injected(("embed_tokens",))[1])
 
 
 # ---- numbers and JSON that are none
@@ -150,13 +150,13 @@ def test_a_rank_or_alpha_that_is_no_number_is_one_line(
     lora, _ = written(tmp_path)
     change_config(tmp_path / "anna", **{name: value})
     with pytest.raises(AdapterError, match=rf"adapter_config.json cannot be read \({name}="):
-        formats.read(tmp_path / "anna", lora, any_rank=True)
+        peft_io.read(tmp_path / "anna", lora, any_rank=True)
 
 
 def read_both(folder: Path, lora: Lora) -> None:
     """As an initial adapter is read."""
-    formats.check_origin(folder, "abc")
-    formats.read(folder, lora)
+    peft_io.check_origin(folder, "abc")
+    peft_io.read(folder, lora)
 
 
 @pytest.mark.parametrize("file", ["adapter_config.json", "provenance.json"])
@@ -175,15 +175,15 @@ def test_an_adapter_of_another_backbone_is_refused_by_its_provenance(tmp_path: P
     written(tmp_path)
     origin = tmp_path / "anna" / "provenance.json"
     origin.write_text(json.dumps({"backbone_sha256": "a" * 64}))
-    formats.check_origin(tmp_path / "anna", "a" * 64)
+    peft_io.check_origin(tmp_path / "anna", "a" * 64)
     with pytest.raises(AdapterError, match=r"another backbone, of SHA-256 aaaaaaaaaaaaaaaa\.\.\. "):
-        formats.check_origin(tmp_path / "anna", "b" * 64)
+        peft_io.check_origin(tmp_path / "anna", "b" * 64)
     origin.write_text(json.dumps({"backbone_sha256": ["a" * 64]}))
     with pytest.raises(AdapterError, match="another backbone"):
-        formats.check_origin(tmp_path / "anna", "a" * 64)
+        peft_io.check_origin(tmp_path / "anna", "a" * 64)
     # PEFT's own folders have none
     origin.unlink()
-    formats.check_origin(tmp_path / "anna", "b" * 64)
+    peft_io.check_origin(tmp_path / "anna", "b" * 64)
 
 
 # ---- what is written
@@ -194,11 +194,11 @@ def test_rslora_is_written_as_an_alpha_that_every_reader_takes(tmp_path: Path) -
     settings = Adapter(rank=4, alpha=5.0, rslora=True, target_modules=TARGETS)
     lora = inject(llama(), settings)
     leaves = {k: torch.ones(shape) for k, shape in lora.shapes().items()}
-    formats.write(tmp_path, leaves, lora, settings, backbone={}, provenance={})
+    peft_io.write(tmp_path, leaves, lora, settings, backbone={}, provenance={})
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["lora_alpha"], config["r"]) == (False, 10, 4)
-    formats.for_pipelines(tmp_path, "unet", leaves, lora, settings)
-    with safe_open(tmp_path / formats.PIPELINE, "pt") as file:
+    peft_io.write_pipeline_weights(tmp_path, "unet", leaves, lora, settings)
+    with safe_open(tmp_path / peft_io.PIPELINE_WEIGHTS, "pt") as file:
         told = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (told["unet.use_rslora"], told["unet.lora_alpha"]) == (False, 10)
 
@@ -207,7 +207,7 @@ WRITE = """
 import sys
 from pathlib import Path
 import torch
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import peft_io
 from fedgen_edge.adapters.lora import inject
 from fedgen_edge.config import Adapter
 names = [f"layer_{n}" for n in range(9)]
@@ -215,8 +215,8 @@ model = torch.nn.ModuleDict({n: torch.nn.Linear(3, 3) for n in names})
 settings = Adapter(rank=2, target_modules=tuple(names))
 lora = inject(model, settings)
 leaves = {k: torch.ones(shape) for k, shape in lora.shapes().items()}
-formats.write(Path(sys.argv[1]), leaves, lora, settings, backbone={}, provenance={"b": 1, "a": 2})
-formats.for_pipelines(Path(sys.argv[1]), "unet", leaves, lora, settings)
+peft_io.write(Path(sys.argv[1]), leaves, lora, settings, backbone={}, provenance={"b": 1, "a": 2})
+peft_io.write_pipeline_weights(Path(sys.argv[1]), "unet", leaves, lora, settings)
 """
 
 

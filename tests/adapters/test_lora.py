@@ -21,7 +21,7 @@ from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 from fedgen_edge import leaves
-from fedgen_edge.adapters.lora import Lora, Site, inject, merge
+from fedgen_edge.adapters.lora import AdaptedLayer, Lora, inject, merge
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
@@ -136,7 +136,7 @@ def test_our_layer_gives_what_pefts_layer_gives(case: Case, rslora: bool) -> Non
     for name, leaf in own.items():
         path = f"model.{name}.default"
         state[path if path in state else f"{path}.weight"].copy_(leaf)
-    with lora.bound(own):
+    with lora.bind(own):
         close(model(x), theirs(x))
 
 
@@ -148,11 +148,11 @@ def test_stacked_clients_match_clients_one_by_one(case: Case) -> None:
     model, lora = adapted(case, rank=2)
     own, x = [factors(lora, c) for c in range(CLIENTS)], inputs(case, CLIENTS)
     many = leaves.stack(own)
-    with lora.bound(many):
+    with lora.bind(many):
         stacked = model(x)
     alone = []
     for client, part in zip(own, x.split(ROWS), strict=True):
-        with lora.bound(client):
+        with lora.bind(client):
             alone.append(model(part))
     close(stacked, torch.cat(alone), 1e-5)
 
@@ -173,7 +173,7 @@ def test_gradients_of_a_stack_are_the_stack_of_gradients(case: Case) -> None:
 def slopes(model: nn.Module, lora: Lora, own: Leaves, x: Tensor) -> Leaves:
     """Gradient of the squared outputs' sum: no two clients share a term of it."""
     now = {k: v.clone().requires_grad_() for k, v in own.items()}
-    with lora.bound(now):
+    with lora.bind(now):
         return dict(
             zip(now, torch.autograd.grad(model(x).square().sum(), now.values()), strict=True)
         )
@@ -185,10 +185,10 @@ def test_a_stack_goes_through_a_whole_model_as_its_clients_do() -> None:
     lora = inject(model, Adapter(rank=2, target_modules=(r".*(_proj|embed_tokens)",)))
     own = [factors(lora, c) for c in range(CLIENTS)]
     ids = torch.randint(19, (CLIENTS * ROWS, 6), generator=generator("ids"))
-    with lora.bound(leaves.stack(own)):
+    with lora.bind(leaves.stack(own)):
         stacked = model(ids).logits
     for client, part, logits in zip(own, ids.split(ROWS), stacked.split(ROWS), strict=True):
-        with lora.bound(client):
+        with lora.bind(client):
             close(logits, model(part).logits, 1e-5)
 
 
@@ -199,7 +199,7 @@ def test_padded_ranks_change_nothing_and_have_no_gradient(case: Case) -> None:
     narrow, x = factors(lora), inputs(case)
     wide_model, wide_lora = adapted(case, rank=3, alpha=24.0)  # 24 / 3 = 16 / 2
     wide = {name: padded(leaf, axis=int(name.endswith("_B"))) for name, leaf in narrow.items()}
-    with lora.bound(narrow), wide_lora.bound(wide):
+    with lora.bind(narrow), wide_lora.bind(wide):
         close(wide_model(x), model(x), 1e-5)
     for name, slope in slopes(wide_model, wide_lora, wide, x).items():
         extra = slope[2] if name.endswith("_A") else slope[:, 2]
@@ -234,7 +234,7 @@ def test_the_update_is_scale_times_b_a(kind: str) -> None:
     model = One(layer)
     lora = inject(model, Adapter(rank=1, alpha=2.0, target_modules=("layer",)))
     own = {k: f.reshape(lora.shapes()[k]) for k, f in zip(lora.shapes(), FACTORS, strict=True)}
-    with lora.bound(own):
+    with lora.bind(own):
         close(model(x), torch.tensor(out))
     merge(model, lora, own)
     assert model.layer is layer
@@ -250,7 +250,7 @@ def test_the_scale_is_applied_once(rslora: bool, scale: float) -> None:
     lora = inject(model, Adapter(rank=4, alpha=8.0, rslora=rslora, target_modules=("layer",)))
     own = {name: torch.eye(4) for name in lora.shapes()}
     x = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    with lora.bound(own):
+    with lora.bind(own):
         close(model(x), scale * x)
 
 
@@ -261,10 +261,10 @@ def test_the_scale_is_applied_once(rslora: bool, scale: float) -> None:
 def test_merged_equals_unmerged(case: Case) -> None:
     model, lora = adapted(case, rank=2)
     own, x = factors(lora), inputs(case)
-    with lora.bound(own):
+    with lora.bind(own):
         unmerged = model(x)
     merge(model, lora, own)
-    assert not any(isinstance(m, Site) for m in model.modules())
+    assert not any(isinstance(m, AdaptedLayer) for m in model.modules())
     close(model(x), unmerged, 1e-5)
 
 
@@ -277,7 +277,7 @@ def test_a_merged_model_gives_the_logits_of_the_adapted_one(
     lora = inject(model, Adapter(rank=2, alpha=2.0, target_modules=("all-linear",)))
     own = leaves.scale(factors(lora), 0.3)
     ids = torch.randint(19, (2, 6), generator=generator("ids"))
-    with lora.bound(own):
+    with lora.bind(own):
         unmerged = model(ids).logits
     merge(model, lora, own)
     assert {name for name, _ in model.named_parameters()} == before
@@ -292,7 +292,7 @@ def test_a_fresh_adapter_changes_nothing(case: Case) -> None:
     model, lora = adapted(case, rank=2)
     x = inputs(case)
     fresh = lora.init(generator("fresh"))
-    with lora.bound(fresh):
+    with lora.bind(fresh):
         assert torch.equal(model(x), filled(One(case.layer()))(x))
     assert {k: tuple(v.shape) for k, v in fresh.items()} == lora.shapes()
     zero = [name for name, leaf in fresh.items() if not leaf.any()]
@@ -322,7 +322,7 @@ def test_the_backbones_weights_are_shared_frozen_and_never_copied() -> None:
     model = llama()
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
     lora = inject(model, Adapter(rank=2, target_modules=("all-linear",)))
-    with lora.bound(leaves.stack([factors(lora, c) for c in range(CLIENTS)])):
+    with lora.bind(leaves.stack([factors(lora, c) for c in range(CLIENTS)])):
         model(torch.zeros(CLIENTS, 4, dtype=torch.int64))
         now = {n.replace(".base.", "."): p for n, p in model.named_parameters()}
         assert {name: p.data_ptr() for name, p in now.items()} == before
@@ -333,11 +333,11 @@ def test_out_of_its_context_the_model_is_the_backbone_again() -> None:
     model, lora = adapted(CASES["linear"], rank=2)
     x = inputs(CASES["linear"])
     backbone = filled(One(CASES["linear"].layer()))(x)
-    with pytest.raises(ZeroDivisionError), lora.bound(factors(lora)):  # noqa: PT012
+    with pytest.raises(ZeroDivisionError), lora.bind(factors(lora)):  # noqa: PT012
         assert not torch.equal(model(x), backbone)
         raise ZeroDivisionError
     assert torch.equal(model(x), backbone)
-    with lora.bound({}):
+    with lora.bind({}):
         assert torch.equal(model(x), backbone)
 
 
@@ -372,8 +372,8 @@ def test_targets_of_a_gpt2_mean_what_they_mean_to_peft(targets: list[str] | str)
 def same_layers(make: Callable[[], nn.Module], targets: list[str] | str) -> None:
     ours = (targets,) if isinstance(targets, str) else tuple(targets)
     lora = inject(make(), Adapter(rank=2, target_modules=ours))
-    assert set(lora.sites) == adapted_by_peft(make(), targets)
-    assert set(lora.sites) == adapted_by_peft(make(), list(lora.targets))  # as it is written
+    assert set(lora.layers) == adapted_by_peft(make(), targets)
+    assert set(lora.layers) == adapted_by_peft(make(), list(lora.targets))  # as it is written
 
 
 def adapted_by_peft(model: nn.Module, targets: list[str] | str) -> set[str]:
@@ -401,7 +401,7 @@ def test_falcons_own_linear_layer_is_adapted_as_peft_adapts_it() -> None:
     state = theirs.state_dict()
     for name, leaf in adapter.items():
         state[f"base_model.model.{name}.default.weight"].copy_(leaf)
-    with lora.bound(adapter):
+    with lora.bind(adapter):
         close(model(tokens).logits, theirs(tokens).logits, 1e-5)
 
 
@@ -426,7 +426,7 @@ class Mixture(nn.Module):
 
 def test_all_linear_passes_over_routers_and_tells_of_experts() -> None:
     lora = inject(Mixture(), Adapter(rank=1, target_modules=("all-linear",)))
-    assert set(lora.sites) == {"up", "down"}
+    assert set(lora.layers) == {"up", "down"}
     assert lora.experts == pytest.approx(32 / (16 + 4 + 16 + 32))
     assert inject(Mixture(), Adapter(rank=1, target_modules=("up",))).experts == 0
 
@@ -438,7 +438,7 @@ def test_a_router_that_is_named_is_refused_with_layers_that_can_be_adapted() -> 
 
 def test_the_default_targets_are_taken_where_the_settings_name_none() -> None:
     lora = inject(llama(), Adapter(rank=2), default=["v_proj"])
-    assert set(lora.sites) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
+    assert set(lora.layers) == {f"model.layers.{i}.self_attn.v_proj" for i in (0, 1)}
     assert lora.targets == ("v_proj",)
 
 
@@ -466,7 +466,7 @@ def test_a_mistake_is_one_line_and_leaves_the_model_alone(
     with pytest.raises(ConfigError, match=said) as caught:
         inject(model, Adapter(**settings))  # pyright: ignore[reportArgumentType]
     assert "\n" not in str(caught.value)
-    assert not any(isinstance(m, Site) for m in model.modules())
+    assert not any(isinstance(m, AdaptedLayer) for m in model.modules())
 
 
 def test_a_rank_may_be_the_layers_smaller_side() -> None:

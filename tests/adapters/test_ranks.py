@@ -6,19 +6,25 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_formats import Make, adapted_logits, close, each_model, logits, random, write
+from test_peft_io import Make, adapted_logits, close, each_model, logits, random, write
 from test_residual import SETTINGS, Small
 
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import peft_io
 from fedgen_edge.adapters.lora import inject
-from fedgen_edge.adapters.ranks import axis, cut, of_rank, padded, truncated
+from fedgen_edge.adapters.ranks import (
+    get_rank_axis,
+    get_rank_shapes,
+    mask_rank,
+    pad_ranks,
+    truncate_rank,
+)
 from fedgen_edge.config import Adapter
 from fedgen_edge.leaves import shapes
 
 
 def test_the_first_terms_are_kept_whatever_the_layer() -> None:
     leaves = random(inject(Small(), SETTINGS))
-    few = truncated(leaves, 1)
+    few = truncate_rank(leaves, 1)
     assert shapes(few) == {
         "embed.lora_embedding_A": (1, 6),
         "embed.lora_embedding_B": (16, 1),
@@ -27,30 +33,37 @@ def test_the_first_terms_are_kept_whatever_the_layer() -> None:
         "head.lora_A": (1, 48),
         "head.lora_B": (5, 1),
     }
-    assert of_rank(shapes(leaves), 1) == shapes(few)
+    assert get_rank_shapes(shapes(leaves), 1) == shapes(few)
     for name, leaf in leaves.items():
-        assert torch.equal(few[name], leaf[:1] if axis(name) == 0 else leaf[:, :1])
-        assert torch.equal(cut(leaves, 1)[name].narrow(axis(name) or 0, 0, 1), few[name])
-        assert cut(leaves, 1)[name].count_nonzero() == few[name].count_nonzero()
+        assert torch.equal(few[name], leaf[:1] if get_rank_axis(name) == 0 else leaf[:, :1])
+        assert torch.equal(
+            mask_rank(leaves, 1)[name].narrow(get_rank_axis(name) or 0, 0, 1), few[name]
+        )
+        assert mask_rank(leaves, 1)[name].count_nonzero() == few[name].count_nonzero()
 
 
 def test_a_rank_is_found_by_name_where_another_side_has_the_same_size() -> None:
     # published code for FLoRA takes the first dimension that equals the rank
     square = {"q.lora_A": torch.ones(2, 2), "q.lora_B": torch.ones(2, 2)}
-    assert shapes(truncated(square, 1)) == {"q.lora_A": (1, 2), "q.lora_B": (2, 1)}
+    assert shapes(truncate_rank(square, 1)) == {"q.lora_A": (1, 2), "q.lora_B": (2, 1)}
 
 
 def test_what_is_padded_was_truncated_and_without_a_rank_nothing_is_done() -> None:
     leaves = random(inject(Small(), SETTINGS))
-    for name, leaf in padded(truncated(leaves, 1), shapes(leaves)).items():
-        assert torch.equal(leaf, cut(leaves, 1)[name])
-    for found in (truncated(leaves, None), cut(leaves, None), cut(leaves, 2), cut(leaves, 9)):
+    for name, leaf in pad_ranks(truncate_rank(leaves, 1), shapes(leaves)).items():
+        assert torch.equal(leaf, mask_rank(leaves, 1)[name])
+    for found in (
+        truncate_rank(leaves, None),
+        mask_rank(leaves, None),
+        mask_rank(leaves, 2),
+        mask_rank(leaves, 9),
+    ):
         assert all(torch.equal(found[k], v) for k, v in leaves.items())
-    assert of_rank(shapes(leaves), None) == shapes(leaves)
+    assert get_rank_shapes(shapes(leaves), None) == shapes(leaves)
     other = {"norm.weight": torch.ones(4), "residual.q.lora_A": torch.ones(4, 4)}
-    assert all(torch.equal(v, other[k]) for k, v in cut(other, 1).items())
+    assert all(torch.equal(v, other[k]) for k, v in mask_rank(other, 1).items())
     # what is not known is left alone
-    assert padded(truncated(leaves, 1), {}).keys() == leaves.keys()
+    assert pad_ranks(truncate_rank(leaves, 1), {}).keys() == leaves.keys()
 
 
 @each_model
@@ -63,10 +76,10 @@ def test_peft_computes_with_a_clients_folder_what_the_client_did(
     settings = Adapter(rank=4, ranks=(1, 3), alpha=5.0, rslora=rslora, target_modules=targets)
     model = make()
     lora = inject(model, settings)
-    own = cut(random(lora), rank)
-    kept, found = lora.widened(truncated(own, rank))
+    own = mask_rank(random(lora), rank)
+    kept, found = lora.join_residuals(truncate_rank(own, rank))
     assert found == rank
-    write(tmp_path / "anna", kept, lora, formats.of_rank(settings, rank))
+    write(tmp_path / "anna", kept, lora, peft_io.change_rank(settings, rank))
     told = json.loads((tmp_path / "anna" / "adapter_config.json").read_text())
     assert told["r"] == rank
     # readers that know no rsLoRA take alpha / rank, which is 5 / sqrt(4) or 5 / 4
@@ -76,8 +89,8 @@ def test_peft_computes_with_a_clients_folder_what_the_client_did(
     ours = adapted_logits(model, lora, own)
     close(ours, logits(theirs))
     assert (ours - adapted_logits(model, lora, random(lora))).abs().max() > 0.01
-    back = formats.read(tmp_path / "anna", lora, any_rank=True)
+    back = peft_io.read(tmp_path / "anna", lora, any_rank=True)
     assert shapes(back) == shapes(own)
     close(adapted_logits(model, lora, back), ours)
-    with pytest.raises(formats.AdapterError, match=f"has rank {rank}, adapter.rank=4"):
-        formats.read(tmp_path / "anna", lora)
+    with pytest.raises(peft_io.AdapterError, match=f"has rank {rank}, adapter.rank=4"):
+        peft_io.read(tmp_path / "anna", lora)

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from test_formats import Make, adapted_logits, close, each_model, logits, random, write
+from test_peft_io import Make, adapted_logits, close, each_model, logits, random, write
 from torch import Tensor, nn
 
-from fedgen_edge.adapters import formats
+from fedgen_edge.adapters import peft_io
 from fedgen_edge.adapters.lora import Lora, inject, merge
-from fedgen_edge.algorithms.products import residuals
+from fedgen_edge.algorithms.merge_products import make_residuals
 from fedgen_edge.config import Adapter
 from fedgen_edge.leaves import row, stack
 from fedgen_edge.seeds import generator
@@ -42,7 +42,7 @@ def both(lora: Lora, cap: int, key: int = 0) -> Leaves:
     rng = generator("both", key)
     own = {k: torch.zeros(shape) for k, shape in lora.shapes().items()}
     return {k: torch.randn(v.shape, generator=rng) * 0.3
-            for k, v in (own | residuals(own, cap)).items()}  # fmt: skip
+            for k, v in (own | make_residuals(own, cap)).items()}  # fmt: skip
 
 
 IDS = torch.tensor([0, 5, 3, 1])
@@ -55,11 +55,11 @@ def test_both_products_are_added(cap: int) -> None:
     leaves = both(lora, cap)
     # a convolution with one input and three outputs has no product above rank 3
     assert len(leaves[f"{RESIDUAL}conv.lora_A"]) == min(cap, 3)
-    with torch.no_grad(), lora.bound(leaves):
+    with torch.no_grad(), lora.bind(leaves):
         found = model(IDS)
     plain = Small()
     with torch.no_grad():
-        for name, site in lora.sites.items():
+        for name, site in lora.layers.items():
             weight, kind = getattr(plain, name).weight, site.kind
             for start in ("", RESIDUAL):
                 a, b = leaves[f"{start}{name}.{kind.a}"], leaves[f"{start}{name}.{kind.b}"]
@@ -77,10 +77,10 @@ def stacked(model: Small, lora: Lora, *adapters: Leaves) -> None:
     ids = torch.stack([IDS, IDS.flip(0)])
     leaves = stack(adapters)
     with torch.no_grad():
-        with lora.bound(leaves):
+        with lora.bind(leaves):
             together = model(ids.flatten()).reshape(2, 4, 5)
         for client in range(2):
-            with lora.bound(row(leaves, client)):
+            with lora.bind(row(leaves, client)):
                 torch.testing.assert_close(together[client], model(ids[client]))
 
 
@@ -88,7 +88,7 @@ def test_merged_is_what_was_bound() -> None:
     model = Small()
     lora = inject(model, SETTINGS)
     leaves = both(lora, 3)
-    with torch.no_grad(), lora.bound(leaves):
+    with torch.no_grad(), lora.bind(leaves):
         bound = model(IDS)
     merge(model, lora, leaves)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_widened_and_narrowed_are_the_same_products_at_one_rank() -> None:
     model = Small()
     lora = inject(model, SETTINGS)
     leaves = both(lora, 4)
-    wide, rank = lora.widened(leaves)
+    wide, rank = lora.join_residuals(leaves)
     assert rank == 6
     assert {k: v.shape for k, v in wide.items()} == {
         "embed.lora_embedding_A": (6, 6),
@@ -109,14 +109,14 @@ def test_widened_and_narrowed_are_the_same_products_at_one_rank() -> None:
         "head.lora_A": (6, 48),
         "head.lora_B": (5, 6),
     }
-    again = lora.narrowed(wide)
+    again = lora.split_residuals(wide)
     for name, leaf in leaves.items():
         assert torch.equal(again[name][tuple(map(slice, leaf.shape))], leaf)
         assert again[name].count_nonzero() == leaf.count_nonzero()
     with torch.no_grad():
-        with lora.bound(leaves):
+        with lora.bind(leaves):
             found = model(IDS)
-        with lora.bound(again):
+        with lora.bind(again):
             torch.testing.assert_close(model(IDS), found)
 
 
@@ -130,14 +130,14 @@ def test_peft_loads_it_as_one_adapter_and_it_is_read_back(
     lora = inject(model, settings)
     own = random(lora)
     frozen = {k: torch.randn(v.shape, generator=generator(k)) * 0.3
-              for k, v in residuals(own, 3).items()}  # fmt: skip
+              for k, v in make_residuals(own, 3).items()}  # fmt: skip
     ours = adapted_logits(model, lora, {**own, **frozen})
-    wide, rank = lora.widened({**own, **frozen})
-    write(tmp_path / "anna", wide, lora, formats.of_rank(settings, rank))
+    wide, rank = lora.join_residuals({**own, **frozen})
+    write(tmp_path / "anna", wide, lora, peft_io.change_rank(settings, rank))
     theirs = PeftModel.from_pretrained(make(), str(tmp_path / "anna"))  # pyright: ignore[reportArgumentType]
     close(ours, logits(theirs))
     assert (ours - adapted_logits(model, lora, own)).abs().max() > 0.01
-    close(adapted_logits(model, lora, formats.read(tmp_path / "anna", lora, any_rank=True)), ours)
+    close(adapted_logits(model, lora, peft_io.read(tmp_path / "anna", lora, any_rank=True)), ours)
     # as a start it would be of another rank than the one that was asked for
-    with pytest.raises(formats.AdapterError, match=f"has rank {rank}, adapter.rank=2"):
-        formats.read(tmp_path / "anna", lora)
+    with pytest.raises(peft_io.AdapterError, match=f"has rank {rank}, adapter.rank=2"):
+        peft_io.read(tmp_path / "anna", lora)

@@ -23,14 +23,14 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import Line, line_shard
 from fedgen_edge.adapters.lora import inject, merge
-from fedgen_edge.algorithms import products
+from fedgen_edge.algorithms import merge_products
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.client import Recipe
 from fedgen_edge.config import Adapter, Federation, Method
 from fedgen_edge.data.batches import Budget
-from fedgen_edge.engines.serial import serial
-from fedgen_edge.jobs import Clients, Train
-from fedgen_edge.rounds import rounds, sample
+from fedgen_edge.engines.serial import run_serially
+from fedgen_edge.federation.client import Recipe
+from fedgen_edge.federation.jobs import Clients, Train
+from fedgen_edge.federation.rounds import rounds, sample_clients
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Order, ServerState, Update
 
@@ -39,7 +39,7 @@ TESTS = Path(__file__).parents[1]
 HELD: dict[str, tuple[str, ...]] = {
     # 1: of all clients, the first alone counts, times its share
     "1": (
-        "test_federation.py::test_fedavg_weighs_clients_by_their_examples",
+        "federation/test_federation.py::test_fedavg_weighs_clients_by_their_examples",
         "contracts/test_laws.py::test_what_is_declared_holds",
     ),
     # 2: server and clients scale by different alphas; weights are put into a model that has no
@@ -47,21 +47,21 @@ HELD: dict[str, tuple[str, ...]] = {
     # there
     "2": (
         "adapters/test_ranks.py::test_peft_computes_with_a_clients_folder_what_the_client_did",
-        "adapters/test_formats.py::test_peft_loads_a_folder_written_here_and_gives_the_same_logits",
+        "adapters/test_peft_io.py::test_peft_loads_a_folder_written_here_and_gives_the_same_logits",
         "adapters/test_ranks.py::test_a_rank_is_found_by_name_where_another_side_has_the_same_size",
         "algorithms/test_mistakes.py::test_a_frozen_pair_is_no_wider_for_more_clients",
     ),
     # 3: a residual is transposed where the layer is not, which a square one takes without a word
     "3": (
-        "algorithms/test_products.py::test_a_square_residual_is_not_transposed",
+        "algorithms/test_merge_products.py::test_a_square_residual_is_not_transposed",
         "algorithms/test_mistakes.py::test_a_square_residual_lies_as_its_layers_weight_does",
     ),
     # 4: FFA freezes A before there is one, so A is trained and then thrown away
     "4": ("contracts/test_contracts.py::test_it_trains_and_counts_what_it_sends",),
     # 5: clients of unequal sizes count alike
     "5": (
-        "algorithms/test_products.py::test_the_residual_is_the_covariance_weighed_by_examples",
-        "test_federation.py::test_fedavg_weighs_clients_by_their_examples",
+        "algorithms/test_merge_products.py::test_the_residual_is_the_covariance_weighed_by_examples",
+        "federation/test_federation.py::test_fedavg_weighs_clients_by_their_examples",
     ),
     # 6: one alpha for all ranks, so that scales differ, and products are averaged without them
     "6": (
@@ -72,34 +72,34 @@ HELD: dict[str, tuple[str, ...]] = {
     "7a": (
         "adapters/test_lora.py::test_the_scale_is_applied_once",
         "adapters/test_lora.py::test_merged_equals_unmerged",
-        "adapters/test_formats.py::test_the_other_scale_is_in_b_alone",
+        "adapters/test_peft_io.py::test_the_other_scale_is_in_b_alone",
     ),
     # 7b: the server replaces what it has by a mean of fresh adapters, and forgets the round before
     "7b": (
-        "test_federation.py::test_fedavg_weighs_clients_by_their_examples",
-        "algorithms/test_products_dense.py::test_three_rounds_stay_exact_while_the_cap_suffices",
+        "federation/test_federation.py::test_fedavg_weighs_clients_by_their_examples",
+        "algorithms/test_merge_products_dense.py::test_three_rounds_stay_exact_while_the_cap_suffices",
     ),
     # 7c: adapters travel without the configuration that it takes to load them
     "7c": (
-        "adapters/test_formats.py::test_a_configuration_that_is_none_is_refused",
-        "adapters/test_formats.py::test_peft_loads_a_folder_written_here_and_gives_the_same_logits",
+        "adapters/test_peft_io.py::test_a_configuration_that_is_none_is_refused",
+        "adapters/test_peft_io.py::test_peft_loads_a_folder_written_here_and_gives_the_same_logits",
     ),
     # 7d: clients begin every round from the backbone
-    "7d": ("test_federation.py::test_serial_stacked_and_a_plain_peft_loop_agree",),
+    "7d": ("federation/test_federation.py::test_serial_stacked_and_a_plain_peft_loop_agree",),
     # 7e: a simulation averages random matrices, and nobody trains
-    "7e": ("test_federation.py::test_serial_stacked_and_a_plain_peft_loop_agree",),
+    "7e": ("federation/test_federation.py::test_serial_stacked_and_a_plain_peft_loop_agree",),
     # 7g: of n clients no z-score passes (n - 1) / sqrt(n), 2.85 of ten, so one of 3 refuses nobody;
     # here each message is judged on its own, among three
-    "7g": ("engines/test_remote.py::test_an_attack_leaves_the_model_as_silence_would",),
+    "7g": ("network/test_remote.py::test_an_attack_leaves_the_model_as_silence_would",),
     # 8: a misspelt name makes a method unreachable; squares are of the momentum and not of the
     # change; every seed draws the same cohorts; SCAFFOLD takes AdamW's steps for gradients; the
     # tenth client takes the place of another
     "8": (
-        "algorithms/test_step.py::test_adagrad_by_hand",
-        "algorithms/test_step.py::test_adam_by_hand",
-        "algorithms/test_step.py::test_adaptive_steps_are_flowers_but_for_their_start_and_adams_correction",
+        "algorithms/test_server_optimizers.py::test_adagrad_by_hand",
+        "algorithms/test_server_optimizers.py::test_adam_by_hand",
+        "algorithms/test_server_optimizers.py::test_adaptive_steps_are_flowers_but_for_their_start_and_adams_correction",
         "algorithms/test_mistakes.py::test_another_seed_draws_other_cohorts",
-        "algorithms/test_variates.py::test_only_plain_sgd_will_do",
+        "algorithms/test_scaffold.py::test_only_plain_sgd_will_do",
         "algorithms/test_mistakes.py::test_more_than_ten_clients_keep_what_is_theirs",
     ),
     # 9: the function that evaluates is empty (an assertion of a tuple, which is always true, is for
@@ -113,24 +113,24 @@ HELD: dict[str, tuple[str, ...]] = {
     # 11: the model is run twice for each query, to find how two adapters are to be mixed
     "11": (
         "adapters/test_mixed.py::test_peft_loads_a_mixture_and_it_is_read_back",
-        "experiments/test_personal.py::test_a_mixture_is_judged_saved_and_loaded_as_one_adapter",
+        "runs/test_personal.py::test_a_mixture_is_judged_saved_and_loaded_as_one_adapter",
     ),
     # 12: the server needs the backbone to merge; the first client's configuration counts for all
     "12": (
         "algorithms/test_mistakes.py::test_merging_needs_no_library_of_models",
-        "algorithms/test_unequal.py::test_means_over_holders_are_means_row_by_row",
+        "algorithms/test_merge_mixed_ranks.py::test_means_over_holders_are_means_row_by_row",
     ),
     # 13: the backbone is loaded anew for each client; nothing is evaluated on the way (that the
     # learning rate goes by rounds is so here too, on purpose: `config.learning_rate`)
     "13": (
         "adapters/test_lora.py::test_the_backbones_weights_are_shared_frozen_and_never_copied",
-        "experiments/test_summary.py::test_validation_is_nats_per_token_where_a_round_was_judged",
+        "report/test_summary.py::test_validation_is_nats_per_token_where_a_round_was_judged",
     ),
     # 14: a comment counts rounds from 1 where the code counts from 0
     "14": ("algorithms/test_share.py::test_rolora_sends_one_factor_a_round_and_receives_both",),
     # 15: real pictures are repeated until they are as many as the samples
     "15": (
-        "experiments/test_judge.py::test_the_numbers_are_those_of_the_samples_of_every_clients_own_model",
+        "runs/test_judge.py::test_the_numbers_are_those_of_the_samples_of_every_clients_own_model",
     ),
     # 16: a page tells numbers that the records do not
     "16": (
@@ -207,7 +207,10 @@ def test_a_square_residual_lies_as_its_layers_weight_does(name: str, layer: nn.M
 
 def test_another_seed_draws_other_cohorts() -> None:
     drawn = {
-        tuple(tuple(sample(Federation(clients=10, cohort=3, seed=seed), 10, r)) for r in range(4))
+        tuple(
+            tuple(sample_clients(Federation(clients=10, cohort=3, seed=seed), 10, r))
+            for r in range(4)
+        )
         for seed in range(20)
     }
     assert len(drawn) == 20
@@ -221,7 +224,7 @@ def test_more_than_ten_clients_keep_what_is_theirs() -> None:
     clients = Clients(Line(), algorithm, shards, 0, memory=memory)
     job = Train(clients, Budget(9), lambda _: Recipe(partial(SGD, lr=0.5)))
     start = algorithm.init({"w": torch.tensor(0.0)})
-    list(rounds(start, algorithm, serial, job, Federation(clients=12, cohort=12, rounds=1)))
+    list(rounds(start, algorithm, run_serially, job, Federation(clients=12, cohort=12, rounds=1)))
     kept = {client: float(own["kept:w"]) for client, own in memory.items() if own}
     assert kept == {n: n / 2 for n in range(1, 12)}  # who did not move has nothing to keep
 
@@ -259,12 +262,12 @@ def test_no_method_forms_a_layers_dense_update(name: str) -> None:
         for r in range(3):
             moved = [random(state.adapter, r, i) for i in range(3)]
             trained = [{k: v for k, v in own.items() if algorithm.trains(k, r, 0)} for own in moved]
-            updates = cohort(state, [algorithm.shared(own, r) for own in trained])
-            told = algorithm.worded(state, 3)
+            updates = cohort(state, [algorithm.select_shared(own, r) for own in trained])
+            told = algorithm.make_broadcast(state, 3)
             order = replace(updates[0].order, received=told, strides={"": 1.0})
             state = algorithm.step(state, [replace(u, order=order) for u in updates])
-            products.errors(updates, state.adapter)
-            products.sizes(state.adapter)
+            merge_products.measure_errors(updates, state.adapter)
+            merge_products.measure_sizes(state.adapter)
     assert largest.size <= 2 * 300 * 12
 
 

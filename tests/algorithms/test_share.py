@@ -31,7 +31,7 @@ def client(state: ServerState, name: str, key: int, weight: float) -> Update:
         for k, v in state.adapter.items()
     }
     order = Order((key,), state.round, state.adapter)
-    return Update(order, algorithm.shared(delta, state.round), {}, weight, 1.0, 1, 0)
+    return Update(order, algorithm.select_shared(delta, state.round), {}, weight, 1.0, 1, 0)
 
 
 def after(name: str, rounds: int) -> tuple[ServerState, ServerState, Sequence[Update]]:

@@ -9,17 +9,17 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from cohorts import LINEAR, Rule, cohort
 from torch import Tensor
 
 from fedgen_edge import leaves
-from fedgen_edge.adapters.formats import of_rank
-from fedgen_edge.algorithms import factors, merge, products
-from fedgen_edge.algorithms.factors import Product
+from fedgen_edge.adapters.peft_io import change_rank
+from fedgen_edge.algorithms import low_rank, merge, merge_products
+from fedgen_edge.algorithms.low_rank import Product
 from fedgen_edge.config import Adapter
 from fedgen_edge.leaves import add
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves, Update
+from support.cohorts import LINEAR, Rule, cohort
 
 SIDE, RANK, CLIENTS = 256, 8, 10
 DRIFT = 0.1
@@ -42,7 +42,7 @@ def clients(seed: int, *, shared: bool = True, cap: int = 72) -> list[Update]:
         for _ in range(CLIENTS)
     ]
     start = {LINEAR.a: first, LINEAR.b: torch.zeros(SIDE, RANK)}
-    return cohort({**start, **products.residuals(start, cap)}, own, weights.tolist())
+    return cohort({**start, **merge_products.make_residuals(start, cap)}, own, weights.tolist())
 
 
 def after(rule: Rule, updates: Sequence[Update]) -> Leaves:
@@ -52,7 +52,7 @@ def after(rule: Rule, updates: Sequence[Update]) -> Leaves:
 
 def missed(rule: Rule, updates: Sequence[Update]) -> float:
     """Of the mean product's size."""
-    return products.errors(updates, after(rule, updates))["linear"]
+    return merge_products.measure_errors(updates, after(rule, updates))["linear"]
 
 
 @seeds
@@ -68,7 +68,7 @@ def test_means_of_factors_miss_few_percent_where_a_is_shared_and_most_where_it_i
         p = torch.tensor([u.weight for u in updates])
         s, c = (float((p / p.sum()).pow(power).sum()) for power in (2, 3))
         ideal = (1 + s) / DRIFT**2 if shared else 2 * s
-        found = missed(merge.mean, updates)
+        found = missed(merge.weighted_average, updates)
         assert found == pytest.approx(((s - 2 * c + s**2) / ideal) ** 0.5, rel=0.05)
         assert least < found < most
 
@@ -77,9 +77,9 @@ def test_means_of_factors_miss_few_percent_where_a_is_shared_and_most_where_it_i
 def test_the_best_adapter_of_the_rank_misses_little_less_than_the_means_do(seed: int) -> None:
     # so exactness buys little where A is shared
     updates = clients(seed)
-    least, naive = missed(products.by_svd, updates), missed(merge.mean, updates)
+    least, naive = missed(merge_products.flexlora, updates), missed(merge.weighted_average, updates)
     assert 0.7 * naive < least < naive
-    assert naive > missed(products.refined(0.01), updates) > least
+    assert naive > missed(merge_products.lora_fair(0.01), updates) > least
 
 
 def dense(ends: Sequence[Product], shares: Sequence[float]) -> Tensor:
@@ -92,7 +92,7 @@ def test_what_means_miss_is_the_drifts_covariance_and_of_rank_72(seed: int) -> N
     # ten drifts whose weighted sum is zero have nine times 8 directions
     updates = clients(seed)
     total = sum(u.weight for u in updates)
-    ends = [factors.product(add(u.order.received, u.delta), LINEAR) for u in updates]
+    ends = [low_rank.get_product(add(u.order.received, u.delta), LINEAR) for u in updates]
     shares = [u.weight / total for u in updates]
     weights = torch.tensor(shares, dtype=torch.float64)
     middle = Product(**leaves.mean([p._asdict() for p in ends], weights))
@@ -104,18 +104,18 @@ def test_what_means_miss_is_the_drifts_covariance_and_of_rank_72(seed: int) -> N
     values = torch.linalg.svdvals(gap)
     assert int((values > 1e-10 * values[0]).sum()) == 72
     # a frozen pair of that rank holds all of it, and one of 71 lacks the last direction
-    assert missed(products.with_residual(72), clients(seed, cap=72)) < 5e-7
-    assert missed(products.with_residual(71), clients(seed, cap=71)) > 1e-6
+    assert missed(merge_products.fedex_lora(72), clients(seed, cap=72)) < 5e-7
+    assert missed(merge_products.fedex_lora(71), clients(seed, cap=71)) > 1e-6
 
 
 @seeds
 def test_factors_give_the_dense_svd_to_the_last_digits(seed: int) -> None:
     updates = clients(seed)
-    ends = [factors.product(add(u.order.received, u.delta), LINEAR) for u in updates]
-    whole = factors.total(ends, [u.weight for u in updates])
+    ends = [low_rank.get_product(add(u.order.received, u.delta), LINEAR) for u in updates]
+    whole = low_rank.sum_products(ends, [u.weight for u in updates])
     dense = whole.b @ whole.a
     u, s, v = torch.linalg.svd(dense)
-    best, found = u[:, :RANK] * s[:RANK] @ v[:RANK], factors.closest(whole, RANK)
+    best, found = u[:, :RANK] * s[:RANK] @ v[:RANK], low_rank.truncate_svd(whole, RANK)
     assert float((found.b @ found.a - best).norm() / dense.norm()) < 1e-14
 
 
@@ -127,8 +127,8 @@ def test_one_alpha_for_unequal_ranks_misses_62_percent_and_one_scale_nothing() -
         Product(*(torch.randn(*shape, generator=rng).double() for shape in ((256, r), (r, 256))))
         for r in whole.ranks
     ]
-    ours = [of_rank(whole, r).alpha / r for r in whole.ranks]
+    ours = [change_rank(whole, r).alpha / r for r in whole.ranks]
     for scales, expected in (([4.0, 2.0, 1.0], 0.627), (ours, 0.0)):
-        ideal = factors.total(ends, scales)
-        gap = factors.total([ideal, factors.total(ends)], [1.0, -1.0])
-        assert factors.norm(gap) / factors.norm(ideal) == pytest.approx(expected, abs=0.01)
+        ideal = low_rank.sum_products(ends, scales)
+        gap = low_rank.sum_products([ideal, low_rank.sum_products(ends)], [1.0, -1.0])
+        assert low_rank.norm(gap) / low_rank.norm(ideal) == pytest.approx(expected, abs=0.01)

@@ -11,30 +11,41 @@ from torch.optim import SGD, AdamW
 
 from conftest import corpus_for, suited
 from fedgen_edge.adapters.full import Full
-from fedgen_edge.algorithms import factors
-from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.clusters import of, parts, plain
+from fedgen_edge.algorithms import low_rank
+from fedgen_edge.algorithms.algorithm import LOCAL_PREFIX, Algorithm
+from fedgen_edge.algorithms.ifca import select_cluster, split_clusters, strip_cluster_prefix
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.algorithms.receive import KEPT
-from fedgen_edge.algorithms.share import each_alone, nothing
-from fedgen_edge.client import Patience, Recipe
+from fedgen_edge.algorithms.share import separate_clients, share_nothing
+from fedgen_edge.compression.serialize import decode
 from fedgen_edge.config import Federation, Method, from_table
-from fedgen_edge.data.batches import Budget, Shard, side_by_side
-from fedgen_edge.engines.bounds import Bounds
-from fedgen_edge.engines.exchange import Answer, Reply, Terms, Work, digest, line, read
-from fedgen_edge.engines.remote import Distant, Remote
-from fedgen_edge.engines.serial import serial
-from fedgen_edge.engines.stacked import stacked
-from fedgen_edge.jobs import Clients, Train
+from fedgen_edge.data.batches import Budget, Shard, stack_examples
+from fedgen_edge.engines.serial import run_serially
+from fedgen_edge.engines.stacked import make_stacked_engine
+from fedgen_edge.federation.client import Patience, Recipe
+from fedgen_edge.federation.jobs import Clients, Train
+from fedgen_edge.federation.personalize import Personalize
+from fedgen_edge.federation.rounds import Engine, rounds
 from fedgen_edge.leaves import row, stack
-from fedgen_edge.personal import Personalise
-from fedgen_edge.rounds import Engine, rounds
+from fedgen_edge.network.bounds import Bounds
+from fedgen_edge.network.messages import (
+    Answer,
+    Reply,
+    Terms,
+    WorkRequest,
+    decode_message,
+    digest,
+    encode_line,
+)
+from fedgen_edge.network.remote import Remote, RemoteTraining
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks.task import TASKS, Learnt, Task
+from fedgen_edge.tasks.task import TASKS, Task, TrainableTask
 from fedgen_edge.types import RESIDUAL, Batch, Commit, Leaves, Order
-from fedgen_edge.uplink.transform import decode
 
-ENGINES: dict[str, Engine] = {"serial": serial, "stacked": stacked(3), "stacked by two": stacked(2)}
+ENGINES: dict[str, Engine] = {
+    "serial": run_serially,
+    "stacked": make_stacked_engine(3),
+    "stacked by two": make_stacked_engine(2),
+}
 NEAR = dict.fromkeys(TASKS, 1e-4) | {"language": 1e-5}
 """How far engines may lie apart."""
 SIZES = (9, 4, 1)
@@ -43,7 +54,7 @@ RATE = 0.05
 CPU = torch.device("cpu")
 
 
-def make(name: str, *, full: bool = False, dropout: float = 0.2) -> Learnt:
+def make(name: str, *, full: bool = False, dropout: float = 0.2) -> TrainableTask:
     table = {
         "backbone": {"path": "tiny", "precision": "float32"},
         "adapter": {"dropout": dropout},
@@ -52,7 +63,7 @@ def make(name: str, *, full: bool = False, dropout: float = 0.2) -> Learnt:
     return TASKS[name](from_table(table), full=full, device=CPU)
 
 
-def shards(task: Learnt) -> list[Shard]:
+def shards(task: TrainableTask) -> list[Shard]:
     made = []
     for client, size in enumerate(SIZES):
         examples = task.examples(corpus_for(task, size, client), range(size))
@@ -61,12 +72,12 @@ def shards(task: Learnt) -> list[Shard]:
 
 
 @pytest.fixture(scope="module", params=TASKS)
-def task(request: pytest.FixtureRequest) -> Learnt:
+def task(request: pytest.FixtureRequest) -> TrainableTask:
     return make(request.param)
 
 
 @pytest.fixture(scope="module")
-def batches(task: Learnt) -> list[Batch]:
+def batches(task: TrainableTask) -> list[Batch]:
     """A drawn batch of each of two clients, of one size."""
     return [
         task.draw({k: v[:3] for k, v in shard.train.items()}, generator("draw", i))
@@ -74,19 +85,21 @@ def batches(task: Learnt) -> list[Batch]:
     ]
 
 
-def some(task: Learnt, key: int) -> Leaves:
+def some(task: TrainableTask, key: int) -> Leaves:
     rng = generator("some", key)
     return {k: torch.randn(v.shape, generator=rng) * 0.1 for k, v in task.init(rng).items()}
 
 
 class TestTask:
-    def test_it_has_the_four_methods(self, task: Learnt) -> None:
+    def test_it_has_the_four_methods(self, task: TrainableTask) -> None:
         assert isinstance(task, Task)
 
-    def test_it_has_what_a_run_needs(self, task: Learnt) -> None:
-        assert isinstance(task, Learnt)
+    def test_it_has_what_a_run_needs(self, task: TrainableTask) -> None:
+        assert isinstance(task, TrainableTask)
 
-    def test_leaves_are_float32_and_each_is_of_one_phase_or_follows(self, task: Learnt) -> None:
+    def test_leaves_are_float32_and_each_is_of_one_phase_or_follows(
+        self, task: TrainableTask
+    ) -> None:
         adapter = task.init(generator(0))
         assert all(v.dtype == torch.float32 for v in adapter.values())
         followers = task.settle(adapter)
@@ -94,7 +107,7 @@ class TestTask:
             phases = sum(name.startswith(p.prefix) for p in task.phases)
             assert phases == (name not in followers)
 
-    def test_init_and_draw_depend_on_the_generator_alone(self, task: Learnt) -> None:
+    def test_init_and_draw_depend_on_the_generator_alone(self, task: TrainableTask) -> None:
         one, two = task.init(generator(5)), task.init(generator(5))
         assert all(torch.equal(one[k], two[k]) for k in one)
         held = shards(task)[0].train
@@ -102,7 +115,7 @@ class TestTask:
         assert all(torch.equal(one[k], two[k]) for k in one)
 
     def test_loss_is_deterministic_and_of_a_stack_is_each_clients(
-        self, task: Learnt, batches: list[Batch]
+        self, task: TrainableTask, batches: list[Batch]
     ) -> None:
         adapters = [some(task, 0), some(task, 1)]
         for phase in task.phases:
@@ -114,7 +127,7 @@ class TestTask:
             assert torch.equal(both.count, torch.stack([a.count for a in alone]))
 
     def test_gradients_of_a_stack_are_each_clients(
-        self, task: Learnt, batches: list[Batch]
+        self, task: TrainableTask, batches: list[Batch]
     ) -> None:
         adapters = [some(task, 0), some(task, 1)]
 
@@ -131,7 +144,7 @@ class TestTask:
             for name, slope in alone.items():
                 torch.testing.assert_close(both[name][i], slope, atol=1e-4, rtol=1e-4)
 
-    def test_padding_adds_nothing(self, task: Learnt, batches: list[Batch]) -> None:
+    def test_padding_adds_nothing(self, task: TrainableTask, batches: list[Batch]) -> None:
         filled = {
             k: torch.cat([v, torch.zeros_like(v[:1])]) if v.ndim else v
             for k, v in batches[0].items()
@@ -141,7 +154,7 @@ class TestTask:
         torch.testing.assert_close(more.total, plain.total)
         assert float(more.count) == float(plain.count)
 
-    def test_evaluation_adds_up_and_sums_up(self, task: Learnt) -> None:
+    def test_evaluation_adds_up_and_sums_up(self, task: TrainableTask) -> None:
         held, adapter = shards(task)[0].test, some(task, 0)
         whole = task.evaluate(adapter, held)
         first = task.evaluate(adapter, {k: v[:1] for k, v in held.items()})
@@ -150,23 +163,25 @@ class TestTask:
             torch.testing.assert_close(first[key] + rest[key], value, rtol=1e-5, atol=1e-5)
         assert "loss" in task.summary(whole)
 
-    def test_evaluation_of_a_stack_is_that_of_each(self, task: Learnt) -> None:
+    def test_evaluation_of_a_stack_is_that_of_each(self, task: TrainableTask) -> None:
         held = [shard.test for shard in shards(task)[:2]]
         held[1] = {k: v[:1] for k, v in held[1].items()}  # shorter: filled up in the stack
         adapters = [some(task, c) for c in (0, 1)]
-        both = task.evaluate(stack(adapters), side_by_side(held))
+        both = task.evaluate(stack(adapters), stack_examples(held))
         for c, own in enumerate(adapters):
             for key, value in task.evaluate(own, held[c]).items():
                 torch.testing.assert_close(both[key][c], value, rtol=1e-5, atol=1e-5)
 
 
-def trainer(task: Learnt, name: str, algorithm: Algorithm, memory: dict[int, Leaves]) -> Train:
+def trainer(
+    task: TrainableTask, name: str, algorithm: Algorithm, memory: dict[int, Leaves]
+) -> Train:
     # of pictures, the larger one keeps AdamW from magnifying the rounding of gradients near zero
     eps = 1e-8 if task.measure.material == "text" else 1e-5
     plain = suited(name)
 
     def recipe(round_: int) -> Recipe:
-        trains = algorithm.training(list(task.model.leaf_shapes()), round_)
+        trains = algorithm.make_trained_filter(list(task.model.leaf_shapes()), round_)
         if plain:
             return Recipe(partial(SGD, lr=RATE), 0.0, trains, algorithm.corrects)
         adamw, surveys = partial(AdamW, lr=1e-3, eps=eps), algorithm.surveys(round_)
@@ -180,7 +195,7 @@ def trainer(task: Learnt, name: str, algorithm: Algorithm, memory: dict[int, Lea
 
 
 def run(
-    task: Learnt, name: str, engine: Engine, count: int = 2, cohort: int = 3
+    task: TrainableTask, name: str, engine: Engine, count: int = 2, cohort: int = 3
 ) -> tuple[Commit, dict[int, Leaves]]:
     algorithm = METHODS[name].make(Method(mu=0.1))
     memory: dict[int, Leaves] = {}
@@ -197,17 +212,19 @@ def same(found: Leaves, expected: Leaves, near: float) -> None:
     So may those of no weight, of bases: there too it is the product that counts.
     """
     assert found.keys() == expected.keys()
-    based = [pair for pair in factors.pairs(expected) if pair.core in expected]
+    based = [pair for pair in low_rank.find_pairs(expected) if pair.core in expected]
     turned = {name for pair in based for name in (*pair, pair.core)}
     for leaf, value in expected.items():
         if not leaf.startswith(RESIDUAL) and leaf not in turned:
             torch.testing.assert_close(found[leaf], value, atol=near, rtol=0)
-    for pair in factors.pairs(k for k in expected if k.startswith(RESIDUAL)):
-        ours, theirs = factors.product(found, pair), factors.product(expected, pair)
+    for pair in low_rank.find_pairs(k for k in expected if k.startswith(RESIDUAL)):
+        ours, theirs = low_rank.get_product(found, pair), low_rank.get_product(expected, pair)
         torch.testing.assert_close(ours.b @ ours.a, theirs.b @ theirs.a, atol=near, rtol=0)
     for pair in based:
         ours, theirs = (
-            factors.product(own, pair).b @ own[pair.core].double() @ factors.product(own, pair).a
+            low_rank.get_product(own, pair).b
+            @ own[pair.core].double()
+            @ low_rank.get_product(own, pair).a
             for own in (found, expected)
         )
         assert theirs.any()
@@ -229,18 +246,20 @@ def at_client(name: str) -> bool:
 class TestAlgorithm:
     def test_it_trains_and_counts_what_it_sends(self, name: str, learnt: str) -> None:
         task = make(learnt, full=METHODS[name].make(Method()).adapts == "full")
-        last, memory = run(task, name, serial)
+        last, memory = run(task, name, run_serially)
         start = METHODS[name].make(Method()).init(task.init(generator(0, "init"))).adapter
         algorithm = METHODS[name].make(Method())
         own = algorithm.receives(last.state.adapter, memory.get(0, {}))
-        begun = plain(start)
+        begun = strip_cluster_prefix(start)
         assert any(not torch.equal(own[k], begun[k]) for k in begun)
         assert last.state.round == 2
         for update in last.updates:
             sent = sum(v.numel() * 4 for v in update.delta.values())
             assert update.bytes_up == 0 if not sent else update.bytes_up > sent
-            kept = {k.removeprefix(KEPT) for k in update.memory if k.startswith(KEPT)}
-            taken = of(start, next(iter(parts(update.delta)), None))
+            kept = {
+                k.removeprefix(LOCAL_PREFIX) for k in update.memory if k.startswith(LOCAL_PREFIX)
+            }
+            taken = select_cluster(start, next(iter(split_clusters(update.delta)), None))
             trained = {k for k in taken if algorithm.trains(k, 1, 0) and not k.startswith(RESIDUAL)}
             assert kept | set(update.delta) == trained
             assert not kept & set(update.delta)
@@ -251,8 +270,8 @@ class TestAlgorithm:
             pytest.skip("whole models are not stacked: every engine but serial refuses them")
         task = make(learnt)
         # three rounds of two: some clients come back with memory beside others who have none
-        reference, kept = run(task, name, serial, 3, 2)
-        for engine in (engine for engine in ENGINES.values() if engine is not serial):
+        reference, kept = run(task, name, run_serially, 3, 2)
+        for engine in (engine for engine in ENGINES.values() if engine is not run_serially):
             found, memory = run(task, name, engine, 3, 2)
             same(found.state.adapter, reference.state.adapter, NEAR[learnt])
             assert set(memory) == set(kept)
@@ -288,12 +307,12 @@ class TestEngine:
     def test_personal_adapters_equal_the_serial_ones(self, engine: Engine, learnt: str) -> None:
         task = make(learnt, dropout=0.0)
         clients = Clients(task, Algorithm(), shards(task), 0)
-        job = Personalise(
+        job = Personalize(
             clients, Budget(2, epochs=3), Recipe(partial(AdamW, lr=1e-3), 1.0), Patience()
         )
         start = task.init(generator(0))
         orders = [Order((c,), 5, start) for c in range(3)]
-        expected = {t.order.clients: t for t in serial(orders, job)}
+        expected = {t.order.clients: t for t in run_serially(orders, job)}
         for tuned in engine(orders, job):
             other = expected[tuned.order.clients]
             assert tuned.chosen == other.chosen
@@ -313,10 +332,13 @@ class Inline:
     def present(self) -> list[str]:
         return [shard.name for shard in self.job.clients.shards]
 
-    def exchange(self, work: Mapping[str, Work], seconds: float) -> Generator[Reply]:
+    def exchange(self, work: Mapping[str, WorkRequest], seconds: float) -> Generator[Reply]:
         assert seconds > 0
         for name in sorted(work, reverse=True):
-            asked, payload = read(Work, line(work[name]), work[name].payload), work[name].payload
+            asked, payload = (
+                decode_message(WorkRequest, encode_line(work[name]), work[name].payload),
+                work[name].payload,
+            )
             memory = {asked.client: self.kept[asked.accepted]} if asked.accepted else {}
             job = replace(self.job, clients=replace(self.job.clients, memory=memory))
             received = {**self.start, **decode(payload)}
@@ -328,7 +350,7 @@ class Inline:
             answer = Answer(asked.kind, asked.terms, asked.round, asked.attempt, digest(payload),
                             said)  # fmt: skip
             self.kept[digest(sent.payload)] = sent.memory
-            yield Reply(name, line(answer), sent.payload)
+            yield Reply(name, encode_line(answer), sent.payload)
 
     def note(self, event: str, *, why: str = "", **fields: str | int) -> None:
         del why
@@ -339,8 +361,8 @@ class Inline:
 SHARING = [
     name
     for name, entry in METHODS.items()
-    if (made := entry.make(Method())).sends is not nothing
-    and made.groups is each_alone
+    if (made := entry.make(Method())).sends is not share_nothing
+    and made.groups is separate_clients
     and not made.buffer
 ]
 
@@ -353,12 +375,12 @@ SHARING = [
 def test_sites_end_as_serial_clients_do_bit_by_bit(name: str, learnt: str) -> None:
     algorithm = METHODS[name].make(Method(mu=0.1))
     task = make(learnt, full=algorithm.adapts == "full")
-    expected, memory = run(task, name, serial, 3, 2)
+    expected, memory = run(task, name, run_serially, 3, 2)
     job = trainer(task, name, algorithm, {})
     start = algorithm.init(task.init(generator(0, "init")))
     sites = Inline(job, start.adapter)
     weights = {shard.name: int(shard.weight) for shard in job.clients.shards}
-    distant = Distant(
+    distant = RemoteTraining(
         algorithm,
         Terms("run", "recipe", "backbone"),
         sites.present,

@@ -11,25 +11,40 @@ from dataclasses import replace
 
 import pytest
 import torch
-from clients import KINDS, Case, after, begun, cohort, end, gap, made, rank, seen, trained, update
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgen_edge.adapters import lora
-from fedgen_edge.algorithms.factors import Pair, pairs
-from fedgen_edge.algorithms.laws import Laws
-from fedgen_edge.algorithms.merge import in_common
+from fedgen_edge.algorithms.low_rank import FactorNames, find_pairs
+from fedgen_edge.algorithms.merge import aggregate_partially
 from fedgen_edge.algorithms.methods import METHODS
-from fedgen_edge.algorithms.share import nothing
+from fedgen_edge.algorithms.properties import MergeProperties
+from fedgen_edge.algorithms.share import share_nothing
 from fedgen_edge.config import Method
 from fedgen_edge.leaves import add, scale, subtract
 from fedgen_edge.types import RESIDUAL, Leaves, ServerState
+from support.clients import (
+    KINDS,
+    Case,
+    after,
+    begun,
+    cohort,
+    end,
+    gap,
+    made,
+    rank,
+    seen,
+    trained,
+    update,
+)
 
 NEAR = 1e-4
 """How far apart float32 may bring what is equal, as a share of its size."""
 APART = 1e-3
 """How far apart is what differs, at the least."""
-MERGING = [name for name, entry in METHODS.items() if entry.make(Method()).sends is not nothing]
+MERGING = [
+    name for name, entry in METHODS.items() if entry.make(Method()).sends is not share_nothing
+]
 """All but training alone, which merges nothing."""
 weight = st.sampled_from((0.0, 1.0, 2.5, 7.0))
 cases = st.builds(
@@ -76,7 +91,7 @@ def alone(name: str, case: Case) -> float:
     one = update(name, state, own, 0, None)
     updates = [replace(one, weight=1 + weight) for weight in case.weights[: case.which + 1]]
     now = after(name, state, updates)
-    return gap(seen(algorithm.shared(now)), seen(algorithm.shared(own)))
+    return gap(seen(algorithm.select_shared(now)), seen(algorithm.select_shared(own)))
 
 
 def halves(name: str, case: Case) -> float:
@@ -99,10 +114,10 @@ def splits(name: str, case: Case) -> float:
     return gap(seen(after(name, state, others)), seen(after(name, state, updates)))
 
 
-def free(name: str, state: ServerState) -> list[Pair]:
+def free(name: str, state: ServerState) -> list[FactorNames]:
     """Products of which clients train both factors, so that they may split them in many ways."""
     trains = made(name).trains
-    found = pairs(k for k in state.adapter if not k.startswith(RESIDUAL))
+    found = find_pairs(k for k in state.adapter if not k.startswith(RESIDUAL))
     return [pair for pair in found if all(trains(k, state.round, 0) for k in pair)]
 
 
@@ -136,7 +151,7 @@ LAWS: dict[str, Callable[[str, Case], float]] = {
 
 
 def declared(law: str, yes: bool) -> list[str]:
-    return [name for name in MERGING if getattr(METHODS[name].laws, law) == yes]
+    return [name for name in MERGING if getattr(METHODS[name].properties, law) == yes]
 
 
 each = settings(deadline=None, max_examples=6)
@@ -186,7 +201,7 @@ def test_to_have_nothing_is_an_error_where_clients_are_weighed(name: str) -> Non
     updates = cohort(name, state, Case(weights=(0.0, 0.0, 0.0)))
     with pytest.raises(ValueError, match="positive weight"):
         made(name).merges(state.adapter, [])
-    if METHODS[name].laws.weighed:
+    if METHODS[name].properties.weighed:
         with pytest.raises(ValueError, match="positive weight"):
             made(name).merges(state.adapter, updates)
     else:
@@ -194,14 +209,14 @@ def test_to_have_nothing_is_an_error_where_clients_are_weighed(name: str) -> Non
         assert gap(after(name, state, updates), others) == 0
 
 
-SUMMED = [name for name in MERGING if made(name).sums]
+SUMMED = [name for name in MERGING if made(name).partial_aggregation]
 
 
 @each
 @given(case=cases)
 @pytest.mark.parametrize("name", SUMMED)
 def test_means_of_those_alike_stand_for_each_of_them(name: str, case: Case) -> None:
-    state, summed = begun(name, case.seed, case.rounds), made(name).sums
+    state, summed = begun(name, case.seed, case.rounds), made(name).partial_aggregation
     assert summed
     steps = (2, 5, 2)
     updates = [
@@ -210,10 +225,10 @@ def test_means_of_those_alike_stand_for_each_of_them(name: str, case: Case) -> N
     ]
     parted = [updates[i] for i in case.order]
     workers = (parted[:2], parted[2:]) if case.which else (parted, [])
-    common = [u for own in workers for u in in_common(own, summed)]
+    common = [u for own in workers for u in aggregate_partially(own, summed)]
     assert gap(seen(after(name, state, common)), seen(after(name, state, updates))) < NEAR
     for one, other in zip(common, parted, strict=True):
-        assert one == replace(other, delta=one.delta, moved=one.moved)
+        assert one == replace(other, delta=one.delta, client_norm=one.client_norm)
 
 
 def test_rules_that_are_sums_are_summed_but_where_rounds_or_versions_differ() -> None:
@@ -225,8 +240,8 @@ def test_rules_that_are_sums_are_summed_but_where_rounds_or_versions_differ() ->
 
 
 def test_every_law_is_asked_and_some_method_has_it_and_some_has_not() -> None:
-    assert {*LAWS, "weighed"} == {*Laws._fields}
-    assert all(declared(law, yes) for law in Laws._fields for yes in (True, False))
+    assert {*LAWS, "weighed"} == {*MergeProperties._fields}
+    assert all(declared(law, yes) for law in MergeProperties._fields for yes in (True, False))
 
 
 def test_every_kind_of_layer_is_merged() -> None:

@@ -8,13 +8,13 @@ from fedgen_edge.data.batches import (
     Budget,
     Shard,
     Shards,
-    deal,
+    count_rows,
+    count_steps,
     interleave,
+    make_batches,
     pack,
-    rows,
-    spaced,
     stack,
-    steps,
+    subsample_evenly,
 )
 
 
@@ -41,7 +41,7 @@ def test_packing_loses_and_doubles_no_label_and_no_word(
     labels = packed["labels"][packed["mask"]].tolist()
     assert labels == [token for document in documents for token in document[1:]]
     assert int(packed["words"].sum()) == sum(len(d) for d in documents)
-    assert rows(packed) == -(-len(labels) // length)
+    assert count_rows(packed) == -(-len(labels) // length)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_client_costs_its_blocks_and_no_tensor_of_its_own() -> None:
     # A place has 7 bytes: token and label 2 each, mask, segment and position 1 each; a block 4 more
     # for its words. Three parts of one block of 4 places: 3 * (4 * 7 + 4) bytes a client.
     block = pack([[0, 1, 2, 3, 500]], [4], 4, 512)
-    clients = 2 * batches.TOGETHER
+    clients = 2 * batches.SHARDS_PER_TABLE
     table = Shards(Shard(str(n), block, block, block) for n in range(clients))
     leaves = [v for own in table for part in (own.train, own.test) for v in part.values()]
     held = {v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in leaves}
@@ -75,7 +75,7 @@ def test_a_client_costs_its_blocks_and_no_tensor_of_its_own() -> None:
 
 
 def test_clients_in_tables_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "TOGETHER", 3)
+    monkeypatch.setattr(batches, "SHARDS_PER_TABLE", 3)
 
     def batch(count: int) -> dict[str, torch.Tensor]:
         tokens = torch.randint(9, (count, 4), dtype=torch.int32)
@@ -96,7 +96,7 @@ def test_clients_in_tables_are_what_they_were(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_epoch_deals_every_example_once_and_marks_its_end() -> None:
     examples = {"x": torch.arange(5)}
-    dealt = list(deal(examples, Budget(batch=2, epochs=2), 0, "order", 0, 0))
+    dealt = list(make_batches(examples, Budget(batch=2, epochs=2), 0, "order", 0, 0))
     assert [len(b["x"]) for b in dealt] == [2, 2, 1, 2, 2, 1]
     for epoch in (dealt[:3], dealt[3:]):
         assert sorted(torch.cat([b["x"] for b in epoch]).tolist()) == [0, 1, 2, 3, 4]
@@ -107,8 +107,8 @@ def test_an_epoch_deals_every_example_once_and_marks_its_end() -> None:
 def test_a_number_of_steps_goes_over_as_many_passes_as_it_needs() -> None:
     examples = {"x": torch.arange(3)}
     budget = Budget(batch=2, epochs=1, steps=5)
-    dealt = list(deal(examples, budget, 0))
-    assert len(dealt) == steps(examples, budget) == 5
+    dealt = list(make_batches(examples, budget, 0))
+    assert len(dealt) == count_steps(examples, budget) == 5
     assert [bool(b["last"]) for b in dealt] == [False] * 4 + [True]
     assert sorted(torch.cat([dealt[0]["x"], dealt[1]["x"]]).tolist()) == [0, 1, 2]
 
@@ -117,7 +117,7 @@ def test_order_depends_on_the_key_alone() -> None:
     examples = {"x": torch.arange(50)}
 
     def order(*key: int) -> list[int]:
-        return next(deal(examples, Budget(50), *key))["x"].tolist()
+        return next(make_batches(examples, Budget(50), *key))["x"].tolist()
 
     assert order(0, 1, 2) == order(0, 1, 2)
     assert order(0, 1, 2) != order(0, 2, 1)
@@ -129,8 +129,8 @@ def test_pooled_batches_are_met_in_turn() -> None:
 
 
 def test_a_stack_holds_the_clients_that_still_have_batches_and_fills_with_zeros() -> None:
-    long = deal({"x": torch.tensor([1.0, 2.0, 3.0])}, Budget(2), 0)
-    short = deal({"x": torch.tensor([4.0])}, Budget(2), 0)
+    long = make_batches({"x": torch.tensor([1.0, 2.0, 3.0])}, Budget(2), 0)
+    short = make_batches({"x": torch.tensor([4.0])}, Budget(2), 0)
     first, second = stack([long, short])
     assert first["x"].shape == (2, 2)
     assert first["x"][1].tolist() == [4.0, 0.0]
@@ -140,6 +140,6 @@ def test_a_stack_holds_the_clients_that_still_have_batches_and_fills_with_zeros(
 
 def test_head_of_zero_is_everything() -> None:
     examples = {"x": torch.arange(4)}
-    assert rows(spaced(examples, 0)) == 4
-    assert rows(spaced(examples, 3)) == 3
-    assert spaced(examples, 2)["x"].tolist() == [0, 2]
+    assert count_rows(subsample_evenly(examples, 0)) == 4
+    assert count_rows(subsample_evenly(examples, 3)) == 3
+    assert subsample_evenly(examples, 2)["x"].tolist() == [0, 2]

@@ -15,14 +15,14 @@ from scipy.stats import ks_2samp
 from fedgen_edge import config
 from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.data.partition import (
-    Holding,
-    by_group,
-    by_size,
+    ClientSplits,
+    assign_labels,
     dirichlet,
-    labelled,
+    divide_by_group,
+    divide_by_size,
+    find_topics,
     partition,
-    spread,
-    topics,
+    stratify,
 )
 from fedgen_edge.errors import ConfigError, DataError
 
@@ -44,11 +44,11 @@ def two_topics(count: int) -> tuple[list[str], list[str]]:
     return [" ".join(rng.choice(words[kind], 4, replace=False)) for kind in kinds], kinds
 
 
-def all_of(holdings: list[Holding]) -> list[int]:
+def all_of(holdings: list[ClientSplits]) -> list[int]:
     return [i for own in holdings for i in own.train + own.validation + own.test]
 
 
-def sizes_of(holdings: list[Holding]) -> list[int]:
+def sizes_of(holdings: list[ClientSplits]) -> list[int]:
     return [len(all_of([own])) for own in holdings]
 
 
@@ -89,8 +89,8 @@ def test_names_sort_as_numbers_and_another_seed_divides_otherwise() -> None:
 
 def test_sizes_are_kept_in_proportion() -> None:
     # Of 10 examples, 1/5, 1/5 and 3/5 are 2, 2 and 6; thirds end at 3.3 and 6.7.
-    assert by_size(10, (1, 1, 3)) == [[0, 1], [2, 3], [4, 5, 6, 7, 8, 9]]
-    assert [len(part) for part in by_size(10, (1, 1, 1))] == [3, 3, 4]
+    assert divide_by_size(10, (1, 1, 3)) == [[0, 1], [2, 3], [4, 5, 6, 7, 8, 9]]
+    assert [len(part) for part in divide_by_size(10, (1, 1, 1))] == [3, 3, 4]
     # None given: 1, 2, 3 of 6 parts of 60 examples.
     held = partition(corpus_of(60), config.Data(), config.Partition(by="size"), 3, 0)
     assert sizes_of(held) == [10, 20, 30]
@@ -102,13 +102,15 @@ def test_sizes_are_kept_in_proportion() -> None:
 def test_largest_groups_are_taken_and_of_equal_ones_the_first_by_name() -> None:
     # c has 4, a and b have 3 each, d has 2.
     groups = list("dbcacabcdabc")
-    assert by_group(groups, 2) == {"c": [2, 4, 7, 11], "a": [3, 5, 9]}
-    assert {name: len(own) for name, own in by_group(groups, None).items()} == Counter(groups)
+    assert divide_by_group(groups, 2) == {"c": [2, 4, 7, 11], "a": [3, 5, 9]}
+    assert {name: len(own) for name, own in divide_by_group(groups, None).items()} == Counter(
+        groups
+    )
 
 
 def test_order_is_spread_so_that_every_run_holds_each_stratum_in_its_share() -> None:
     # Four a at 1/8, 3/8, 5/8, 7/8 of the whole and two b at 1/4, 3/4.
-    assert spread([0, 1, 2, 3, 4, 5], "aaaabb") == [0, 4, 1, 2, 5, 3]
+    assert stratify([0, 1, 2, 3, 4, 5], "aaaabb") == [0, 4, 1, 2, 5, 3]
 
 
 def test_shares_are_rounded_and_at_least_one_example() -> None:
@@ -120,7 +122,7 @@ def test_shares_are_rounded_and_at_least_one_example() -> None:
     assert [len(part) for part in (own.train, own.validation, own.test)] == [1, 1, 1]
     none = config.Data(validation=0.0, test=0.0)
     own = partition(corpus_of(3), none, config.Partition(by="pooled"), None, 0)[0]
-    assert own == Holding("client-000", train=[0, 1, 2], validation=[], test=[])
+    assert own == ClientSplits("client-000", train=[0, 1, 2], validation=[], test=[])
 
 
 def test_split_of_the_source_is_kept_and_what_it_lacks_is_cut_from_training() -> None:
@@ -217,9 +219,9 @@ def test_alpha_too_small_for_every_client_is_refused() -> None:
 
 def test_topics_of_two_vocabularies_are_found() -> None:
     texts, kinds = two_topics(60)
-    found = topics(texts, 2, seed=0)
+    found = find_topics(texts, 2, seed=0)
     assert len(set(zip(found, kinds, strict=True))) == 2
-    assert found == topics(texts, 2, seed=0)
+    assert found == find_topics(texts, 2, seed=0)
     for name, kind in zip(found, kinds, strict=True):
         assert set(name.split(": ")[1].split(", ")) <= set(SPORT if kind == "sport" else FOOD)
 
@@ -227,8 +229,8 @@ def test_topics_of_two_vocabularies_are_found() -> None:
 def test_topics_are_fitted_on_training_text_only() -> None:
     # Fitted on all, half of the texts would make a topic of zebras.
     texts, _ = two_topics(60)
-    found = topics(texts + ["zebra lion"] * 60, 2, 0, ["train"] * 60 + ["test"] * 60)
-    assert found[:60] == topics(texts, 2, 0)
+    found = find_topics(texts + ["zebra lion"] * 60, 2, 0, ["train"] * 60 + ["test"] * 60)
+    assert found[:60] == find_topics(texts, 2, 0)
 
 
 def test_what_is_held_out_of_natural_clients_does_not_go_by_the_runs_seed() -> None:
@@ -242,7 +244,7 @@ def test_what_is_held_out_of_natural_clients_does_not_go_by_the_runs_seed() -> N
 def test_fewer_training_examples_leave_what_is_held_out_as_it_is() -> None:
     told = config.Partition(by="iid", minimum=1)
 
-    def held(limit: int | None) -> list[Holding]:
+    def held(limit: int | None) -> list[ClientSplits]:
         data = config.Data(validation=0.1, test=0.2, train_limit=limit)
         return partition(corpus_of(40), data, told, 2, seed=0)
 
@@ -260,7 +262,7 @@ def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
     texts, kinds = two_topics(60)
     corpus = Corpus(Texts(texts, [5] * 60), None, None, None, 0)
     settings = config.Partition(by="dirichlet", labels="topic", topics=2, alpha=0.01, minimum=29)
-    held = partition(labelled(corpus, settings, 0), config.Data(), settings, 2, 0)
+    held = partition(assign_labels(corpus, settings, 0), config.Data(), settings, 2, 0)
     main = [Counter(kinds[i] for i in all_of([own])).most_common(1)[0] for own in held]
     assert {kind for kind, _ in main} == {"sport", "food"}
     assert min(count for _, count in main) >= 29
@@ -269,15 +271,15 @@ def test_dirichlet_skews_topics_where_the_settings_say_so() -> None:
 def test_labels_are_the_datas_own_or_topics() -> None:
     texts, kinds = two_topics(60)
     corpus = Corpus(Texts(texts, [5] * 60), None, kinds, None, 0)
-    assert labelled(corpus, config.Partition(), 0).labels == kinds
+    assert assign_labels(corpus, config.Partition(), 0).labels == kinds
     by_topic = config.Partition(labels="topic", topics=2)
-    assert labelled(corpus, by_topic, 0).labels == topics(texts, 2, 0)
+    assert assign_labels(corpus, by_topic, 0).labels == find_topics(texts, 2, 0)
 
 
 @pytest.mark.parametrize("texts", [["a b"] * 3, ["goal match"] * 20, ["the of and"] * 20])
 def test_more_topics_than_texts_show_are_refused(texts: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"^partition.topics=4 are not to be found in"):
-        topics(texts, 4, 0)
+        find_topics(texts, 4, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from fedgen_edge import config
 from fedgen_edge.data import images
-from fedgen_edge.data.sources import SOURCES, Corpus, read, readable
+from fedgen_edge.data.sources import SOURCES, Corpus, detokenize, read
 from fedgen_edge.errors import ConfigError, DataError, FedGenError, MissingExtraError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -129,7 +129,7 @@ def test_ptb_lines_are_joined_and_of_equal_examples_the_test_keeps_its_own(tmp_p
 
 def test_brown_tokens_read_as_they_were_printed() -> None:
     tagged = "``/`` No/rb ''/'' ,/, he/pps said/vbd (/( AP/nn )/) ;/. ;/. and/or/cc Wow/uh !/. !/."
-    assert readable(tagged) == '"No", he said (AP); and/or Wow!'
+    assert detokenize(tagged) == '"No", he said (AP); and/or Wow!'
 
 
 @pytest.mark.parametrize("packed", ["zip", "folder of the zip", "folder", "zip without a folder"])

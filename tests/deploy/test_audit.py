@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgen_edge.deploy import audit
-from fedgen_edge.deploy.audit import Audit, Taken
+from fedgen_edge.deploy.server import audit
+from fedgen_edge.deploy.server.audit import AcceptedMessage, Audit
 from fedgen_edge.errors import CheckpointError
 
 EPOCH = "1970-01-01T00:00:01.500+00:00"
@@ -95,10 +95,10 @@ def test_no_altered_byte_goes_unseen_but_that_of_the_end(
     path = whole.with_name("altered.jsonl")
     path.write_bytes(content)
     if at == len(content) - 1:  # as if the last line had not been written whole
-        assert len(audit.lines(path)) == 4
+        assert len(audit.read_lines(path)) == 4
     else:
         with pytest.raises(CheckpointError, match="not as it was written"):
-            audit.lines(path)
+            audit.read_lines(path)
 
 
 @pytest.mark.parametrize("left", [1, 40, -1])
@@ -106,12 +106,12 @@ def test_a_last_line_that_was_not_written_whole_is_cut_off(tmp_path: Path, left:
     path = some(tmp_path)
     *whole, last = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(whole) + last[:left])
-    assert len(audit.lines(path)) == 4  # a reader leaves the file as it is
+    assert len(audit.read_lines(path)) == 4  # a reader leaves the file as it is
     assert path.read_bytes().endswith(last[:left])
     again = log(tmp_path)
     assert path.read_bytes() == b"".join(whole)
     again.write("committed", round=0, attempt=0)
-    assert [line["event"] for line in audit.lines(path)][-2:] == ["refused", "committed"]
+    assert [line["event"] for line in audit.read_lines(path)][-2:] == ["refused", "committed"]
 
 
 def test_what_a_failed_write_left_is_overwritten(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_offences_are_counted_over_restarts(tmp_path: Path) -> None:
     again = log(tmp_path)
     again.write("refused", site="c", round=1, attempt=0, code="bad-weight")
     again.write("refused", site="a", round=1, attempt=0, code="duplicate")
-    assert log(tmp_path).offences() == {"c": 2, "a": 1}
+    assert log(tmp_path).get_refusals() == {"c": 2, "a": 1}
 
 
 def test_a_site_is_told_its_last_message_that_counts(tmp_path: Path) -> None:
@@ -155,9 +155,9 @@ def test_a_site_is_told_its_last_message_that_counts(tmp_path: Path) -> None:
     attempt(made, 1, 0, a="a1")
     attempt(made, 2, 0, b="b2")
     # of three rounds, all; of two, not the third; of none, nothing
-    assert made.accepted(3) == {"a": Taken(1, "a1"), "b": Taken(2, "b2")}
-    assert made.accepted(2) == {"a": Taken(1, "a1"), "b": Taken(0, "b0")}
-    assert made.accepted(0) == {}
+    assert made.get_accepted(3) == {"a": AcceptedMessage(1, "a1"), "b": AcceptedMessage(2, "b2")}
+    assert made.get_accepted(2) == {"a": AcceptedMessage(1, "a1"), "b": AcceptedMessage(0, "b0")}
+    assert made.get_accepted(0) == {}
 
 
 @pytest.mark.parametrize("line", [True, False])
@@ -171,18 +171,20 @@ def test_a_crash_about_the_commit_leaves_what_the_checkpoint_says(
     if line:
         made.write("committed", round=1, attempt=0)
     again = log(tmp_path)
-    assert again.accepted(2) == {"a": Taken(1, "a1")}  # with its checkpoint, line or no line
-    assert again.accepted(1) == {"a": Taken(0, "a0")}  # without it
+    assert again.get_accepted(2) == {
+        "a": AcceptedMessage(1, "a1")
+    }  # with its checkpoint, line or no line
+    assert again.get_accepted(1) == {"a": AcceptedMessage(0, "a0")}  # without it
     # the round that was lost is tried again, under the same numbers, and another site answers
     attempt(again, 1, 0, b="b1")
-    assert again.accepted(2) == {"a": Taken(0, "a0"), "b": Taken(1, "b1")}
+    assert again.get_accepted(2) == {"a": AcceptedMessage(0, "a0"), "b": AcceptedMessage(1, "b1")}
 
 
 def test_an_attempt_that_was_given_up_does_not_count(tmp_path: Path) -> None:
     made = log(tmp_path)
     attempt(made, 0, 0, a="first", b="first")
     attempt(made, 0, 1, b="second")
-    assert made.accepted(1) == {"b": Taken(0, "second")}
+    assert made.get_accepted(1) == {"b": AcceptedMessage(0, "second")}
 
 
 def test_rounds_after_a_checkpoint_that_was_gone_back_to_never_happened(tmp_path: Path) -> None:
@@ -190,7 +192,7 @@ def test_rounds_after_a_checkpoint_that_was_gone_back_to_never_happened(tmp_path
     for r in range(4):
         attempt(made, r, 0, a=f"a{r}", b=f"b{r}")
     attempt(made, 2, 0, a="again")
-    assert made.accepted(4) == {"a": Taken(2, "again"), "b": Taken(1, "b1")}
+    assert made.get_accepted(4) == {"a": AcceptedMessage(2, "again"), "b": AcceptedMessage(1, "b1")}
 
 
 def test_what_is_accepted_belongs_to_the_attempt_that_is_open(tmp_path: Path) -> None:
@@ -205,5 +207,5 @@ def test_what_is_accepted_belongs_to_the_attempt_that_is_open(tmp_path: Path) ->
 
 
 def test_a_log_that_is_not_there_is_empty_to_a_reader(tmp_path: Path) -> None:
-    assert audit.lines(tmp_path / "audit.jsonl") == []
+    assert audit.read_lines(tmp_path / "audit.jsonl") == []
     assert not (tmp_path / "audit.jsonl").exists()

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from damage import mistake, some
-from fedgen_edge.deploy import status
-from fedgen_edge.deploy.audit import Audit
-from fedgen_edge.deploy.server import begin, deployment, over
-from loop import Loop, conduct, hurry, server, stubs
-from sites import NAMES, recipe
+from fedgen_edge.deploy.server import status
+from fedgen_edge.deploy.server.audit import Audit
+from fedgen_edge.deploy.server.main import is_finished, make_deployment, prepare_server
+from support.damage import mistake, some
+from support.loop import Loop, conduct, hurry, server, stubs
+from support.sites import NAMES, recipe
 
 READ = (
     "federation.toml",
@@ -35,14 +35,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def taken_up(folder: Path) -> None:
-    home = begin(folder)
-    over(home)
-    deployment(home, Loop({}), Audit(home.run / "audit.jsonl"), print)
+    home = prepare_server(folder)
+    is_finished(home)
+    make_deployment(home, Loop({}), Audit(home.run / "audit.jsonl"), print)
 
 
 def shown(folder: Path) -> None:
-    list(status.lines(folder))
-    status.table(folder)
+    list(status.summarize_status(folder))
+    status.make_table(folder)
 
 
 @pytest.mark.parametrize("name", READ)

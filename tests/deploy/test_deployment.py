@@ -16,13 +16,13 @@ from flwr.proto.control_pb2 import ListNodesRequest
 from flwr.supercore.control import ControlHttpClient
 from safetensors.torch import load_file
 
-from federation import LONG, NGINX, Federation, Running, federation, personal, rounds, said
-from fedgen_edge.engines.flower_client import Server
-from fedgen_edge.engines.flower_environment import environment
 from fedgen_edge.errors import CarrierError
-from fedgen_edge.experiments import records
-from flower_network import certificates, free_port, private
-from sites import NAMES
+from fedgen_edge.network.flower.environment import environment
+from fedgen_edge.network.flower.http import FlowerServer
+from fedgen_edge.runs import records
+from support.federation import LONG, NGINX, Federation, Running, federation, personal, rounds, said
+from support.flower_network import certificates, free_port, private
+from support.sites import NAMES
 
 pytestmark = pytest.mark.skipif(
     not NGINX, reason="nginx is not installed (Debian: apt install nginx-light)"
@@ -80,7 +80,13 @@ def carried_out(made: Federation, simulation: Path) -> Done:
 
 
 def client(kit: Path) -> list[str]:
-    return [sys.executable, "-c", "from fedgen_edge.cli import main; main()", "client", str(kit)]
+    return [
+        sys.executable,
+        "-c",
+        "from fedgen_edge.cli.main import main; main()",
+        "client",
+        str(kit),
+    ]
 
 
 def unregistered(made: Federation) -> Path:
@@ -111,10 +117,10 @@ def plain(made: Federation) -> Running:
 
 def controlled(made: Federation, port: int) -> str:
     """What the control interface says at a port."""
-    server = Server(f"localhost:{port}", made.server / "ca" / "ca.crt", 5.0)
-    with server.client(ControlHttpClient) as control:
+    server = FlowerServer(f"localhost:{port}", made.server / "ca" / "ca.crt", 5.0)
+    with server.make_client(ControlHttpClient) as control:
         try:
-            with server.asked():
+            with server.translate_errors():
                 return f"{len(control.ListNodes(ListNodesRequest()).nodes_info)} nodes"
         except CarrierError as error:
             return str(error)

@@ -9,13 +9,13 @@ import torch
 
 from fedgen_edge.algorithms.methods import METHODS
 from fedgen_edge.config import Method, from_table
-from fedgen_edge.deploy import site
-from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.engines.exchange import Answer, read
+from fedgen_edge.deploy.site import site
+from fedgen_edge.deploy.site.site import Site, open_site
 from fedgen_edge.errors import QuorumError
-from fedgen_edge.experiments.build import drawn
-from loop import Loop, conduct, hurry, opened, server
-from sites import NAMES, kit, recipe
+from fedgen_edge.network.messages import Answer, decode_message
+from fedgen_edge.runs.build import select_drawn_leaves
+from support.loop import Loop, conduct, hurry, opened, server
+from support.sites import NAMES, kit, recipe
 
 PLAIN: dict[str, Any] = {
     "federation": {"rounds": 1, "cohort": None},
@@ -49,10 +49,10 @@ def test_it_is_refused_in_one_line_with_the_versions_of_both_sides(
     run = opened(fed, carrier)
     # what the site runs by now
     monkeypatch.setattr(site, "versions", lambda: "fedgen-edge 0.1.0, torch 9.9.9+cu128")
-    assert run.deployment.ready() == ["east", "north"]
+    assert run.deployment.find_ready_sites() == ["east", "north"]
     declined = [r for r in carrier.heard if '"refused":"wrong-start"' in r.line]
     assert {reply.site for reply in declined} == {"west"}
-    reason = read(Answer, declined[0].line, b"").said["reason"]
+    reason = decode_message(Answer, declined[0].line, b"").said["reason"]
     assert "torch 9.9.9+cu128) are not the server's (" in reason
     assert f"({run.home.terms.versions})" in reason
     assert "9.9.9" not in run.home.terms.versions
@@ -76,6 +76,6 @@ def test_what_is_drawn_is_what_is_never_sent_and_all_of_it_where_changes_go_down
     for name, own in (("fedgen-edge", set()), ("ffa-lora", {"m.lora_A"})):
         settings = from_table({"method": {"name": name}})
         algorithm = METHODS[name].make(Method())
-        assert drawn(settings, algorithm, begun).keys() == own
+        assert select_drawn_leaves(settings, algorithm, begun).keys() == own
         short = from_table({"method": {"name": name}, "downlink": {"values": "fp16"}})
-        assert drawn(short, algorithm, begun) == begun
+        assert select_drawn_leaves(short, algorithm, begun) == begun

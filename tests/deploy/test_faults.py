@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import psutil
 import pytest
 
-from federation import NGINX, Federation, Running, federation, personal, rounds, said, until
-from fedgen_edge.experiments import records
-from sites import NAMES
+from fedgen_edge.runs import records
+from support.federation import NGINX, Federation, Running, federation, personal, rounds, said, until
+from support.sites import NAMES
 
 pytestmark = pytest.mark.skipif(
     not NGINX, reason="nginx is not installed (Debian: apt install nginx-light)"
@@ -39,7 +39,7 @@ class Faults:
     """Counted from 0."""
 
     def trainer(self, name: str) -> psutil.Process:
-        return self.sites[name].child("fedgen_edge.deploy.trainer")
+        return self.sites[name].child("fedgen_edge.deploy.site.trainer")
 
     def opened(self, attempt: int = 0) -> None:
         """Wait until an attempt at this round is open."""

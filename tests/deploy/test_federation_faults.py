@@ -9,15 +9,16 @@ import pytest
 
 from fedgen_edge import files
 from fedgen_edge.config import Method, Settings
-from fedgen_edge.deploy import kits, status
-from fedgen_edge.deploy.server import begin
-from fedgen_edge.deploy.status import rows as shown
-from fedgen_edge.engines.exchange import Reply, Work
+from fedgen_edge.deploy.provision import kits
+from fedgen_edge.deploy.server import status
+from fedgen_edge.deploy.server.main import prepare_server
+from fedgen_edge.deploy.server.status import list_sites as shown
 from fedgen_edge.errors import CarrierError, ConfigError, QuorumError
-from fedgen_edge.experiments import records
-from fedgen_edge.experiments.report import headline
-from fedgen_edge.experiments.summary import read
-from loop import (
+from fedgen_edge.network.messages import Reply, WorkRequest
+from fedgen_edge.report.page import headline
+from fedgen_edge.report.summary import read
+from fedgen_edge.runs import records
+from support.loop import (
     Fault,
     Loop,
     Run,
@@ -39,7 +40,7 @@ from loop import (
     tampered_payload,
     twice,
 )
-from sites import recipe
+from support.sites import recipe
 
 ABC = ("a", "b", "c")
 
@@ -275,9 +276,9 @@ def test_a_limit_on_products_is_refused_where_a_factor_is_not_sent(
     kept = replace(settings(), method=Method(name=name))
     folder = server(tmp_path / "fed", kept, ABC, spectrum=1.0)
     with pytest.raises(ConfigError, match=rf"spectrum=1\.0 .* method\.name='{name}'.*: leave it"):
-        begin(folder)
+        prepare_server(folder)
     assert not (folder / "run").exists()
-    begin(server(tmp_path / "other", settings(), ABC, spectrum=1.0))
+    prepare_server(server(tmp_path / "other", settings(), ABC, spectrum=1.0))
 
 
 def test_a_site_that_is_left_out_is_wanted_no_more_though_all_are(tmp_path: Path) -> None:
@@ -331,7 +332,7 @@ def test_a_site_that_comes_back_is_asked_to_join_again_and_goes_on(tmp_path: Pat
     assert [name for name, *_ in run.happened("joined")] == [*ABC, "b"]
     assert [name for r, _, name in carrier.rounds() if r == 1] == ["a", "c"]
     assert [name for r, _, name in carrier.rounds() if r == 2] == [*ABC]
-    assert run.deployment.roll.names == [*ABC]
+    assert run.deployment.registry.names == [*ABC]
 
 
 def test_a_site_that_comes_back_with_other_data_is_refused(tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_a_site_that_comes_back_with_other_data_is_refused(tmp_path: Path) -> No
     assert run.happened("refused") == [("b", 0, "bad-weight")] * 3
     assert [r for r, _, name in carrier.rounds() if name == "b"] == [0]
     assert any("it has 8 training examples, had 6" in said for said in run.told)
-    assert run.deployment.roll.weights()["b"] == 6
+    assert run.deployment.registry.weights()["b"] == 6
 
 
 def newcomer(folder: Path, carrier: Loop, name: str) -> Callable[[], None]:
@@ -367,7 +368,7 @@ def test_a_site_that_is_added_gets_the_next_number_whatever_its_name(tmp_path: P
     folder, carrier = server(tmp_path / "fed", settings(), ABC), loop()
     carrier.faults = [(When("b", round=0), first(newcomer(folder, carrier, "aa")))]
     run = conduct(folder, carrier)
-    assert run.deployment.roll.numbers() == {"a": 0, "b": 1, "c": 2, "aa": 3}
+    assert run.deployment.registry.numbers() == {"a": 0, "b": 1, "c": 2, "aa": 3}
     clients = {work.client for name, work in carrier.asked if name == "aa"}
     assert clients == {3}
     lines = records.lines(run.home.run / "rounds.jsonl")
@@ -429,7 +430,7 @@ def test_who_is_away_in_the_end_is_said_and_asked_again_on_resume(
     tested = {row["client"] for row in records.lines(run.home.run / "evaluation.jsonl")}
     assert tested == {"a", "c"}
     assert headline(read(run.home.run))  # a report can be made of it
-    assert "finished" in next(iter(status.lines(folder)))
+    assert "finished" in next(iter(status.summarize_status(folder)))
     again = loop()
     run = conduct(folder, again)
     assert {name for name, work in again.asked if work.kind != "join"} == {"b"}
@@ -453,7 +454,7 @@ def test_the_pauses_of_the_last_stages_are_bounded(tmp_path: Path) -> None:
 def test_a_finished_run_asks_nobody_anything(tmp_path: Path, unharmed: dict[str, Any]) -> None:
     folder = server(tmp_path / "fed", settings(), ABC)
     run = conduct(folder, loop())
-    assert next(iter(status.lines(folder))).endswith("round 3 of 3, finished")
+    assert next(iter(status.summarize_status(folder))).endswith("round 3 of 3, finished")
     assert {row["site"]: (row["rounds"], row["lag"]) for row in shown(folder)} == dict.fromkeys(
         ABC, (3, 0)
     )
@@ -501,7 +502,7 @@ def once(fault: Fault) -> Fault:
     """The next time all is right."""
     left = [fault]
 
-    def way(carrier: Loop, work: Work, right: Reply) -> list[Reply]:
+    def way(carrier: Loop, work: WorkRequest, right: Reply) -> list[Reply]:
         return left.pop()(carrier, work, right) if left else [right]
 
     return way

@@ -10,24 +10,24 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from conftest import suited
 from fedgen_edge import config
-from fedgen_edge.adapters.ranks import truncated
-from fedgen_edge.algorithms.clusters import parts
+from fedgen_edge.adapters.ranks import truncate_rank
+from fedgen_edge.algorithms.ifca import split_clusters
 from fedgen_edge.algorithms.methods import METHODS
+from fedgen_edge.cli.compatibility import find_objection
+from fedgen_edge.compression.serialize import encode
 from fedgen_edge.config import Method, Settings, from_table
-from fedgen_edge.deploy import store
-from fedgen_edge.deploy.cohort import chosen
-from fedgen_edge.deploy.settings import digest
-from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.engines.exchange import Carrier
-from fedgen_edge.engines.flower import FlowerCarrier
-from fedgen_edge.experiments import records
-from fedgen_edge.experiments.build import Experiment, build
-from fedgen_edge.experiments.run import create, proceed
-from fedgen_edge.matrix import objection
-from fedgen_edge.rounds import sample
-from fedgen_edge.uplink.transform import encode
-from loop import InlineGrid, Loop, conduct, hurry, model, outcome, server, stubs
-from sites import NAMES, kit, recipe, rows, write_rows
+from fedgen_edge.deploy.server.cohort import sample_cohort
+from fedgen_edge.deploy.settings import hash_settings
+from fedgen_edge.deploy.site import store
+from fedgen_edge.deploy.site.site import Site, open_site
+from fedgen_edge.federation.rounds import sample_clients
+from fedgen_edge.network.flower.carrier import FlowerCarrier
+from fedgen_edge.network.messages import Carrier
+from fedgen_edge.runs import records
+from fedgen_edge.runs.build import Experiment, build
+from fedgen_edge.runs.run import create, proceed
+from support.loop import InlineGrid, Loop, conduct, hurry, model, outcome, server, stubs
+from support.sites import NAMES, kit, recipe, rows, write_rows
 
 QUICK: dict[str, Any] = {
     "personal": {"epochs": 1},
@@ -41,7 +41,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def deployable(name: str) -> bool:
-    return objection(name, "sites") is None
+    return find_objection(name, "sites") is None
 
 
 def simulated(folder: Path, settings: Settings) -> Path:
@@ -70,7 +70,7 @@ def check(folder: Path, sites: dict[str, Site], simulation: Path, carrier: Carri
         assert found[name] == value, name
     assert found["global"]
     for name, site in sites.items():
-        own = model(site.state.past(run.home.terms.run).personal)
+        own = model(site.state.get_run_store(run.home.terms.run).personal_folder)
         assert own == model(simulation / "adapters" / "clients" / name)
         assert own
 
@@ -136,7 +136,7 @@ def test_each_site_trains_and_tunes_the_cluster_that_suits_its_data(tmp_path: Pa
     assert took == tuned == {"east": 0, "north": 0, "west": 1}
     # both adapters go down, and one comes up
     start = sites["north"].start
-    up, down = len(encode(parts(start)[0])), len(encode(start))
+    up, down = len(encode(split_clusters(start)[0])), len(encode(start))
     assert {len(w.payload) for _, w in carrier.asked if w.payload} == {down}
     sent = {len(r.payload) for r in carrier.heard if r.payload}
     assert len(sent) == 1
@@ -159,7 +159,7 @@ def test_sites_of_unequal_ranks_end_as_on_one_machine_and_send_fewer_bytes(tmp_p
     # what travelled, either way and for any work but to join, is as long as the rank makes it
     whole = sites["north"].start
     ranks = dict(zip(NAMES, (1, 4, 2), strict=True))
-    lengths = {name: len(encode(truncated(whole, rank))) for name, rank in ranks.items()}
+    lengths = {name: len(encode(truncate_rank(whole, rank))) for name, rank in ranks.items()}
     assert lengths["east"] < lengths["west"] < lengths["north"]
     down = {(name, len(work.payload)) for name, work in carrier.asked if work.payload}
     assert down == {*lengths.items()}
@@ -192,7 +192,7 @@ def divided(experiment: Experiment, recipe: str, folder: Path) -> dict[str, Site
     def site(number: int) -> Site:
         clients = replace(experiment.clients, shards=[experiment.clients.shards[number]], memory={})
         own = replace(experiment, holdings=[experiment.holdings[number]], clients=clients)
-        state = store.open_state(folder / str(number))
+        state = store.open_store(folder / str(number))
         return Site(own, recipe, start, shapes, state)
 
     return {name: site(number) for number, name in enumerate(experiment.names)}
@@ -218,7 +218,7 @@ def test_pictures_over_flowers_messages_end_as_on_one_machine(
         }
     )
     simulation = simulated(tmp_path / "run", settings)
-    sites = divided(build(settings), digest(settings), tmp_path / "sites")
+    sites = divided(build(settings), hash_settings(settings), tmp_path / "sites")
     folder = server(tmp_path / "fed", settings, [*sites], over_selection=1)
     check(folder, sites, simulation, posted(sites))
     assert (simulation / "samples" / "1-0.png").read_bytes() == (
@@ -243,11 +243,11 @@ def test_the_cohort_is_the_simulations_where_all_are_there_and_else_the_next_of_
     numbers = {f"site-{at}": at for at in range(9)}
     plan = config.Federation(clients=9, cohort=4, seed=3)
     for round_ in range(20):
-        drawn = sample(plan, 9, round_)
-        assert chosen(3, round_, [*numbers], numbers, 4) == drawn
+        drawn = sample_clients(plan, 9, round_)
+        assert sample_cohort(3, round_, [*numbers], numbers, 4) == drawn
         away = drawn[1]
         there = [name for name, at in numbers.items() if at != away]
-        found = chosen(3, round_, there, numbers, 4)
+        found = sample_cohort(3, round_, there, numbers, 4)
         assert len(found) == 4
         assert {*drawn} - {away} < {*found}
         assert away not in found

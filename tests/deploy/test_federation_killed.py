@@ -13,15 +13,17 @@ from typing import Any
 
 import pytest
 
-from fedgen_edge import cli, cli_deploy
-from fedgen_edge.deploy import server as server_room
-from fedgen_edge.deploy.audit import Audit, lines
-from fedgen_edge.deploy.stages import proceed
-from fedgen_edge.experiments import progress, records, report
-from fedgen_edge.experiments.checkpoint import latest
-from fedgen_edge.experiments.run import Event
-from loop import Loop, conduct, hurry, outcome, server, stubs
-from sites import recipe
+from fedgen_edge.cli import deploy
+from fedgen_edge.cli import main as cli
+from fedgen_edge.deploy.server import main as server_room
+from fedgen_edge.deploy.server.audit import Audit, read_lines
+from fedgen_edge.deploy.server.stages import proceed
+from fedgen_edge.report import page as report
+from fedgen_edge.runs import progress, records
+from fedgen_edge.runs.checkpoint import find_latest
+from fedgen_edge.runs.run import Event
+from support.loop import Loop, conduct, hurry, outcome, server, stubs
+from support.sites import recipe
 
 ABC = ("a", "b", "c")
 ROUNDS = 2
@@ -31,7 +33,7 @@ SETTINGS = recipe(
     evaluation={"sample_tokens": 0, "keep": 1},
     training={"schedule": "constant"},
 )
-LOADED = (cli_deploy, progress, report)
+LOADED = (deploy, progress, report)
 """What the command imports as it needs it: once here, not in each process."""
 BEFORE, AFTER, TORN = "before", "after", "torn"
 
@@ -125,11 +127,11 @@ def killed(folder: Path, stop: int, how: str) -> int:
 
 def whole(run: Path) -> None:
     """What a reader of this moment may see: nothing half written."""
-    state, _, refused = latest(run)
+    state, _, refused = find_latest(run)
     assert refused == []
     assert state is not None
     assert state.round in {1, ROUNDS}
-    lines(run / "audit.jsonl")
+    read_lines(run / "audit.jsonl")
     for name in ("run.json", "sites.json", "clients.json"):
         records.read_json(run / name)
     for name in ("rounds", "personal", "evaluation"):
@@ -158,11 +160,13 @@ def commanded(folder: Path, log: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
-    def looped(home: server_room.Home, tell: Callable[[str], None] = print) -> Iterator[Event]:
+    def looped(
+        home: server_room.ServerContext, tell: Callable[[str], None] = print
+    ) -> Iterator[Event]:
         audit = Audit(home.run / "audit.jsonl")
-        yield from proceed(server_room.deployment(home, loop(), audit, tell), home.run)
+        yield from proceed(server_room.make_deployment(home, loop(), audit, tell), home.run)
 
-    server_room.conduct = looped
+    server_room.run_server = looped
     try:
         cli.main(["server", str(folder)])
         os._exit(0)

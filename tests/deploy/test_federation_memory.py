@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from fedgen_edge.deploy import store
-from fedgen_edge.deploy.audit import Audit
-from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.experiments import federate
-from loop import Loop, When, conduct, first, hurry, model, outcome, server, silent
-from sites import NAMES, kit, recipe
+from fedgen_edge.deploy.server.audit import Audit
+from fedgen_edge.deploy.site import store
+from fedgen_edge.deploy.site.site import Site, open_site
+from fedgen_edge.runs import federate
+from support.loop import Loop, When, conduct, first, hurry, model, outcome, server, silent
+from support.sites import NAMES, kit, recipe
 
 MORE: dict[str, Any] = {
     "federation": {"rounds": 3, "cohort": None},
@@ -39,7 +39,7 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> list[Site]:
 
 def fresh(kits: list[Site], folder: Path) -> dict[str, Site]:
     """The same, each with a state of its own."""
-    return {s.name: replace(s, state=store.open_state(folder / s.name / "state")) for s in kits}
+    return {s.name: replace(s, state=store.open_store(folder / s.name / "state")) for s in kits}
 
 
 def loop(sites: dict[str, Site]) -> Loop:
@@ -50,7 +50,8 @@ def ended(sites: dict[str, Site], folder: Path, carrier: Loop | None = None) -> 
     """Go on to the end; all that the server and the sites have then."""
     run = conduct(folder, carrier or loop(sites))
     own = {
-        name: model(site.state.past(run.home.terms.run).personal) for name, site in sites.items()
+        name: model(site.state.get_run_store(run.home.terms.run).personal_folder)
+        for name, site in sites.items()
     }
     return {**outcome(run.home.run), "own": own}
 
@@ -184,7 +185,7 @@ def test_a_site_that_lost_its_state_joins_again_and_goes_on_as_one_that_kept_not
 
     def lost() -> None:
         west.state.folder.rename(tmp_path / "lost")
-        store.open_state(west.state.folder)
+        store.open_store(west.state.folder)
 
     carrier = loop(sites)
     carrier.faults = [(When("east", round=1), first(lost))]

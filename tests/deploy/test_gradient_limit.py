@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from conftest import suited
+from fedgen_edge.compression.serialize import decode, encode
 from fedgen_edge.config import Settings
-from fedgen_edge.deploy.server import begin
-from fedgen_edge.engines.exchange import Reply, Work
+from fedgen_edge.deploy.server.main import prepare_server
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.network.messages import Reply, WorkRequest
 from fedgen_edge.types import VARIATE
-from fedgen_edge.uplink.transform import decode, encode
-from loop import Fault, Loop, Run, When, conduct, hurry, server, stubs
-from sites import NAMES, recipe
+from support.loop import Fault, Loop, Run, When, conduct, hurry, server, stubs
+from support.sites import NAMES, recipe
 
 RATE, GRADIENT = 0.5, 0.25
 MORE: dict[str, Any] = {
@@ -33,7 +33,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def moving(size: float) -> Fault:
     """The site moves one value so far, and no other."""
 
-    def fault(loop: Loop, work: Work, right: Reply) -> list[Reply]:
+    def fault(loop: Loop, work: WorkRequest, right: Reply) -> list[Reply]:
         del loop
         received = decode(work.payload)
         delta = {k: torch.zeros_like(v) for k, v in received.items() if not k.startswith(VARIATE)}
@@ -65,7 +65,7 @@ def test_a_change_may_be_as_long_as_so_many_steps_of_the_limit(tmp_path: Path) -
 def refused(folder: Path, settings: Settings) -> str:
     fed = server(folder, settings, NAMES, gradient=GRADIENT)
     with pytest.raises(ConfigError) as caught:
-        begin(fed)
+        prepare_server(fed)
     return str(caught.value)
 
 

@@ -13,16 +13,16 @@ import pytest
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 
-from fedgen_edge.deploy import keys
+from fedgen_edge.deploy.provision import keys
 from fedgen_edge.errors import MissingExtraError
 
 NOW = datetime.now(UTC)
 HOSTS = ["fed.example.org", "192.0.2.7", "2001:db8::7", "localhost", "127.0.0.1"]
-CA = keys.authority(NOW)
-SERVER = keys.certificate(CA, HOSTS, NOW)
+CA = keys.make_authority(NOW)
+SERVER = keys.make_server_certificate(CA, HOSTS, NOW)
 
 
-def shake(server: keys.Pair, trusted: bytes, host: str, folder: Path) -> None:
+def shake(server: keys.KeyPair, trusted: bytes, host: str, folder: Path) -> None:
     """A whole TLS handshake in memory, the client as strict as Python can be.
 
     Raises:
@@ -69,18 +69,21 @@ def test_openssl_believes_it_too_at_its_strictest(tmp_path: Path) -> None:
 
 YEARS = timedelta(days=6 * 365)
 UNBELIEVED = {
-    "another authority's": (keys.certificate(keys.authority(NOW), HOSTS, NOW), HOSTS[0]),
-    "one that has expired": (keys.certificate(CA, HOSTS, NOW - YEARS), HOSTS[0]),
-    "one that is not valid yet": (keys.certificate(CA, HOSTS, NOW + YEARS), HOSTS[0]),
+    "another authority's": (
+        keys.make_server_certificate(keys.make_authority(NOW), HOSTS, NOW),
+        HOSTS[0],
+    ),
+    "one that has expired": (keys.make_server_certificate(CA, HOSTS, NOW - YEARS), HOSTS[0]),
+    "one that is not valid yet": (keys.make_server_certificate(CA, HOSTS, NOW + YEARS), HOSTS[0]),
     "one for another name": (SERVER, "fed.example.com"),
     "one for another address": (SERVER, "192.0.2.8"),
-    "one that a server's key signed": (keys.certificate(SERVER, HOSTS, NOW), HOSTS[0]),
+    "one that a server's key signed": (keys.make_server_certificate(SERVER, HOSTS, NOW), HOSTS[0]),
 }
 
 
 @pytest.mark.parametrize(("server", "host"), UNBELIEVED.values(), ids=UNBELIEVED)
 def test_no_client_believes_another_certificate(
-    server: keys.Pair, host: str, tmp_path: Path
+    server: keys.KeyPair, host: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ssl.SSLCertVerificationError):
         shake(server, CA.public, host, tmp_path)
@@ -88,12 +91,12 @@ def test_no_client_believes_another_certificate(
 
 def test_a_client_whose_clock_is_half_a_day_behind_believes_the_server(tmp_path: Path) -> None:
     later = NOW + timedelta(hours=12)
-    ca = keys.authority(later)
-    shake(keys.certificate(ca, HOSTS, later), ca.public, HOSTS[0], tmp_path)
+    ca = keys.make_authority(later)
+    shake(keys.make_server_certificate(ca, HOSTS, later), ca.public, HOSTS[0], tmp_path)
 
 
 def test_a_sites_key_is_one_that_flower_and_openssh_read(tmp_path: Path) -> None:
-    pair, path = keys.site(), tmp_path / "key"
+    pair, path = keys.make_site_key(), tmp_path / "key"
     path.touch(0o600)
     path.write_bytes(pair.private)
     given = argparse.Namespace(auth_supernode_private_key=str(path), auth_supernode_public_key=None)
@@ -107,11 +110,11 @@ def test_a_sites_key_is_one_that_flower_and_openssh_read(tmp_path: Path) -> None
 
 
 def test_a_secret_is_what_flower_takes_and_never_the_same(tmp_path: Path) -> None:
-    path, own = tmp_path / "secret", keys.secret()
+    path, own = tmp_path / "secret", keys.make_secret()
     path.write_bytes(own)
     assert load_superexec_auth_secret(str(path)) == own
     assert len(bytes.fromhex(own.decode())) == 32
-    assert len({keys.secret() for _ in range(100)}) == 100
+    assert len({keys.make_secret() for _ in range(100)}) == 100
 
 
 def test_a_pair_does_not_print_its_private_half() -> None:
@@ -121,6 +124,6 @@ def test_a_pair_does_not_print_its_private_half() -> None:
 
 def test_where_the_library_is_missing_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "cryptography", None)
-    monkeypatch.delitem(sys.modules, "fedgen_edge.deploy.keys")
+    monkeypatch.delitem(sys.modules, "fedgen_edge.deploy.provision.keys")
     with pytest.raises(MissingExtraError, match=r'pip install "cryptography[<>=,0-9]+" "flwr=='):
-        importlib.import_module("fedgen_edge.deploy.keys")
+        importlib.import_module("fedgen_edge.deploy.provision.keys")

@@ -16,12 +16,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedgen_edge import __version__, cli, config
+from fedgen_edge import __version__, config
+from fedgen_edge.cli import main as cli
 from fedgen_edge.config import Settings, load
-from fedgen_edge.deploy import kits
-from fedgen_edge.deploy.address import reached
-from fedgen_edge.deploy.members import members
-from fedgen_edge.deploy.settings import Federation, Site, digest, read, settings_of
+from fedgen_edge.deploy.members import read_member_keys
+from fedgen_edge.deploy.provision import kits
+from fedgen_edge.deploy.provision.address import parse_address
+from fedgen_edge.deploy.settings import (
+    DeploymentSettings,
+    SiteSettings,
+    hash_settings,
+    load_site_settings,
+    read,
+)
 from fedgen_edge.errors import ConfigError
 
 RECIPE = """
@@ -110,13 +117,15 @@ def test_the_folder_has_what_the_server_needs_and_a_kit_for_each_site(fed: Path)
 
 
 def test_the_settings_in_it_are_read_back_and_equal_at_all_sites(fed: Path) -> None:
-    federation = read(Federation, fed / "federation.toml")
+    federation = read(DeploymentSettings, fed / "federation.toml")
     assert (federation.address, federation.port) == ("fed.example.org:8443", 18443)
     for name in ("north", "south"):
         kit = fed / "kits" / name
-        site = read(Site, kit / "site.toml")
+        site = read(SiteSettings, kit / "site.toml")
         assert (site.name, site.server, site.own) == (name, "fed.example.org:8443", {})
-        assert digest(settings_of(kit, site)) == digest(load(fed / "recipe.toml"))
+        assert hash_settings(load_site_settings(kit, site)) == hash_settings(
+            load(fed / "recipe.toml")
+        )
         assert (kit / "recipe.toml").read_bytes() == (fed / "recipe.toml").read_bytes()
         assert (kit / "ca.crt").read_bytes() == (fed / "ca" / "ca.crt").read_bytes()
         assert (kit / "key.pub").read_bytes() == (fed / "sites" / f"{name}.pub").read_bytes()
@@ -128,7 +137,7 @@ def test_a_sites_own_data_are_named_where_its_readme_says(fed: Path) -> None:
     at = lines.index("    [own]")
     own = "\n".join(line.strip() for line in lines[at + 1 : at + 2])
     (kit / "site.toml").write_text((kit / "site.toml").read_text() + own + "\n")
-    settings = settings_of(kit, read(Site, kit / "site.toml"))
+    settings = load_site_settings(kit, read(SiteSettings, kit / "site.toml"))
     assert settings.data.path == "/srv/data/north"
     assert load(fed / "recipe.toml").data.path is None
 
@@ -175,7 +184,7 @@ def test_only_the_owner_reads_anything_whatever_the_umask(bits: int, recipe: str
 
 def test_a_number_of_sites_names_them(recipe: str) -> None:
     fed = init(recipe, "--federation.clients", "3", sites="3")
-    assert list(members(fed)) == ["site-1", "site-2", "site-3"]
+    assert list(read_member_keys(fed)) == ["site-1", "site-2", "site-3"]
 
 
 def test_nothing_secret_is_printed(recipe: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -212,9 +221,9 @@ def test_the_folder_appears_whole_or_not_at_all(
 
 
 def test_a_site_is_added_with_a_key_of_its_own(fed: Path) -> None:
-    before = members(fed)
+    before = read_member_keys(fed)
     cli.main(["deploy", "add", "east", str(fed)])
-    after = members(fed)
+    after = read_member_keys(fed)
     assert list(after) == ["east", "north", "south"]
     assert len(set(after.values())) == 3
     assert {name: after[name] for name in before} == before
@@ -227,10 +236,10 @@ def test_a_site_is_added_with_a_key_of_its_own(fed: Path) -> None:
 def test_a_revoked_sites_key_moves_and_the_others_stay(
     fed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = members(fed)
+    before = read_member_keys(fed)
     cli.main(["deploy", "revoke", "north", str(fed)])
     assert "within a few seconds" in capsys.readouterr().out
-    assert members(fed) == {"south": before["south"]}
+    assert read_member_keys(fed) == {"south": before["south"]}
     assert {p.name for p in (fed / "sites").iterdir()} == {"south.pub"}
     assert (fed / "revoked" / "north.pub").read_bytes() == before["north"]
 
@@ -239,7 +248,7 @@ def test_a_site_whose_revocation_was_cut_short_takes_no_part_and_is_revoked_agai
     fed: Path,
 ) -> None:
     shutil.copy(fed / "sites" / "north.pub", fed / "revoked" / "north.pub")
-    assert list(members(fed)) == ["south"]
+    assert list(read_member_keys(fed)) == ["south"]
     cli.main(["deploy", "revoke", "north", str(fed)])
     assert not (fed / "sites" / "north.pub").exists()
 
@@ -369,9 +378,9 @@ def test_recipes_that_come_with_the_package_are_deployed_or_say_what_to_change(p
     table["judging"].pop("features", None)
     if settings.task != "language":
         with pytest.raises(ConfigError, match=r"data\.names"):
-            kits.deployable(config.from_table(table), 2)
+            kits.check_deployable(config.from_table(table), 2)
         table["data"]["names"] = [str(number) for number in range(10)]
-    kits.deployable(config.from_table(table), 2)
+    kits.check_deployable(config.from_table(table), 2)
 
 
 # ---- where sites reach the server
@@ -388,7 +397,7 @@ LISTENS = {
 
 @pytest.mark.parametrize(("address", "listen"), LISTENS.items())
 def test_a_loopbacks_address_is_served_to_this_machine_alone(address: str, listen: str) -> None:
-    assert reached(address).listen == listen
+    assert parse_address(address).listen == listen
 
 
 # ---- what other programs say of the files
@@ -494,7 +503,9 @@ def test_pages_have_no_hole_and_name_their_commands(fed: Path) -> None:
 
 def test_toml_of_the_recipe_is_the_settings_themselves(fed: Path) -> None:
     table = tomllib.loads((fed / "recipe.toml").read_text())
-    assert config.from_table(table) == kits.shared(config.from_table(tomllib.loads(RECIPE)))
+    assert config.from_table(table) == kits.make_shared_settings(
+        config.from_table(tomllib.loads(RECIPE))
+    )
     assert isinstance(load(fed / "recipe.toml"), Settings)
 
 

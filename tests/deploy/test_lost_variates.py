@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from conftest import suited
-from fedgen_edge.algorithms.variates import OWN
-from fedgen_edge.deploy import store
-from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.experiments.checkpoint import last
+from fedgen_edge.algorithms.scaffold import CLIENT_VARIATE
+from fedgen_edge.deploy.site import store
+from fedgen_edge.deploy.site.site import Site, open_site
+from fedgen_edge.runs.checkpoint import load_latest
 from fedgen_edge.types import VARIATE, Leaves
-from loop import Loop, Run, When, conduct, first, hurry, outcome, same, server
-from sites import NAMES, kit, recipe
+from support.loop import Loop, Run, When, conduct, first, hurry, outcome, same, server
+from support.sites import NAMES, kit, recipe
 
 MORE: dict[str, Any] = {
     "federation": {"rounds": 4, "cohort": None},
@@ -38,20 +38,20 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> list[Site]:
 
 def kept(run: Run, sites: dict[str, Site], name: str) -> Leaves:
     """What a site has kept with its last update that counts."""
-    taken = run.deployment.audit.accepted(MORE["federation"]["rounds"])[name]
-    found = sites[name].state.past(run.home.terms.run).remembered(taken.payload)
+    taken = run.deployment.audit.get_accepted(MORE["federation"]["rounds"])[name]
+    found = sites[name].state.get_run_store(run.home.terms.run).load_client_state(taken.payload)
     assert found
     return found
 
 
 def ended(kits: list[Site], folder: Path, *stops: int) -> tuple[Run, dict[str, Site]]:
     """A run in which the third site loses all that it has in the second round."""
-    sites = {s.name: replace(s, state=store.open_state(folder / s.name / "state")) for s in kits}
+    sites = {s.name: replace(s, state=store.open_store(folder / s.name / "state")) for s in kits}
     state = sites["west"].state.folder
 
     def lost() -> None:
         state.rename(folder / "lost")
-        store.open_state(state)
+        store.open_store(state)
 
     carrier = Loop({name: site.handle for name, site in sites.items()})
     carrier.faults = [(When("east", round=1), first(lost))]
@@ -65,10 +65,10 @@ def test_the_servers_sum_is_of_what_sites_have_and_of_nothing_that_was_lost(
     kits: list[Site], tmp_path: Path
 ) -> None:
     run, sites = ended(kits, tmp_path)
-    state, memory = last(run.home.run)
+    state, memory = load_latest(run.home.run)
     own = [kept(run, sites, name) for name in NAMES]
     for name in state.adapter:
-        total = torch.stack([each[OWN + name] for each in own]).sum(0)
+        total = torch.stack([each[CLIENT_VARIATE + name] for each in own]).sum(0)
         torch.testing.assert_close(state.memory[VARIATE + name], total, atol=1e-6, rtol=1e-5)
     # the server works out each site's as the site itself does
     assert all(same(memory[at], each) for at, each in enumerate(own))
@@ -83,4 +83,4 @@ def test_a_server_that_goes_on_from_a_commit_knows_what_sites_had(
     one, _ = ended(kits, tmp_path / "one")
     other, _ = ended(kits, tmp_path / "other", 1, 2)
     assert outcome(one.home.run) == outcome(other.home.run)
-    assert same(last(one.home.run)[0].memory, last(other.home.run)[0].memory)
+    assert same(load_latest(one.home.run)[0].memory, load_latest(other.home.run)[0].memory)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from fedgen_edge.deploy import processes
-from fedgen_edge.deploy.processes import Ended, Kept
+from fedgen_edge.deploy.processes import ProcessExit, Supervisor
 
 BOUND = 30.0
 """Seconds that a test waits at most for what must happen."""
@@ -28,7 +28,7 @@ def until(true: Callable[[], object]) -> None:
 
 
 @contextmanager
-def running(kept: Kept, seconds: float = 10.0) -> Iterator[Kept]:
+def running(kept: Supervisor, seconds: float = 10.0) -> Iterator[Supervisor]:
     kept.start()
     try:
         yield kept
@@ -60,24 +60,24 @@ class Waits(threading.Event):
         return self.is_set()
 
 
-def lives(tmp_path: Path, count: int) -> tuple[list[Ended], list[float | None]]:
+def lives(tmp_path: Path, count: int) -> tuple[list[ProcessExit], list[float | None]]:
     """So many lives of a child that fails at once, and the waits between them."""
-    ends: list[Ended] = []
+    ends: list[ProcessExit] = []
 
-    def told(ended: Ended) -> bool:
+    def told(ended: ProcessExit) -> bool:
         ends.append(ended)
         return len(ends) < count
 
-    kept = Kept(shell("echo first; echo; echo why >&2; exit 3"), tmp_path / "log", told)
+    kept = Supervisor(shell("echo first; echo; echo why >&2; exit 3"), tmp_path / "log", told)
     kept._stopping = waits = Waits()
     with running(kept):
-        until(lambda: not kept.alive)
+        until(lambda: not kept.is_alive)
     return ends, waits.asked
 
 
 def test_a_child_that_ends_is_started_again_and_its_last_words_are_told(tmp_path: Path) -> None:
     ends, _ = lives(tmp_path, 3)
-    assert ends == [Ended(3, "why")] * 3
+    assert ends == [ProcessExit(3, "why")] * 3
     assert (tmp_path / "log").read_text() == "first\n\nwhy\n" * 3
 
 
@@ -88,38 +88,38 @@ def test_the_wait_before_a_restart_doubles_up_to_half_a_minute(tmp_path: Path) -
 def test_after_a_long_life_the_wait_is_the_first_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "WELL", 0.0)
+    monkeypatch.setattr(processes, "STABLE_SECONDS", 0.0)
     assert lives(tmp_path, 4)[1] == [1, 1, 1]
 
 
 def test_a_command_that_is_not_there_is_told_like_any_other_end(tmp_path: Path) -> None:
-    ends: list[Ended] = []
-    kept = Kept(["/nowhere/command"], tmp_path / "log", lambda e: bool(ends.append(e)))
+    ends: list[ProcessExit] = []
+    kept = Supervisor(["/nowhere/command"], tmp_path / "log", lambda e: bool(ends.append(e)))
     with running(kept):
-        until(lambda: not kept.alive)
+        until(lambda: not kept.is_alive)
     assert ends[0].code != 0
-    assert "No such file" in ends[0].line
+    assert "No such file" in ends[0].last_line
 
 
 def test_what_it_says_is_heard_line_by_line_with_its_environment(tmp_path: Path) -> None:
     heard: list[str] = []
-    kept = Kept(
+    kept = Supervisor(
         shell('echo "$WORD"; sleep 60'),
         tmp_path / "log",
-        heard=heard.append,
+        on_line=heard.append,
         environment={"WORD": "connected"},
     )
     with running(kept):
         until(lambda: heard)
-        assert kept.alive
+        assert kept.is_alive
     assert heard == ["connected"]
-    assert not kept.alive
+    assert not kept.is_alive
 
 
 def test_stopping_kills_the_whole_group_though_it_will_not_listen(tmp_path: Path) -> None:
     pids: list[str] = []
     deaf = "trap '' TERM; (trap '' TERM; sleep 600) & echo $$ $!; wait; sleep 600"
-    kept = Kept(shell(deaf), tmp_path / "log", heard=lambda said: pids.extend(said.split()))
+    kept = Supervisor(shell(deaf), tmp_path / "log", on_line=lambda said: pids.extend(said.split()))
     with running(kept, 0.1):
         until(lambda: len(pids) == 2)
     for pid in map(int, pids):
@@ -129,21 +129,21 @@ def test_stopping_kills_the_whole_group_though_it_will_not_listen(tmp_path: Path
 def test_stopping_lets_a_child_end_by_itself(tmp_path: Path) -> None:
     heard: list[str] = []
     polite = "trap 'echo bye; exit 0' TERM; echo up; while :; do sleep 0.1; done"
-    with running(Kept(shell(polite), tmp_path / "log", heard=heard.append)):
+    with running(Supervisor(shell(polite), tmp_path / "log", on_line=heard.append)):
         until(lambda: heard)
     assert (heard[0], heard[-1]) == ("up", "bye")
 
 
 def test_what_a_dead_child_left_in_its_group_is_killed(tmp_path: Path) -> None:
     pids: list[int] = []
-    leaving = Kept(
+    leaving = Supervisor(
         shell("sleep 600 >/dev/null 2>&1 & echo $!"),
         tmp_path / "log",
         lambda _: False,
         lambda said: pids.append(int(said)),
     )
     with running(leaving):
-        until(lambda: not leaving.alive)
+        until(lambda: not leaving.is_alive)
     until(lambda: gone(pids[0]))
 
 
@@ -160,11 +160,11 @@ def test_a_child_dies_with_its_parent_even_by_kill_9_and_its_own_with_it(
     script = (
         "import signal, sys, time\n"
         "from pathlib import Path\n"
-        "from fedgen_edge.deploy.processes import Kept\n"
+        "from fedgen_edge.deploy.processes import Supervisor\n"
         "say = lambda line: print(line, flush=True)\n"
         "command = ['/bin/sh', '-c', sys.argv[2]]\n"
         "dies = signal.Signals(int(sys.argv[3]))\n"
-        "Kept(command, Path(sys.argv[1]), heard=say, orphaned=dies).start()\n"
+        "Supervisor(command, Path(sys.argv[1]), on_line=say, orphan_signal=dies).start()\n"
         "time.sleep(600)\n"
     )
     parent = subprocess.Popen(
@@ -190,11 +190,12 @@ def test_an_orphan_may_end_its_own_children_first(tmp_path: Path) -> None:
     script = (
         "import signal, sys, time\n"
         "from pathlib import Path\n"
-        "from fedgen_edge.deploy.processes import Kept\n"
+        "from fedgen_edge.deploy.processes import Supervisor\n"
         "say = lambda line: print(line, flush=True)\n"
         "told = 'sleep 600 & trap \"kill $!; exit\" TERM; echo $!; wait'\n"
         "log = Path(sys.argv[1])\n"
-        "Kept(['/bin/sh', '-c', told], log, heard=say, orphaned=signal.SIGTERM).start()\n"
+        "Supervisor(['/bin/sh', '-c', told], log, on_line=say, "
+        "orphan_signal=signal.SIGTERM).start()\n"
         "time.sleep(600)\n"
     )
     parent = subprocess.Popen(
@@ -217,12 +218,12 @@ def test_an_orphan_may_end_its_own_children_first(tmp_path: Path) -> None:
 def test_a_log_is_its_owners_and_does_not_grow_without_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(processes, "LARGEST", 1000)
+    monkeypatch.setattr(processes, "MAX_LOG_BYTES", 1000)
     log = tmp_path / "logs" / "child.log"
     talking = "i=0; while [ $i -lt 300 ]; do echo line $i; i=$((i + 1)); done"
-    kept = Kept(shell(talking), log, lambda _: False)
+    kept = Supervisor(shell(talking), log, lambda _: False)
     with running(kept):
-        until(lambda: not kept.alive)
+        until(lambda: not kept.is_alive)
     there = sorted(log.parent.iterdir())
     assert [p.name for p in there] == ["child.log", "child.log.1"]
     assert all(0 < p.stat().st_size <= 1000 for p in there)
@@ -231,16 +232,16 @@ def test_a_log_is_its_owners_and_does_not_grow_without_end(
 
 
 def test_stopping_before_the_start_is_no_harm(tmp_path: Path) -> None:
-    Kept(shell("exit 0"), tmp_path / "log").stop()
+    Supervisor(shell("exit 0"), tmp_path / "log").stop()
 
 
 def test_a_command_that_is_not_there_is_told_by_its_name(tmp_path: Path) -> None:
-    said: list[Ended] = []
+    said: list[ProcessExit] = []
 
-    def ended(how: Ended) -> bool:
+    def ended(how: ProcessExit) -> bool:
         said.append(how)
         return False
 
-    with running(Kept(["no-such-command"], tmp_path / "log", ended)):
+    with running(Supervisor(["no-such-command"], tmp_path / "log", ended)):
         until(lambda: said)
-    assert said == [Ended(1, "no-such-command cannot be started: No such file or directory")]
+    assert said == [ProcessExit(1, "no-such-command cannot be started: No such file or directory")]

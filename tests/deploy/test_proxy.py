@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 from fedgen_edge.config import from_table
-from fedgen_edge.deploy import keys, kits
+from fedgen_edge.deploy.provision import keys, kits
 
 NGINX = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 pytestmark = pytest.mark.skipif(
@@ -107,7 +107,7 @@ def serving(came: Came) -> Iterator[ThreadingHTTPServer]:
         thread.join(WAIT)
 
 
-def secured(server: ThreadingHTTPServer, pair: keys.Pair, folder: Path) -> None:
+def secured(server: ThreadingHTTPServer, pair: keys.KeyPair, folder: Path) -> None:
     """Have the server speak TLS with this certificate; nobody has called it yet."""
     folder.mkdir()
     (folder / "crt").write_bytes(pair.public)
@@ -120,10 +120,10 @@ def secured(server: ThreadingHTTPServer, pair: keys.Pair, folder: Path) -> None:
     )
 
 
-def own(folder: Path) -> keys.Pair:
+def own(folder: Path) -> keys.KeyPair:
     """The certificate that the folder's server has."""
     tls = folder / "tls"
-    return keys.Pair((tls / "server.key").read_bytes(), (tls / "server.crt").read_bytes())
+    return keys.KeyPair((tls / "server.key").read_bytes(), (tls / "server.crt").read_bytes())
 
 
 @contextmanager
@@ -334,7 +334,7 @@ def test_a_client_that_does_not_trust_the_authority_gives_up(door: Door) -> None
 
 def test_a_server_behind_with_another_certificate_is_not_believed(tmp_path: Path) -> None:
     came, now = Came(), datetime.now(UTC)
-    other = keys.certificate(keys.authority(now), ["localhost", "127.0.0.1"], now)
+    other = keys.make_server_certificate(keys.make_authority(now), ["localhost", "127.0.0.1"], now)
     with serving(came) as server, proxy(server.server_address[1], tmp_path) as (folder, port):
         secured(server, other, tmp_path / "behind")
         status, said = Door(folder, port, came).ask(request("/v1/fleet/pull-messages"))

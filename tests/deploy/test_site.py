@@ -12,20 +12,20 @@ from peft import PeftModel
 from safetensors.torch import load_file, save
 from transformers import AutoModelForCausalLM
 
-from fedgen_edge.algorithms.share import everything
+from fedgen_edge.algorithms.share import share_all
+from fedgen_edge.compression.serialize import decode, encode
 from fedgen_edge.config import to_toml
-from fedgen_edge.deploy import site as sites_room
-from fedgen_edge.deploy import store
-from fedgen_edge.deploy.settings import digest as recipe_digest
-from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.engines.exchange import Answer, line, read
-from fedgen_edge.engines.serial import serial
+from fedgen_edge.deploy.settings import hash_settings as recipe_digest
+from fedgen_edge.deploy.site import site as sites_room
+from fedgen_edge.deploy.site import store
+from fedgen_edge.deploy.site.site import Site, open_site
+from fedgen_edge.engines.serial import run_serially
 from fedgen_edge.errors import ConfigError, DataError
-from fedgen_edge.experiments.build import Experiment, build
-from fedgen_edge.rounds import rounds, sample
+from fedgen_edge.federation.rounds import rounds, sample_clients
+from fedgen_edge.network.messages import Answer, decode_message, encode_line
+from fedgen_edge.runs.build import Experiment, build
 from fedgen_edge.types import Leaves, Order, ServerState, Update
-from fedgen_edge.uplink.transform import decode, encode
-from sites import NAMES, RUN, Server, ask, kit, recipe, rows, terms, work, write_rows
+from support.sites import NAMES, RUN, Server, ask, kit, recipe, rows, terms, work, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def sites(made: list[Path], tmp_path: Path) -> list[Site]:
     """The three sites, each with a state of its own."""
     opened = [open_site(folder) for folder in made]
     return [
-        replace(site, state=store.open_state(tmp_path / site.name / "state")) for site in opened
+        replace(site, state=store.open_store(tmp_path / site.name / "state")) for site in opened
     ]
 
 
@@ -65,7 +65,7 @@ def federate(server: Server, simulation: Experiment) -> ServerState:
         server.ask(number, "join", 0)
     for r in range(federation.rounds):
         updates = []
-        for number in sample(federation, len(server.sites), r):
+        for number in sample_clients(federation, len(server.sites), r):
             answer = server.ask(number, "train", r, state.adapter)
             server.count(number, answer)
             said, order = answer.said, Order((number,), r, state.adapter)
@@ -102,9 +102,11 @@ def test_sites_that_train_and_tune_end_as_the_simulation_bit_for_bit(
     sites: list[Site], simulation: Experiment
 ) -> None:
     memory: dict[int, Leaves] = {}
-    simulated = simulation.remembering(memory)
+    simulated = simulation.with_client_states(memory)
     federation = simulation.settings.federation
-    *_, commit = rounds(simulated.start(), simulated.algorithm, serial, simulated.train, federation)
+    *_, commit = rounds(
+        simulated.start(), simulated.algorithm, run_serially, simulated.train, federation
+    )
     server = Server(sites)
     state = federate(server, simulation)
     assert equal(state.adapter, commit.state.adapter)
@@ -113,16 +115,16 @@ def test_sites_that_train_and_tune_end_as_the_simulation_bit_for_bit(
     answers = [server.ask(c, "evaluate", state.round, state.adapter) for c in range(3)]
     assert sum(a.said["validation"]["total"] for a in answers) == judged["total"]
     for number, site in enumerate(sites):
-        own = simulated.own(commit.state, memory.get(number, {}), number)
+        own = simulated.get_client_model(commit.state, memory.get(number, {}), number)
         shard = simulated.clients.shards[number]
-        assert answers[number].said["test"] == simulated.sums(own, shard.test)
+        assert answers[number].said["test"] == simulated.evaluate_client(own, shard.test)
         order = Order((number,), state.round, commit.state.adapter)
         tuned = simulated.tune([order], stacked=False)[0]
         said = server.ask(number, "personalise", state.round, state.adapter).said
         assert said["validation"] == tuned.history
         assert said["chosen"] == tuned.chosen
-        assert said["test"] == simulated.sums(tuned.adapter, shard.test)
-        folder = site.state.past(RUN).personal
+        assert said["test"] == simulated.evaluate_client(tuned.adapter, shard.test)
+        folder = site.state.get_run_store(RUN).personal_folder
         assert equal(simulation.task.model.load(folder), tuned.adapter)
 
 
@@ -196,7 +198,7 @@ def test_numbers_that_cannot_be_are_refused(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"terms": {"protocol": 2}}', "x" * 70_000])
 def test_a_line_that_is_no_work_is_answered_with_a_refusal(site: Site, text: str) -> None:
-    answer = read(Answer, *site.handle(text, b"\0" * 9))
+    answer = decode_message(Answer, *site.handle(text, b"\0" * 9))
     assert answer.refused in {"malformed", "line-too-long"}
 
 
@@ -224,7 +226,7 @@ def test_an_adapter_that_does_not_fit_is_never_loaded(
     site: Site, simulation: Experiment, kind: Any, harm: str
 ) -> None:
     whole = simulation.start().adapter
-    shared = {k: v for k, v in whole.items() if k in site.shared}
+    shared = {k: v for k, v in whole.items() if k in site.shared_shapes}
     assert ask(site, work(site, kind, payload=harmed(harm, shared))).refused == harm
     if kind != "evaluate":  # which is of the backbone then
         assert ask(site, work(site, kind)).refused == "wrong-length"
@@ -235,7 +237,7 @@ def test_an_adapter_that_does_not_fit_is_never_loaded(
 
 def test_an_update_with_a_private_leaf_never_leaves(site: Site, simulation: Experiment) -> None:
     # a method that says one thing when the site opens, and another when it sends
-    algorithm = replace(site.experiment.algorithm, sends=everything)
+    algorithm = replace(site.experiment.algorithm, sends=share_all)
     clients = replace(site.experiment.clients, algorithm=algorithm)
     leaking = replace(site, experiment=replace(site.experiment, clients=clients))
     answer = ask(leaking, work(leaking, "train", simulation.start().adapter))
@@ -278,7 +280,7 @@ def test_a_failure_is_answered_by_its_class_and_says_nothing_of_the_data(
         (FileNotFoundError(2, "No such file", "/secret/name"), "FileNotFoundError: No such file"),
         (RuntimeError("shapes differ\nMrs Smith"), "RuntimeError: shapes differ"),
     ):
-        monkeypatch.setattr(sites_room, "WAYS", {"train": fails(error)})
+        monkeypatch.setattr(sites_room, "HANDLERS", {"train": fails(error)})
         answer = ask(site, work(site, "train", simulation.start().adapter))
         assert (answer.refused, answer.said) == ("failed", {"reason": told})
     assert "born 1950" in capsys.readouterr().err  # the site's own log has it all
@@ -291,7 +293,7 @@ def test_the_personal_adapter_is_pefts_and_is_said_of_again_from_the_disk(
     first = ask(site, asked)
     assert first.payload == b""
     assert ask(site, replace(asked, attempt=4)).said == first.said  # the seconds too
-    folder = site.state.past(RUN).personal
+    folder = site.state.get_run_store(RUN).personal_folder
     told = json.loads((folder / "provenance.json").read_text())
     assert (told["client"], told["round"], told["method"]) == ("east", 3, "fedper")
     assert told["backbone_sha256"] == site.experiment.task.model.sha256
@@ -342,13 +344,13 @@ def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
 def test_a_line_is_short_and_plain(site: Site, simulation: Experiment) -> None:
     text, payload = site.handle(*_spoken(site, simulation.start().adapter))
     assert "\n" not in text
-    assert len(payload) == site.largest
+    assert len(payload) == site.max_payload_bytes
     assert "payload" not in json.loads(text)
 
 
 def _spoken(site: Site, adapter: Leaves) -> Sequence[Any]:
     asked = work(site, "train", adapter)
-    return line(asked), asked.payload
+    return encode_line(asked), asked.payload
 
 
 def test_recipe_and_kit_are_written_as_they_are_read(tmp_path: Path) -> None:

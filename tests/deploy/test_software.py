@@ -17,9 +17,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from fedgen_edge.config import from_table
-from fedgen_edge.deploy import kits
-from fedgen_edge.deploy.software import pack_software
-from fedgen_edge.deploy.wheel import build_wheel
+from fedgen_edge.deploy.provision import kits
+from fedgen_edge.deploy.provision.software import pack_software
+from fedgen_edge.deploy.provision.wheel import build_wheel
 
 ROOT = Path(__file__).parents[2]
 LOCK = ROOT / "requirements-kit.lock"
@@ -74,7 +74,7 @@ def test_a_wheel_made_of_an_installed_wheel_is_the_same_to_the_byte(
     wheel: Path, site: Path
 ) -> None:
     program = (
-        "import hashlib; from fedgen_edge.deploy.wheel import build_wheel; "
+        "import hashlib; from fedgen_edge.deploy.provision.wheel import build_wheel; "
         "name, content = build_wheel(); print(name, hashlib.sha256(content).hexdigest())"
     )
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
@@ -84,7 +84,9 @@ def test_a_wheel_made_of_an_installed_wheel_is_the_same_to_the_byte(
 def test_a_package_that_was_changed_after_its_installation_goes_into_no_kit(site: Path) -> None:
     changed = site / "fedgen_edge" / "seeds.py"
     changed.write_text(changed.read_text() + "\n")
-    said = run_installed(site, "from fedgen_edge.deploy.wheel import build_wheel; build_wheel()")
+    said = run_installed(
+        site, "from fedgen_edge.deploy.provision.wheel import build_wheel; build_wheel()"
+    )
     assert said.splitlines()[-1].endswith(
         f"ConfigError: {changed} is not as it was installed: install fedgen-edge again before a "
         "kit is made of it"
@@ -107,7 +109,7 @@ def test_the_wheel_has_recipes_types_and_the_lock_and_no_trace_of_this_machine(w
 
 def test_the_kit_of_an_installed_server_has_the_whole_lock(site: Path) -> None:
     program = (
-        "from fedgen_edge.deploy.software import *; print(find_shipped(LOCK)); "
+        "from fedgen_edge.deploy.provision.software import *; print(find_shipped(LOCK)); "
         "print(pack_software()['requirements.txt'].decode(), end='')"
     )
     where, _, requirements = run_installed(site, program).partition("\n")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from damage import damages, mistake
-from fedgen_edge.deploy import site as sites_room
-from fedgen_edge.deploy import store
-from fedgen_edge.deploy.site import Site, open_site
-from fedgen_edge.engines.exchange import digest
+from fedgen_edge.deploy.site import site as sites_room
+from fedgen_edge.deploy.site import store
+from fedgen_edge.deploy.site.site import Site, open_site
+from fedgen_edge.network.messages import digest
 from fedgen_edge.types import Leaves
-from sites import RUN, Server, ask, kit, work
+from support.damage import damages, mistake
+from support.sites import RUN, Server, ask, kit, work
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Site:
 @pytest.fixture
 def site(opened: Site, tmp_path: Path) -> Site:
     """In the run, with a state of its own."""
-    site = replace(opened, state=store.open_state(tmp_path / "state"))
+    site = replace(opened, state=store.open_store(tmp_path / "state"))
     assert ask(site, work(site, "join")).refused is None
     return site
 
@@ -43,7 +43,7 @@ def test_what_is_asked_again_is_answered_from_the_disk(
 ) -> None:
     asked = work(site, "train", site.start)
     first = ask(site, asked)
-    monkeypatch.setattr(sites_room, "_check_sent", None)  # a second training would fail
+    monkeypatch.setattr(sites_room, "_check_update", None)  # a second training would fail
     again = ask(site, replace(asked, attempt=1))
     assert (again.payload, again.said, again.attempt) == (first.payload, first.said, 1)
     for other in ({"round": 1}, {"client": 1}, {"accepted": digest(first.payload)}):
@@ -51,7 +51,7 @@ def test_what_is_asked_again_is_answered_from_the_disk(
 
 
 def remembered(site: Site, accepted: str | None) -> Leaves | None:
-    return site.state.past(RUN).remembered(accepted)
+    return site.state.get_run_store(RUN).load_client_state(accepted)
 
 
 def test_memory_is_that_of_the_last_update_that_counts(site: Site) -> None:
@@ -81,7 +81,7 @@ def test_updates_that_can_no_longer_count_are_deleted(site: Site) -> None:
     for r in range(5):
         answers.append(server.ask(0, "train", r, adapter))
         server.count(0, answers[-1])
-    there = {p.name[:5] for p in site.state.past(RUN).folder.glob("trained/*")}
+    there = {p.name[:5] for p in site.state.get_run_store(RUN).folder.glob("trained/*")}
     assert there == {"00002", "00003", "00004"}
     # a server whose last commit was damaged goes on from the one before
     server.accepted[0] = digest(answers[2].payload)
@@ -102,7 +102,7 @@ def test_damaged_memory_is_refused_by_its_name(
 ) -> None:
     server, adapter = Server([site]), site.start
     server.count(0, server.ask(0, "train", 0, adapter))
-    (path,) = site.state.past(RUN).folder.glob("trained/*/memory.safetensors")
+    (path,) = site.state.get_run_store(RUN).folder.glob("trained/*/memory.safetensors")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
     more = {"round": 1, "accepted": server.accepted[0]}
     answer = ask(site, work(site, "train", adapter, **more))
@@ -122,7 +122,7 @@ def story(site: Site, adapter: Leaves) -> list[Any]:
     server.count(0, told[-1])
     told += [server.ask(0, kind, 2, adapter) for kind in ("train", "evaluate", "personalise")]
     shown = [({k: v for k, v in a.said.items() if k != "seconds"}, a.payload) for a in told]
-    personal = site.state.past(RUN).personal / "adapter_model.safetensors"
+    personal = site.state.get_run_store(RUN).personal_folder / "adapter_model.safetensors"
     return [*shown, personal.read_bytes()]
 
 
@@ -155,9 +155,9 @@ def test_killed_at_any_write_and_asked_again_a_site_answers_the_same(tmp_path: P
     point, alive = 0, True
     while alive:
         point += 1
-        own = replace(site, state=store.open_state(tmp_path / f"{point}"))
+        own = replace(site, state=store.open_store(tmp_path / f"{point}"))
         alive = killed_at(point, lambda own=own: story(own, adapter))
-        back = replace(own, state=store.open_state(own.state.folder))
+        back = replace(own, state=store.open_store(own.state.folder))
         assert story(back, adapter) == expected, point
         assert not list(back.state.folder.rglob(".*"))
     assert point > 20  # every write of join, train and personalise was one
@@ -166,7 +166,7 @@ def test_killed_at_any_write_and_asked_again_a_site_answers_the_same(tmp_path: P
 def test_a_damaged_update_is_made_again(site: Site) -> None:
     asked = work(site, "train", site.start)
     first = ask(site, asked)
-    (path,) = site.state.past(RUN).folder.glob("trained/*/payload.safetensors")
+    (path,) = site.state.get_run_store(RUN).folder.glob("trained/*/payload.safetensors")
     path.write_bytes(b"x" + path.read_bytes()[1:])
     assert ask(site, asked).payload == first.payload
     assert digest(path.read_bytes()) == digest(first.payload)
@@ -180,10 +180,10 @@ def test_stopped_while_it_tunes_anew_a_site_says_nothing_of_an_adapter_that_is_g
 
     asked = work(site, "personalise", site.start, round=3)
     first = ask(site, asked)
-    path = site.state.past(RUN).personal / "adapter_model.safetensors"
+    path = site.state.get_run_store(RUN).personal_folder / "adapter_model.safetensors"
     content = path.read_bytes()
     with monkeypatch.context() as stopping:
-        stopping.setattr(store.Past, "tuned", stops)
+        stopping.setattr(store.RunStore, "record_tuning", stops)
         with pytest.raises(KeyboardInterrupt):
             ask(site, replace(asked, round=2))
     assert path.read_bytes() != content
@@ -193,18 +193,22 @@ def test_stopped_while_it_tunes_anew_a_site_says_nothing_of_an_adapter_that_is_g
 
 @pytest.mark.parametrize("name", ["run.json", "trained.json", "personal.json"])
 def test_a_damaged_note_is_as_none(site: Site, name: str) -> None:
-    asked = store.Asked(0, 0, "b" * 64, None)
-    past = site.state.past(RUN)
-    past.keep(store.Trained(asked, b"payload", {}, {"loss": 1.0}))
+    asked = store.RequestKey(0, 0, "b" * 64, None)
+    past = site.state.get_run_store(RUN)
+    past.save_update(store.StoredUpdate(asked, b"payload", {}, {"loss": 1.0}))
     past.begin_tuning()
-    past.tuned(asked, {"chosen": 0})
+    past.record_tuning(asked, {"chosen": 0})
     path = next(site.state.folder.rglob(name))
     for content in damages(path):
         path.write_bytes(content)
-        acts = (site.state.bound, partial(past.again, asked), partial(past.tuned_again, asked))
-        for act in (*acts, partial(past.lost, "c" * 64)):
+        acts = (
+            site.state.get_run,
+            partial(past.find_answer, asked),
+            partial(past.find_tuning, asked),
+        )
+        for act in (*acts, partial(past.is_update_missing, "c" * 64)):
             assert mistake(act, content) == ""
     path.write_bytes(b"[" * 5000)
-    assert {"run.json": site.state.bound, "trained.json": partial(past.again, asked)}.get(
-        name, partial(past.tuned_again, asked)
+    assert {"run.json": site.state.get_run, "trained.json": partial(past.find_answer, asked)}.get(
+        name, partial(past.find_tuning, asked)
     )() is None

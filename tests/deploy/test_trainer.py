@@ -14,14 +14,27 @@ from pathlib import Path
 
 import pytest
 
-from fedgen_edge.deploy.processes import Kept
-from fedgen_edge.deploy.site import open_site
-from fedgen_edge.deploy.trainer import KEY, SOCKET, Forward, make_key, reachable
-from fedgen_edge.engines.exchange import Answer, Terms, Work, digest, line, read
-from sites import RUN, ask, kit, work
+from fedgen_edge.deploy.processes import Supervisor
+from fedgen_edge.deploy.site.site import open_site
+from fedgen_edge.deploy.site.trainer import (
+    KEY,
+    SOCKET,
+    TrainerClient,
+    make_key,
+    shorten_socket_path,
+)
+from fedgen_edge.network.messages import (
+    Answer,
+    Terms,
+    WorkRequest,
+    decode_message,
+    digest,
+    encode_line,
+)
+from support.sites import RUN, ask, kit, work
 
 BOUND = 120.0
-LINE = line(Work("train", Terms(RUN, "r", "b"), 0, 2, 1, None))
+LINE = encode_line(WorkRequest("train", Terms(RUN, "r", "b"), 0, 2, 1, None))
 
 
 @pytest.fixture
@@ -33,17 +46,17 @@ def state(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def attended(state: Path, handle: str, before: str = "") -> Iterator[Kept]:
+def attended(state: Path, handle: str, before: str = "") -> Iterator[Supervisor]:
     """A process that attends with the handler of these lines, started again when it dies."""
     script = (
         f"{before}import os, signal, sys, time\n"
         "from pathlib import Path\n"
-        "from fedgen_edge.deploy.trainer import attend\n"
+        "from fedgen_edge.deploy.site.trainer import serve_requests\n"
         f"state = Path({str(state)!r})\n"
         f"def handle(text, payload):\n{handle}"
-        "attend(state, handle)\n"
+        "serve_requests(state, handle)\n"
     )
-    kept = Kept([sys.executable, "-c", script], state / "log", first=0.05)
+    kept = Supervisor([sys.executable, "-c", script], state / "log", first_delay=0.05)
     kept.start()
     try:
         yield kept
@@ -51,8 +64,13 @@ def attended(state: Path, handle: str, before: str = "") -> Iterator[Kept]:
         kept.stop()
 
 
-def forward(state: Path, **more: float) -> Forward:
-    return Forward(state, threading.Event(), up=more.get("up", BOUND), done=more.get("done", BOUND))
+def forward(state: Path, **more: float) -> TrainerClient:
+    return TrainerClient(
+        state,
+        threading.Event(),
+        start_seconds=more.get("up", BOUND),
+        work_seconds=more.get("done", BOUND),
+    )
 
 
 ECHO = "    return text[::-1], payload[::-1]\n"
@@ -75,7 +93,7 @@ def test_a_kit_may_lie_deeper_than_a_sockets_name_is_long(tmp_path: Path) -> Non
     assert len(str(deep / SOCKET)) > 108
     with attended(deep, ECHO):
         assert forward(deep)("abc", b"xy") == ("cba", b"yx")
-    with reachable(deep / SOCKET) as short:
+    with shorten_socket_path(deep / SOCKET) as short:
         folder = Path(short).parents[1]
     assert not folder.exists()
 
@@ -83,8 +101,8 @@ def test_a_kit_may_lie_deeper_than_a_sockets_name_is_long(tmp_path: Path) -> Non
 def test_who_has_another_key_is_not_answered(state: Path) -> None:
     with attended(state, ECHO):
         asks = forward(state)
-        assert asks.ready()
-        with reachable(state / SOCKET) as name, pytest.raises(AuthenticationError):
+        assert asks.wait_until_ready()
+        with shorten_socket_path(state / SOCKET) as name, pytest.raises(AuthenticationError):
             Client(name, "AF_UNIX", authkey=b"another")
         assert asks("abc", b"") == ("cba", b"")  # and others are, after it
 
@@ -92,9 +110,9 @@ def test_who_has_another_key_is_not_answered(state: Path) -> None:
 def test_who_hangs_up_does_not_stop_the_trainer(state: Path) -> None:
     with attended(state, ECHO):
         asks, key = forward(state), (state / KEY).read_bytes()
-        assert asks.ready()
+        assert asks.wait_until_ready()
         for said in ([], [b"abc"], [b"abc", b"payload"]):
-            with reachable(state / SOCKET) as name, Client(name, authkey=key) as rude:
+            with shorten_socket_path(state / SOCKET) as name, Client(name, authkey=key) as rude:
                 for part in said:
                     rude.send_bytes(part)
         assert asks("abc", b"") == ("cba", b"")
@@ -108,7 +126,7 @@ def test_a_trainer_that_dies_at_its_work_is_said_to_once_it_is_back(state: Path)
     )
     with attended(state, dies):
         asks = forward(state)
-        answer = read(Answer, *asks(LINE, b"payload"))
+        answer = decode_message(Answer, *asks(LINE, b"payload"))
         assert (answer.refused, answer.kind, answer.round, answer.attempt) == (
             "trainer-died",
             "train",
@@ -122,8 +140,8 @@ def test_a_trainer_that_dies_at_its_work_is_said_to_once_it_is_back(state: Path)
 
 def test_every_wait_ends(state: Path) -> None:
     absent = forward(state, up=0.2)
-    assert read(Answer, *absent(LINE, b"")).refused == "trainer-not-up"
-    assert not absent.ready()
+    assert decode_message(Answer, *absent(LINE, b"")).refused == "trainer-not-up"
+    assert not absent.wait_until_ready()
     with attended(state, "    time.sleep(600)\n") as kept:
         killed: list[bool] = []
 
@@ -131,23 +149,23 @@ def test_every_wait_ends(state: Path) -> None:
             killed.append(True)
             kept.kill()
 
-        asks = Forward(state, threading.Event(), late, BOUND, 0.3)
-        assert read(Answer, *asks(LINE, b"")).refused == "trainer-late"
+        asks = TrainerClient(state, threading.Event(), late, BOUND, 0.3)
+        assert decode_message(Answer, *asks(LINE, b"")).refused == "trainer-late"
         assert killed
         stop = threading.Event()
         threading.Timer(0.3, stop.set).start()
-        Forward(state, stop, late, BOUND, BOUND)(LINE, b"")
+        TrainerClient(state, stop, late, BOUND, BOUND)(LINE, b"")
         assert stop.is_set()
         assert len(killed) == 1
 
 
 def test_a_line_that_is_no_work_is_refused_though_no_trainer_is_there(state: Path) -> None:
-    assert read(Answer, *forward(state, up=0.1)("nonsense", b"")).refused == "malformed"
+    assert decode_message(Answer, *forward(state, up=0.1)("nonsense", b"")).refused == "malformed"
 
 
 def test_the_light_side_imports_nothing_heavy() -> None:
     script = (
-        "import sys, fedgen_edge.deploy.trainer\n"
+        "import sys, fedgen_edge.deploy.site.trainer\n"
         "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
     told = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
@@ -161,10 +179,10 @@ def test_nothing_is_ever_pickled(state: Path, monkeypatch: pytest.MonkeyPatch) -
         assert forward(state)("abc", b".\x95\x04\x80") == ("cba", b"\x80\x04\x95.")
 
 
-def resident(folder: Path, ends: list[object]) -> Kept:
-    command = [sys.executable, "-m", "fedgen_edge.deploy.trainer", str(folder)]
+def resident(folder: Path, ends: list[object]) -> Supervisor:
+    command = [sys.executable, "-m", "fedgen_edge.deploy.site.trainer", str(folder)]
     told: Callable[..., bool] = lambda ended: ends.append(ended) is None and ended.code < 0  # noqa: E731
-    return Kept(command, folder / "state" / "trainer.log", told, first=0.05)
+    return Supervisor(command, folder / "state" / "trainer.log", told, first_delay=0.05)
 
 
 def test_killed_and_started_again_the_trainer_answers_as_the_site(tmp_path: Path) -> None:
@@ -177,13 +195,13 @@ def test_killed_and_started_again_the_trainer_answers_as_the_site(tmp_path: Path
     kept.start()
     try:
         joins, trains = work(site, "join"), work(site, "train", site.start)
-        assert read(Answer, *asks(line(joins), b"")).refused is None
+        assert decode_message(Answer, *asks(encode_line(joins), b"")).refused is None
         timer = threading.Timer(0.05, kept.kill)
         timer.start()
-        first = read(Answer, *asks(line(trains), trains.payload))
+        first = decode_message(Answer, *asks(encode_line(trains), trains.payload))
         timer.join()
         assert first.refused in {None, "trainer-died"}  # it may have been quicker than the kill
-        while (again := read(Answer, *asks(line(trains), trains.payload))).refused:
+        while (again := decode_message(Answer, *asks(encode_line(trains), trains.payload))).refused:
             assert (again.refused, len(ends)) == ("trainer-died", 0)  # nor is the kill at once
         expected = ask(site, trains)
         assert (again.payload, again.said) == (expected.payload, expected.said)
@@ -197,7 +215,7 @@ def test_what_the_user_is_to_mend_is_one_line_and_exits_with_2(tmp_path: Path) -
     (folder / "texts.jsonl").write_text("no json\n")
     (folder / "state").mkdir()
     make_key(folder / "state")
-    command = [sys.executable, "-m", "fedgen_edge.deploy.trainer", str(folder)]
+    command = [sys.executable, "-m", "fedgen_edge.deploy.site.trainer", str(folder)]
     told = subprocess.run(command, capture_output=True, text=True, timeout=BOUND, check=False)
     assert told.returncode == 2
     assert told.stdout == ""
@@ -210,10 +228,10 @@ def test_a_terminated_trainer_ends_well_and_one_state_has_one_trainer(tmp_path: 
     folder = kit(tmp_path / "east", "east")
     (folder / "state").mkdir()
     make_key(folder / "state")
-    command = [sys.executable, "-m", "fedgen_edge.deploy.trainer", str(folder)]
+    command = [sys.executable, "-m", "fedgen_edge.deploy.site.trainer", str(folder)]
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
-        assert forward(folder / "state").ready()
+        assert forward(folder / "state").wait_until_ready()
         second = subprocess.run(command, capture_output=True, text=True, timeout=BOUND, check=False)
         assert second.returncode == 2
         assert "in use by another process" in second.stderr

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import torch
 
-from fedgen_edge.algorithms.methods import method
-from fedgen_edge.client import descend
+from fedgen_edge.algorithms.methods import make_algorithm
 from fedgen_edge.config import Settings, from_table
-from fedgen_edge.planning.memory import Work, begun, blank, recipe_of
-from fedgen_edge.tasks.language import Language
-from fedgen_edge.tasks.outline import checkpointed, made_of, outlined
+from fedgen_edge.federation.client import descend
+from fedgen_edge.planning.memory import StepPlan, make_blank_batch, make_client_start, make_recipe
+from fedgen_edge.tasks.language.config_only import (
+    build_from_config,
+    enable_checkpointing,
+    make_config,
+)
+from fedgen_edge.tasks.language.task import Language
 
 
 def held(key: str) -> int:
@@ -23,11 +27,11 @@ def held(key: str) -> int:
     return 1024 * int(told[1])
 
 
-def train(settings: Settings, task: Language, work: Work) -> None:
-    algorithm = method(settings.method)
-    start, told = begun(algorithm, task, work)
-    recipe = recipe_of(settings, algorithm, start, algorithm.corrects, [])
-    for _ in descend(task, start, told, [blank(work)] * 2, recipe):
+def train(settings: Settings, task: Language, work: StepPlan) -> None:
+    algorithm = make_algorithm(settings.method)
+    start, told = make_client_start(algorithm, task, work)
+    recipe = make_recipe(settings, algorithm, start, algorithm.corrects, [])
+    for _ in descend(task, start, told, [make_blank_batch(work)] * 2, recipe):
         pass
 
 
@@ -35,14 +39,14 @@ def main(rows: int, length: int, clients: int, again: int, kind: str = "float32"
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
     settings = from_table({"adapter": {"rank": 4}})
-    task = outlined(made_of(json.load(sys.stdin)), settings.adapter, dtype)
-    task = checkpointed(task) if again else task
-    train(settings, task, Work(1, 8, min(clients, 1), bool(again)))  # what libraries keep
+    task = build_from_config(make_config(json.load(sys.stdin)), settings.adapter, dtype)
+    task = enable_checkpointing(task) if again else task
+    train(settings, task, StepPlan(1, 8, min(clients, 1), bool(again)))  # what libraries keep
     gc.collect()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before = held("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    train(settings, task, Work(rows, length, clients, bool(again)))
+    train(settings, task, StepPlan(rows, length, clients, bool(again)))
     return held("VmHWM") - before
 
 

@@ -9,8 +9,14 @@ import torch
 
 from fedgen_edge.config import Adapter, Backbone
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.tasks.families import FAMILIES
-from fedgen_edge.tasks.outline import config_of, made_of, outlined, period, shortened
+from fedgen_edge.tasks.language.config_only import (
+    build_from_config,
+    find_layer_period,
+    load_config,
+    make_config,
+    truncate_layers,
+)
+from fedgen_edge.tasks.language.families import FAMILIES
 
 PUBLISHED = {
     "gpt2": 124_439_808,
@@ -47,35 +53,35 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_familys_parameters_are_the_published_ones(name: str) -> None:
-    config = config_of(Backbone(path=name))
+    config = load_config(Backbone(path=name))
     with torch.device("meta"):
-        task = outlined(config, Adapter(rank=1), torch.bfloat16)
+        task = build_from_config(config, Adapter(rank=1), torch.bfloat16)
     weights = task.model.shapes().values()
     assert sum(torch.Size(shape).numel() for shape in weights) == PUBLISHED[name]
 
 
 def test_a_name_is_known_by_the_last_part_of_a_hub_id_in_any_case() -> None:
-    one, other = (config_of(Backbone(path=p)) for p in ("SmolLM2-135M", "a/SMOLLM2-135m"))
+    one, other = (load_config(Backbone(path=p)) for p in ("SmolLM2-135M", "a/SMOLLM2-135m"))
     assert one.to_dict() == other.to_dict()
 
 
 def test_a_folder_and_its_config_are_the_same_model(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "gpt2", "n_layer": 3}))
-    assert config_of(Backbone(path=str(tmp_path))).n_layer == 3
-    assert config_of(Backbone(path=str(path))).n_layer == 3
+    assert load_config(Backbone(path=str(tmp_path))).n_layer == 3
+    assert load_config(Backbone(path=str(path))).n_layer == 3
 
 
 def test_layers_that_take_turns_are_shortened_by_whole_turns() -> None:
-    config = config_of(Backbone(path="Llama-3.1-8B"))
-    assert period(config) == 1
-    assert shortened(config, 3).num_hidden_layers == 3
+    config = load_config(Backbone(path="Llama-3.1-8B"))
+    assert find_layer_period(config) == 1
+    assert truncate_layers(config, 3).num_hidden_layers == 3
     turns = ["full_attention", "sliding_attention"] * 16
-    config = made_of({"model_type": "gemma2", "num_hidden_layers": 32, "layer_types": turns})
-    assert period(config) == 2
-    assert shortened(config, 4).layer_types == turns[:4]
+    config = make_config({"model_type": "gemma2", "num_hidden_layers": 32, "layer_types": turns})
+    assert find_layer_period(config) == 2
+    assert truncate_layers(config, 4).layer_types == turns[:4]
     config.first_k_dense_replace = 1  # its first layer is another: none can be left out
-    assert period(config) == 32
+    assert find_layer_period(config) == 32
 
 
 WRONG = {
@@ -96,10 +102,10 @@ def test_what_is_no_language_model_is_refused(tmp_path: Path, text: str | None, 
         (tmp_path / "config.json").write_text(text)
     path = "nothing-1B" if text is None else str(tmp_path)
     with pytest.raises(ConfigError, match=words) as caught:
-        config_of(Backbone(path=path))
+        load_config(Backbone(path=path))
     assert re.match(r"backbone.path='", str(caught.value))
 
 
 def test_a_folder_without_a_config_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"has no config\.json"):
-        config_of(Backbone(path=str(tmp_path)))
+        load_config(Backbone(path=str(tmp_path)))

@@ -10,10 +10,10 @@ import torch
 from conftest import sentences
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.experiments.run import create, proceed
-from fedgen_edge.planning.fit import fitted
-from fedgen_edge.planning.memory import client_bytes
-from fedgen_edge.tasks.outline import config_of
+from fedgen_edge.planning.fit import fit_ranks
+from fedgen_edge.planning.memory import estimate_client_bytes
+from fedgen_edge.runs.run import create, proceed
+from fedgen_edge.tasks.language.config_only import load_config
 
 CPU = torch.device("cpu")
 
@@ -33,33 +33,33 @@ def settings(ranks: list[int], memory: list[float], **more: Any) -> Settings:
 @pytest.fixture(scope="module")
 def needs() -> dict[int, int]:
     told = settings([], [])
-    config = config_of(told.backbone)
-    return {rank: client_bytes(told, config, "float32", rank) for rank in (2, 4, 8)}
+    config = load_config(told.backbone)
+    return {rank: estimate_client_bytes(told, config, "float32", rank) for rank in (2, 4, 8)}
 
 
 def test_each_takes_the_largest_rank_that_its_memory_holds(needs: dict[int, int]) -> None:
     assert needs[2] < needs[4] < needs[8]
     room = [needs[4], needs[4] - 1, 1e12, needs[8]]
-    found = fitted(settings([8, 2, 4], [float(r) for r in room]), CPU)
+    found = fit_ranks(settings([8, 2, 4], [float(r) for r in room]), CPU)
     assert found.adapter.ranks == (4, 2, 8, 8)
-    assert fitted(found, CPU) == found  # as it is written down
+    assert fit_ranks(found, CPU) == found  # as it is written down
 
 
 def test_with_one_rank_it_is_only_looked_whether_there_is_room(needs: dict[int, int]) -> None:
     told = settings([], [float(needs[8])])
-    assert fitted(told, CPU) == told
+    assert fit_ranks(told, CPU) == told
     with pytest.raises(ConfigError, match=rf"devices\.memory\[1\].* below {needs[8]}, .* rank 8"):
-        fitted(settings([], [1e12, needs[8] - 1.0]), CPU)
+        fit_ranks(settings([], [1e12, needs[8] - 1.0]), CPU)
 
 
 def test_without_memory_nothing_is_counted() -> None:
     told = settings([2, 4], [])
-    assert fitted(told, CPU) is told
+    assert fit_ranks(told, CPU) is told
 
 
 def test_of_pictures_nothing_can_be_counted() -> None:
     with pytest.raises(ConfigError, match="for text, and task='vae'"):
-        fitted(settings([], [1.0], task="vae"), CPU)
+        fit_ranks(settings([], [1.0], task="vae"), CPU)
 
 
 def test_a_run_sends_by_what_devices_hold(tmp_path: Path, needs: dict[int, int]) -> None:

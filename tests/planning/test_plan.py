@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedgen_edge import cli
+from fedgen_edge.cli import main as cli
 
 TINY = "--backbone.path tiny --federation.clients 4 --federation.rounds 2 --training.steps 2"
 

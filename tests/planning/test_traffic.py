@@ -10,16 +10,21 @@ import torch
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from conftest import suited
-from fedgen_edge import cli
-from fedgen_edge.algorithms.methods import METHODS, method
+from fedgen_edge.algorithms.methods import METHODS, make_algorithm
+from fedgen_edge.cli import main as cli
 from fedgen_edge.config import Backbone, Settings, from_table
-from fedgen_edge.experiments.build import build
-from fedgen_edge.planning.plan import members
-from fedgen_edge.planning.traffic import Road, road, rounds, server_bytes
-from fedgen_edge.rounds import Roster
-from fedgen_edge.rounds import rounds as run
-from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.outline import config_of, outlined
+from fedgen_edge.federation.rounds import Roster
+from fedgen_edge.federation.rounds import rounds as run
+from fedgen_edge.planning.plan import count_clients
+from fedgen_edge.planning.traffic import (
+    ClientTraffic,
+    estimate_rounds,
+    estimate_server_bytes,
+    make_client_traffic,
+)
+from fedgen_edge.runs.build import build
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.language.config_only import build_from_config, load_config
 
 SLOW = {"steps_per_second": [1.0, 2.0, 0.5], "up": [900.0, 5000.0], "down": [4000.0]}
 CHAINS = {
@@ -46,7 +51,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small random GPT-2, whose layers hold their weights the other way round."""
     folder = tmp_path_factory.mktemp("gpt2")
-    tokenizer = AutoTokenizer.from_pretrained(backbones.find(Backbone(path="tiny")))
+    tokenizer = AutoTokenizer.from_pretrained(pretrained.find_folder(Backbone(path="tiny")))
     config = GPT2Config(n_embd=24, n_layer=3, n_head=2, n_positions=128, vocab_size=len(tokenizer))
     GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -66,17 +71,23 @@ def settings(texts: Path, **more: dict[str, Any]) -> Settings:
     return from_table({k: {**table.get(k, {}), **more.get(k, {})} for k in {*table, *more}})
 
 
-def on(told: Settings) -> Road:
-    algorithm, config = method(told.method, adapter=told.adapter), config_of(told.backbone)
+def on(told: Settings) -> ClientTraffic:
+    algorithm, config = (
+        make_algorithm(told.method, adapter=told.adapter),
+        load_config(told.backbone),
+    )
     with torch.device("meta"):
         full = algorithm.adapts == "full"
-        task = outlined(config, told.adapter, torch.float32, full=full)
-    return road(told, algorithm, task.model.leaf_shapes(), members(told))
+        task = build_from_config(config, told.adapter, torch.float32, full=full)
+    return make_client_traffic(told, algorithm, task.model.leaf_shapes(), count_clients(told))
 
 
 def planned(told: Settings) -> list[tuple[int, int]]:
     """Bytes down and up of each round."""
-    return [(r.down, r.up) for r in rounds(told, on(told), 5, told.training.steps or 0)]
+    return [
+        (r.bytes_down, r.bytes_up)
+        for r in estimate_rounds(told, on(told), 5, told.training.steps or 0)
+    ]
 
 
 def recorded(told: Settings) -> tuple[list[tuple[int, int]], list[float]]:
@@ -96,7 +107,7 @@ def recorded(told: Settings) -> tuple[list[tuple[int, int]], list[float]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_methods_bytes_are_known_beforehand(texts: Path, name: str) -> None:
-    ranks = {"adapter": {"ranks": [1, 4, 2]}} if METHODS[name].unequal else {}
+    ranks = {"adapter": {"ranks": [1, 4, 2]}} if METHODS[name].mixed_ranks else {}
     # fedrep's first epoch is the head's, so it wants two of them
     training = {"steps": None, "epochs": 2} if name == "fedrep" else suited(name)
     told = settings(texts, method={"name": name}, training=training, **ranks)
@@ -132,7 +143,7 @@ def test_clocks_bytes_and_those_who_are_late_are_known(texts: Path, name: str) -
     told = settings(texts, method={"name": name}, devices=devices, federation=rounds_of)
     found, clock = recorded(told)
     assert planned(told) == found
-    lasts = [r.seconds for r in rounds(told, on(told), 5, 1)]
+    lasts = [r.seconds for r in estimate_rounds(told, on(told), 5, 1)]
     assert sum(lasts) == pytest.approx(clock[-1], rel=1e-12)
     assert lasts[0] == pytest.approx(clock[0], rel=1e-12)
 
@@ -159,21 +170,23 @@ def test_what_fedgen_run_records_is_what_fedgen_plan_says(
 def test_a_servers_bytes_are_those_of_its_state_and_its_cohort(texts: Path) -> None:
     # Two layers, rank 4: q is 32 x 32 and v 16 x 32, so A has 4 * 32 values, and B 4 * 32 or 4 * 16
     values = 2 * (2 * 128 + 128 + 64)
-    plain = server_bytes(on(settings(texts)), 3)
+    plain = estimate_server_bytes(on(settings(texts)), 3)
     assert plain["adapter"] == 4 * values
     assert plain["state"] == 0
-    up = on(settings(texts)).up(0, 0)
+    up = on(settings(texts)).count_up_bytes(0, 0)
     assert plain["updates"] == 3 * (4 * values + up)
-    adam = server_bytes(on(settings(texts, method={"name": "fedadam"})), 3)
+    adam = estimate_server_bytes(on(settings(texts, method={"name": "fedadam"})), 3)
     assert adam["state"] == 2 * 4 * values
     assert adam["checkpoint"] == 3 * 4 * values
     sgd = suited("scaffold")
     told = settings(texts, method={"name": "scaffold"}, training=sgd)
-    assert server_bytes(on(told), 3)["state"] == 4 * values
+    assert estimate_server_bytes(on(told), 3)["state"] == 4 * values
 
 
 def test_a_stray_setting_of_chance_changes_who_is_asked_and_no_length(texts: Path) -> None:
     told = settings(texts, adapter={"ranks": [1, 4, 2]}, method={"name": "rbla"})
     other = replace(told, federation=replace(told.federation, seed=1))
     assert planned(told) != planned(other)
-    assert {on(told).up(c, 0) for c in range(5)} == {on(other).up(c, 0) for c in range(5)}
+    assert {on(told).count_up_bytes(c, 0) for c in range(5)} == {
+        on(other).count_up_bytes(c, 0) for c in range(5)
+    }

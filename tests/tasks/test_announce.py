@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from tqdm.auto import tqdm
 
-from fedgen_edge.tasks.announce import announce_conversion
+from fedgen_edge.tasks.backbones.pretrained import announce_conversion
 
 
 def test_one_line_of_ours_stands_for_the_bars_of_a_conversion(

@@ -5,9 +5,14 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import attention
-from fedgen_edge.tasks.attention import LONGEST, NAME, grouped, quicken
-from fedgen_edge.tasks.loss import attention as mask
+from fedgen_edge.tasks.backbones import attention
+from fedgen_edge.tasks.backbones.attention import (
+    ATTENTION_NAME,
+    MAX_LENGTH,
+    grouped_attention,
+    use_grouped_attention,
+)
+from fedgen_edge.tasks.language.loss import make_attention_mask as mask
 
 LAYER = nn.Module()
 
@@ -47,7 +52,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, added: Tensor, scaling: flo
 def test_it_is_attention_with_its_gradients(heads: int, groups: int) -> None:
     given = drawn(heads, groups, 7)
     added = mask(segments(7), torch.float32)
-    found, scores = grouped(LAYER, *given, added, scaling=0.3)
+    found, scores = grouped_attention(LAYER, *given, added, scaling=0.3)
     expected = plain(*given, added, 0.3)
     torch.testing.assert_close(found, expected)
     assert scores is None
@@ -62,7 +67,9 @@ def test_it_is_attention_with_its_gradients(heads: int, groups: int) -> None:
 
 def test_without_a_scale_it_is_the_root_of_the_width() -> None:
     given, added = drawn(2, 2, 5), mask(segments(5), torch.float32)
-    torch.testing.assert_close(grouped(LAYER, *given, added)[0], plain(*given, added, 8**-0.5))
+    torch.testing.assert_close(
+        grouped_attention(LAYER, *given, added)[0], plain(*given, added, 8**-0.5)
+    )
 
 
 @pytest.mark.parametrize(("heads", "groups"), [(4, 4), (6, 2)])
@@ -72,7 +79,7 @@ def test_where_nothing_is_learnt_it_says_the_same(
     monkeypatch.delattr(torch, "baddbmm")
     given, added = drawn(heads, groups, 7), mask(segments(7), torch.float32)
     with torch.no_grad():
-        found, _ = grouped(LAYER, *given, added, scaling=0.3)
+        found, _ = grouped_attention(LAYER, *given, added, scaling=0.3)
     torch.testing.assert_close(found, plain(*given, added, 0.3))
     assert found.is_contiguous()
 
@@ -83,11 +90,11 @@ def test_what_it_does_not_do_torchs_kernel_does(case: str, monkeypatch: pytest.M
         raise AssertionError("not this way")
 
     monkeypatch.setattr(torch, "baddbmm", never)
-    length = LONGEST + 1 if case == "long" else 5
+    length = MAX_LENGTH + 1 if case == "long" else 5
     query, key, value = drawn(4, 2, length)
     added = mask(segments(length), torch.float32)
     told = {"no mask": None, "words": added == 0, "long": added}[case]
-    found, _ = grouped(Grouped(), query, key, value, told)
+    found, _ = grouped_attention(Grouped(), query, key, value, told)
     key, value = (each.repeat_interleave(2, 1) for each in (key, value))
     same = F.scaled_dot_product_attention(query, key, value, told, is_causal=told is None)
     torch.testing.assert_close(found, same.transpose(1, 2))
@@ -111,7 +118,7 @@ def test_a_model_says_the_same_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.arange(18).view(2, 9) % 11
     given = {"input_ids": ids, "attention_mask": mask(segment, torch.float32), "use_cache": False}
     before = model(**given).logits
-    quicken(model)
+    use_grouped_attention(model)
     asked = []
     kernel = torch.baddbmm
     monkeypatch.setattr(
@@ -129,5 +136,5 @@ def test_a_model_says_the_same_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_with_another_attention_keeps_it() -> None:
     model = small(attn_implementation="eager")
-    quicken(model)
-    assert model.config._attn_implementation == "eager" != NAME
+    use_grouped_attention(model)
+    assert model.config._attn_implementation == "eager" != ATTENTION_NAME

@@ -8,10 +8,11 @@ import transformers as T
 from transformers import PreTrainedModel
 
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.tasks import backbones, language
-from fedgen_edge.tasks.attention import quicken
-from fedgen_edge.tasks.backbone_checks import check_causal, check_packing
-from fedgen_edge.tasks.loss import TokenLoss
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.backbones.attention import use_grouped_attention
+from fedgen_edge.tasks.language import task as language
+from fedgen_edge.tasks.language.backbone_checks import check_causal, check_packing
+from fedgen_edge.tasks.language.loss import TokenLoss
 
 TYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 BERT = {
@@ -41,7 +42,7 @@ def make(kind: type[PreTrainedModel], seed: int = 0, **shape: Any) -> PreTrained
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4 if weight.ndim > 1 else 1)
-    quicken(model)
+    use_grouped_attention(model)
     return model
 
 
@@ -141,7 +142,7 @@ def test_mixtures_of_experts_are_taken_whatever_their_weights(
 
 @TYPES
 def test_a_plain_decoder_is_taken(dtype: torch.dtype) -> None:
-    model = T.AutoModelForCausalLM.from_pretrained(backbones._tiny(), dtype=dtype)
+    model = T.AutoModelForCausalLM.from_pretrained(pretrained._make_tiny(), dtype=dtype)
     check_causal("tiny", model)
     check_packing("tiny", model)
 
@@ -157,7 +158,7 @@ def test_llama_4s_trunk_is_where_it_is() -> None:
 def test_defaults_that_are_an_expression_stay_one() -> None:
     for kind, targets in language.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.items():
         wanted = [targets] if isinstance(targets, str) else targets
-        assert language.default_targets(kind) == wanted
+        assert language.get_default_targets(kind) == wanted
 
 
 @TYPES

@@ -16,8 +16,8 @@ from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import diffusion, pictures
-from fedgen_edge.tasks.diffusion import Diffusion
+from fedgen_edge.tasks.images import common, diffusion
+from fedgen_edge.tasks.images.diffusion import Diffusion
 from fedgen_edge.types import Leaves
 
 CPU = torch.device("cpu")
@@ -63,7 +63,7 @@ def test_the_error_is_that_of_diffusers_own_noising() -> None:
 
 
 def test_a_network_of_velocities_is_judged_by_diffusers_own_velocity(tmp_path: Path) -> None:
-    make().model.merged(tmp_path, {})
+    make().model.save_merged(tmp_path, {})
     noising = DDPMScheduler(prediction_type="v_prediction")
     noising.save_config(tmp_path)
     task = make(replace(SETTINGS, backbone=replace(SETTINGS.backbone, path=str(tmp_path))))
@@ -105,8 +105,8 @@ def test_training_equals_a_plain_loop_with_peft_and_diffusers() -> None:
 def test_held_out_noise_goes_by_the_picture_and_covers_every_amount() -> None:
     task = make()
     held = task.examples(corpus_for(task, 200, 0), range(200))
-    drawn = [task._held_out(held, level) for level in range(diffusion.LEVELS)]
-    few = task._held_out({k: v[7:9] for k, v in held.items()}, 1)
+    drawn = [task._make_noise(held, level) for level in range(diffusion.NOISE_LEVELS)]
+    few = task._make_noise({k: v[7:9] for k, v in held.items()}, 1)
     assert torch.equal(few["noise"], drawn[1]["noise"][7:9])
     # 800 steps spread over 1,000: no tenth of them is far from 80
     counts = torch.cat([d["step"] for d in drawn]).float().histc(10, 0, 1000)
@@ -126,7 +126,7 @@ def test_peft_loads_an_adapter_and_gives_the_same_output(tmp_path: Path) -> None
         str(tmp_path / "anna"),
     )
     assert isinstance(task.model.adapter, Lora)
-    with task.model.adapter.bound(own):
+    with task.model.adapter.bind(own):
         ours = told(task.module.model)
     torch.testing.assert_close(ours, told(theirs), atol=1e-5, rtol=1e-5)
     assert (ours - told(make().module.model)).abs().max() > 0.01
@@ -136,9 +136,9 @@ def test_merged_equals_unmerged_and_diffusers_loads_it(tmp_path: Path) -> None:
     task = make()
     own = some(task)
     assert isinstance(task.model.adapter, Lora)
-    with task.model.adapter.bound(own):
+    with task.model.adapter.bind(own):
         ours = told(task.module.model)
-    task.model.merged(tmp_path / "whole", own)
+    task.model.save_merged(tmp_path / "whole", own)
     plain = UNet2DModel.from_pretrained(tmp_path / "whole", use_safetensors=True)
     torch.testing.assert_close(told(plain), ours, atol=1e-5, rtol=1e-5)  # pyright: ignore
     again = replace(SETTINGS, backbone=replace(SETTINGS.backbone, path=str(tmp_path / "whole")))
@@ -168,8 +168,8 @@ def test_the_report_gets_a_row_a_class() -> None:
     plan = Evaluation(sample_pictures=2, sample_steps=1)
     (sample,) = make().samples({}, plan, 0)
     assert sample.prompt == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
-    assert sample.picture is not None
-    assert sample.picture.shape == (1, 10 * 10 - 2, 2 * 10 - 2)
+    assert sample.image is not None
+    assert sample.image.shape == (1, 10 * 10 - 2, 2 * 10 - 2)
     with pytest.raises(ConfigError, match="'frog' is no class of pictures"):
         next(make().samples({}, replace(plan, prompts=("frog",)), 0))
     assert not list(make().samples({}, replace(plan, sample_pictures=0), 0))
@@ -177,7 +177,7 @@ def test_the_report_gets_a_row_a_class() -> None:
 
 def test_a_grid_is_laid_out_row_by_row() -> None:
     # Pictures of one pixel, 1 to 3, in two columns: two pixels of white between them.
-    sheet = pictures.grid(torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1, 1), 2)
+    sheet = common.make_grid(torch.tensor([1, 2, 3], dtype=torch.uint8).view(3, 1, 1, 1), 2)
     assert sheet.shape == (1, 4, 4)
     assert (sheet[0, 0, 0], sheet[0, 0, 3], sheet[0, 3, 0]) == (1, 2, 3)
     assert (sheet == 255).sum() == 13
@@ -185,7 +185,7 @@ def test_a_grid_is_laid_out_row_by_row() -> None:
 
 def test_a_network_that_predicts_something_else_is_refused(tmp_path: Path) -> None:
     task = make()
-    task.model.merged(tmp_path / "whole", {})
+    task.model.save_merged(tmp_path / "whole", {})
     DDPMScheduler(prediction_type="sample").save_config(tmp_path / "whole")
     with pytest.raises(ConfigError, match="predicts 'sample': take one that predicts epsilon"):
         make(replace(SETTINGS, backbone=replace(SETTINGS.backbone, path=str(tmp_path / "whole"))))
@@ -213,7 +213,7 @@ def test_pictures_of_another_kind_are_refused(corpus: Corpus, said: str) -> None
 def test_a_folder_that_is_no_unet_is_refused(tmp_path: Path, kept: str) -> None:
     whole = tmp_path / "whole"
     task = make()
-    task.model.merged(whole, {})
+    task.model.save_merged(whole, {})
     for path in whole.iterdir():
         if path.name != kept:
             path.unlink()

@@ -10,14 +10,14 @@ from torch.optim import AdamW
 
 from conftest import corpus_for, trained, wrapped
 from fedgen_edge.adapters.lora import Lora
-from fedgen_edge.algorithms.share import all_but_last
+from fedgen_edge.algorithms.share import share_all_but_last
 from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator, normal
-from fedgen_edge.tasks import diffusion, gan
-from fedgen_edge.tasks.adapted import served
-from fedgen_edge.tasks.gan import Adversaries
-from fedgen_edge.tasks.gan_networks import Gan
+from fedgen_edge.tasks.adapted import use_averages
+from fedgen_edge.tasks.images import diffusion, gan
+from fedgen_edge.tasks.images.gan import GanTask
+from fedgen_edge.tasks.images.gan_networks import Gan
 from fedgen_edge.types import AVERAGE, Batch, Leaves
 
 CPU = torch.device("cpu")
@@ -32,16 +32,16 @@ SETTINGS = from_table(
 )
 
 
-def make(settings: Settings = SETTINGS, *, full: bool = False) -> Adversaries:
+def make(settings: Settings = SETTINGS, *, full: bool = False) -> GanTask:
     return gan.build(settings, full=full, device=CPU)
 
 
-def some(task: Adversaries) -> Leaves:
+def some(task: GanTask) -> Leaves:
     rng = generator("some")
     return {k: torch.randn(v.shape, generator=rng) * 0.2 for k, v in task.init(rng).items()}
 
 
-def drawn(task: Adversaries, count: int, key: int) -> Batch:
+def drawn(task: GanTask, count: int, key: int) -> Batch:
     held = task.examples(corpus_for(task, count, key), range(count))
     return task.draw(held, generator("draw", key))
 
@@ -97,10 +97,10 @@ def test_the_energy_score_is_the_formula() -> None:
     expected = 0.0
     for i in range(3):
         number, label = held["number"][i : i + 1], held["label"][i : i + 1].long()
-        with torch.no_grad(), task.model.adapter.bound(served(own)):  # pyright: ignore
+        with torch.no_grad(), task.model.adapter.bind(use_averages(own)):  # pyright: ignore
             y = [
                 task.network(normal(number, rival, (16,)), label).flatten()
-                for rival in range(gan.RIVALS)
+                for rival in range(gan.GENERATED_PER_IMAGE)
             ]
         x = (held["image"][i].float() / 127.5 - 1).flatten()
         near = sum(float((x - one).square().mean().sqrt()) for one in y) / len(y)
@@ -132,14 +132,14 @@ def test_peft_loads_an_adapter_and_gives_the_same_pictures(tmp_path: Path) -> No
     with torch.no_grad():
         theirs = loaded.get_base_model()(noise, label)
         critic = loaded.get_base_model().critic(theirs, label)
-        with task.model.adapter.bound(served(again)):
+        with task.model.adapter.bind(use_averages(again)):
             ours = task.network(noise, label)
             told = task.network.critic(ours, label)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
     torch.testing.assert_close(told, critic, atol=1e-5, rtol=0)
     assert set(again) == set(own)
 
-    task.model.merged(tmp_path / "merged", own)
+    task.model.save_merged(tmp_path / "merged", own)
     with torch.no_grad():
         merged = Gan.from_pretrained(tmp_path / "merged")(noise, label)
     torch.testing.assert_close(merged, theirs, atol=1e-5, rtol=0)
@@ -152,13 +152,13 @@ def test_a_whole_model_comes_back_as_it_was_served(tmp_path: Path) -> None:
     task.model.save(tmp_path / "whole", own, SETTINGS, {})
     again = task.model.load(tmp_path / "whole")
     assert set(again) == set(own)
-    for name, value in served(own).items():
+    for name, value in use_averages(own).items():
         assert torch.equal(again[name], value)
 
 
 def test_fedper_keeps_the_last_block_of_each_network_with_its_average() -> None:
     names = list(make().init(generator(0)))
-    kept = set(names) - all_but_last(1)(names, None)
+    kept = set(names) - share_all_but_last(1)(names, None)
     layers = {name.rsplit(".", 2)[0] for name in kept}
     assert layers == {"generator.blocks.1", "critic.blocks.1", "average.generator.blocks.1"}
 

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.errors import AdapterError, ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones, language
-from fedgen_edge.tasks.generation import Decoding, encode_chat, holds_chats
-from fedgen_edge.tasks.language import Language
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.generation import Decoding, encode_chat, is_chat_data
+from fedgen_edge.tasks.language import task as language
+from fedgen_edge.tasks.language.task import Language
 from fedgen_edge.types import Leaves
 
 GREEDY = Decoding(max_new_tokens=20, temperature=0.0)
@@ -43,7 +44,7 @@ def task(backbone: str) -> Language:
 @pytest.fixture(scope="module")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny backbone, whose tokenizer has a chat template."""
-    folder, tiny = tmp_path_factory.mktemp("chat"), backbones._tiny()
+    folder, tiny = tmp_path_factory.mktemp("chat"), pretrained._make_tiny()
     AutoModelForCausalLM.from_pretrained(tiny).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.chat_template = CHATML
@@ -80,16 +81,16 @@ def test_greedy_text_equals_that_of_transformers_with_pefts_adapter(
 
 def test_a_full_models_greedy_text_is_that_of_its_weights(tmp_path: Path) -> None:
     task, other = build("tiny", full=True), build("tiny")
-    before = task.generate(task.model.backbone(), "One day", GREEDY, 0)
+    before = task.generate(task.model.get_backbone_leaves(), "One day", GREEDY, 0)
     assert before == other.generate({}, "One day", GREEDY, 0)
-    weights = {k: v + 0.1 for k, v in task.model.backbone().items()}
+    weights = {k: v + 0.1 for k, v in task.model.get_backbone_leaves().items()}
     task.model.save(tmp_path / "model", weights, settings_for("tiny"), {})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
     ids = torch.tensor([task.encode(["One day"])[0][:-1]])
     expected = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20)[0]
     decoded = task.loaded.tokenizer.decode(expected, skip_special_tokens=True)
     assert task.generate(weights, "One day", GREEDY, 0) == decoded
-    assert task.generate(task.model.backbone(), "One day", GREEDY, 0) == before
+    assert task.generate(task.model.get_backbone_leaves(), "One day", GREEDY, 0) == before
 
 
 @pytest.mark.parametrize(
@@ -108,7 +109,7 @@ def test_a_full_model_that_is_not_this_backbones_is_refused(
     tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], line: str
 ) -> None:
     task = build("tiny", full=True)
-    task.model.save(tmp_path / "model", task.model.backbone(), settings_for("tiny"), {})
+    task.model.save(tmp_path / "model", task.model.get_backbone_leaves(), settings_for("tiny"), {})
     weights = load_file(tmp_path / "model" / "model.safetensors")
     change(weights)
     save_file(weights, tmp_path / "model" / "model.safetensors")
@@ -208,7 +209,7 @@ def test_a_chat_template_that_fails_is_one_line(chat_folder: Path) -> None:
     tokenizer.chat_template = "{{ raise_exception('no system message') }}"
     with pytest.raises(ConfigError, match=r"template fails \(no system message\): say --no-chat"):
         encode_chat(tokenizer, "One day")
-    assert not holds_chats(tokenizer, ["One day"])
+    assert not is_chat_data(tokenizer, ["One day"])
 
 
 def test_texts_written_by_the_chat_template_are_chats_and_plain_ones_are_not(
@@ -217,10 +218,10 @@ def test_texts_written_by_the_chat_template_are_chats_and_plain_ones_are_not(
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     turns = [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello."}]
     chat = tokenizer.apply_chat_template(turns, tokenize=False)
-    assert holds_chats(tokenizer, [chat, chat, "A plain text."])
-    assert not holds_chats(tokenizer, [chat, "A plain text.", "Another."])
-    assert not holds_chats(tokenizer, [])
-    assert not holds_chats(AutoTokenizer.from_pretrained(backbones._tiny()), [chat])
+    assert is_chat_data(tokenizer, [chat, chat, "A plain text."])
+    assert not is_chat_data(tokenizer, [chat, "A plain text.", "Another."])
+    assert not is_chat_data(tokenizer, [])
+    assert not is_chat_data(AutoTokenizer.from_pretrained(pretrained._make_tiny()), [chat])
 
 
 def test_the_start_mark_of_a_template_is_no_sign_of_a_chat(chat_folder: Path) -> None:
@@ -229,9 +230,9 @@ def test_the_start_mark_of_a_template_is_no_sign_of_a_chat(chat_folder: Path) ->
     tokenizer.chat_template = (
         start + "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
     )
-    assert holds_chats(tokenizer, ["[INST] hi [/INST] yo"])
+    assert is_chat_data(tokenizer, ["[INST] hi [/INST] yo"])
     tokenizer.chat_template = start + "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    assert not holds_chats(tokenizer, [f"a plain {start} text"])
+    assert not is_chat_data(tokenizer, [f"a plain {start} text"])
 
 
 def test_a_runs_samples_go_on_with_each_prompt(task: Language) -> None:

@@ -14,9 +14,9 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from fedgen_edge.config import Backbone
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.tasks import backbones, gguf_files
-from fedgen_edge.tasks.outline import config_of
-from model_folders import IDS, llama, load
+from fedgen_edge.tasks.backbones import gguf_files, pretrained
+from fedgen_edge.tasks.language.config_only import load_config
+from support.model_folders import IDS, llama, load
 
 MERGES = [("a", "b")]
 ROPE = {"rope_theta": 10000.0}
@@ -102,7 +102,7 @@ def test_a_file_is_its_model_whatever_lies_beside_it(name: str, tmp_path: Path) 
         (tmp_path / other).write_text("{}")
     path = write(tmp_path / name, model)
     assert same(path, model)
-    assert config_of(Backbone(path=str(path))).hidden_size == 16
+    assert load_config(Backbone(path=str(path))).hidden_size == 16
     assert load(path).tokenizer("ab")["input_ids"] == [len(ByteLevel.alphabet()) + 2]
 
 
@@ -191,7 +191,7 @@ def test_tensors_that_do_not_belong_to_the_header_are_named(
     # transformers draws what is lacking, and leaves out what it does not expect
     with pytest.raises(ConfigError, match=words):
         load(write(tmp_path / "toy.gguf", toy(), **how))
-    assert not [*backbones.cache().iterdir()]  # nothing is left behind
+    assert not [*pretrained.get_cache_folder().iterdir()]  # nothing is left behind
 
 
 def test_merges_outside_the_vocabulary_are_one_line(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_folder_that_holds_a_gguf_file_alone_is_told_to_give_the_file(tmp_path
     with pytest.raises(ConfigError, match=f"backbone.path='{path}'"):
         load(tmp_path)
     with pytest.raises(ConfigError, match=f"give the file itself, {path}"):
-        config_of(Backbone(path=str(tmp_path)))
+        load_config(Backbone(path=str(tmp_path)))
 
 
 def test_a_folder_that_an_older_converter_made_is_not_used(

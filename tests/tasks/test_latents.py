@@ -15,8 +15,8 @@ from torch import Tensor
 from conftest import SHARED
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import folders, latents, pictures, taef2
-from fedgen_edge.tasks.latents import scaled
+from fedgen_edge.tasks.images import common, diffusers_io, latents, taef2
+from fedgen_edge.tasks.images.latents import resize
 
 CPU = torch.device("cpu")
 PIXELS = torch.randint(256, (3, 3, 16, 16), generator=generator("pixels"), dtype=torch.uint8)
@@ -57,12 +57,12 @@ def decibels(one: Tensor, two: Tensor) -> float:
 def test_taef2_gives_cifar_back_at_64_pixels_and_at_32() -> None:
     pixels = cifar(16)
     coder = latents.load(SHARED / "taef2", CPU)
-    shape = coder.shape((3, 32, 32))
+    shape = coder.get_latent_shape((3, 32, 32))
     assert shape == (32, 8, 8)
     found = coder.encode(pixels, shape)
-    big = scaled(pictures.values(pixels), (64, 64))
+    big = resize(common.to_values(pixels), (64, 64))
     assert decibels(coder.decode(found, (3, 64, 64)), big) > 29
-    assert decibels(coder.decode(found, (3, 32, 32)), pictures.values(pixels)) > 29
+    assert decibels(coder.decode(found, (3, 32, 32)), common.to_values(pixels)) > 29
     # 1,024 numbers a channel, far from independent: near 0 and 1 is all that they can show
     assert abs(float(found.mean())) < 0.1
     assert abs(float(found.std()) - 1) < 0.1
@@ -76,7 +76,7 @@ def test_a_diffusers_autoencoder_is_shifted_and_scaled_as_its_pipelines_do(
     own = kl(scaling_factor=scale, **{} if shift is None else {"shift_factor": shift})
     own.save_pretrained(tmp_path)
     coder = latents.load(tmp_path, CPU)
-    shape = coder.shape((3, 16, 16))
+    shape = coder.get_latent_shape((3, 16, 16))
     assert shape == (4, 4, 4)
     with torch.no_grad():
         mode = own.encode(VALUES).latent_dist.mode()  # pyright: ignore
@@ -96,13 +96,13 @@ def test_the_tiny_kind_of_diffusers_is_taken_too(tmp_path: Path) -> None:
     coder = latents.load(tmp_path, CPU)
     with torch.no_grad():
         expected = own.encode(VALUES).latents  # pyright: ignore
-    torch.testing.assert_close(coder.encode(PIXELS, coder.shape((3, 16, 16))), expected)
+    torch.testing.assert_close(coder.encode(PIXELS, coder.get_latent_shape((3, 16, 16))), expected)
 
 
 def test_each_picture_has_its_own_latent_whoever_stands_beside_it(tmp_path: Path) -> None:
     kl().save_pretrained(tmp_path)
     coder = latents.load(tmp_path, CPU)
-    shape = coder.shape((3, 16, 16))
+    shape = coder.get_latent_shape((3, 16, 16))
     both = coder.encode(PIXELS, shape)
     torch.testing.assert_close(coder.encode(PIXELS[1:2], shape), both[1:2])
     assert coder.encode(PIXELS[:0], shape).shape == (0, 4, 4, 4)
@@ -112,8 +112,8 @@ def test_pictures_shrink_to_means_and_come_back_from_it() -> None:
     # A checkerboard of 2 x 2 pixels shrinks to its own squares' values.
     board = torch.tensor([[-1.0, 1.0], [1.0, -1.0]]).view(1, 1, 2, 2)
     wide = board.repeat_interleave(2, 2).repeat_interleave(2, 3)
-    assert torch.equal(scaled(wide, (2, 2)), board)
-    assert scaled(board, (4, 4)).abs().max() <= 1
+    assert torch.equal(resize(wide, (2, 2)), board)
+    assert resize(board, (4, 4)).abs().max() <= 1
 
 
 def pickle_alone(folder: Path) -> None:
@@ -131,7 +131,7 @@ def of_another_shape(folder: Path) -> None:
 def of_fewer_weights(folder: Path) -> None:
     kl().save_pretrained(folder)
     weights = {k: v for k, v in kl().state_dict().items() if "conv_out" not in k}
-    save_file(weights, folder / folders.WEIGHTS, metadata={"format": "pt"})
+    save_file(weights, folder / diffusers_io.WEIGHTS, metadata={"format": "pt"})
 
 
 def of_another_name(folder: Path) -> None:
@@ -141,16 +141,16 @@ def of_another_name(folder: Path) -> None:
 
 def swapped(folder: Path) -> None:
     for name in taef2.FILES:
-        save_file(taef2.encoder().state_dict(), folder / name)
+        save_file(taef2.make_encoder().state_dict(), folder / name)
 
 
 def half(folder: Path) -> None:
-    save_file(taef2.encoder().state_dict(), folder / taef2.FILES[0])
+    save_file(taef2.make_encoder().state_dict(), folder / taef2.FILES[0])
 
 
 def cut_short(folder: Path) -> None:
     kl().save_pretrained(folder)
-    path = folder / folders.WEIGHTS
+    path = folder / diffusers_io.WEIGHTS
     path.write_bytes(path.read_bytes()[:1000])
 
 

@@ -23,10 +23,10 @@ from transformers import (
 
 from fedgen_edge.config import Backbone, from_table
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.language import check_length
-from fedgen_edge.tasks.outline import config_of
-from model_folders import IDS, SHAPE, change_json, change_weights, llama, load, save
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.language.config_only import load_config
+from fedgen_edge.tasks.language.task import check_length
+from support.model_folders import IDS, SHAPE, change_json, change_weights, llama, load, save
 
 
 def complaint(call: Callable[[], Any]) -> str:
@@ -124,7 +124,7 @@ def test_a_quantized_model_is_refused_by_its_method(method: str, tmp_path: Path)
     (tmp_path / "model.safetensors").write_bytes(b"is not read")
     for line in (
         complaint(lambda: load(tmp_path)),
-        complaint(lambda: config_of(Backbone(path=str(tmp_path)))),
+        complaint(lambda: load_config(Backbone(path=str(tmp_path)))),
     ):
         assert f"is quantized ({method}" in line
 
@@ -158,7 +158,7 @@ def test_a_configuration_that_is_none_is_one_line(text: str | None, tmp_path: Pa
         (tmp_path / "config.json").write_text(text)
     for line in (
         complaint(lambda: load(tmp_path)),
-        complaint(lambda: config_of(Backbone(path=str(tmp_path)))),
+        complaint(lambda: load_config(Backbone(path=str(tmp_path)))),
     ):
         assert "config.json" in line
 
@@ -205,7 +205,7 @@ def test_a_model_that_needs_its_folders_code_is_refused_without_a_question(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question was asked"))
     for line in (
         complaint(lambda: load(tmp_path)),
-        complaint(lambda: config_of(Backbone(path=str(tmp_path)))),
+        complaint(lambda: load_config(Backbone(path=str(tmp_path)))),
     ):
         assert "needs Python code of its own" in line
     assert not mark.exists()
@@ -293,7 +293,7 @@ def test_no_memory_left_is_not_blamed_on_the_folder(
         AutoModelForCausalLM, "from_pretrained", lambda *_, **__: torch.empty(2**48)
     )
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        backbones.load(Backbone(path=str(folder)), torch.device("cpu"))
+        pretrained.load(Backbone(path=str(folder)), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2"])

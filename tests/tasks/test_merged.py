@@ -21,7 +21,8 @@ from fedgen_edge.adapters import peft_check
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import from_table
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones, language, whole_models
+from fedgen_edge.tasks.backbones import pretrained, whole_models
+from fedgen_edge.tasks.language import task as language
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3]])
 DEFAULT = {"rope_type": "default", "rope_theta": 100_000.0}
@@ -39,7 +40,7 @@ def merged(
     root: Path, targets: tuple[str, ...], rope: dict[str, Any] = DEFAULT, *, tied: bool = True
 ) -> tuple[Path, Tensor]:
     """A merged model's folder, and the logits of backbone and adapter in PEFT."""
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbones._tiny())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained._make_tiny())
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -63,7 +64,7 @@ def merged(
     own = peft_check.draw_noisy(model.adapter, generator("noisy"))
     model.save(root / "adapter", own, told, {})
     plain = AutoModelForCausalLM.from_pretrained(root / "backbone")
-    model.merged(root / "merged", own)
+    model.save_merged(root / "merged", own)
     return root / "merged", logits(PeftModel.from_pretrained(plain, str(root / "adapter")))
 
 
@@ -133,7 +134,7 @@ def test_the_text_part_of_a_model_that_reads_more_has_the_older_names_too(tmp_pa
     rope = {"rope_type": "default", "rope_theta": 1e6}
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"model_type": "x", "text_config": {"rope_parameters": rope}}))
-    whole_models.complete(tmp_path)
+    whole_models.add_legacy_fields(tmp_path)
     assert json.loads(file.read_text())["text_config"] == {
         "rope_parameters": rope,
         "rope_theta": 1e6,

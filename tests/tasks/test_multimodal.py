@@ -13,10 +13,10 @@ from fedgen_edge.config import Adapter, Backbone, Settings, from_table
 from fedgen_edge.data.batches import pack
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import language
-from fedgen_edge.tasks.language import Language
-from fedgen_edge.tasks.outline import config_of, layers, outlined
-from model_folders import SHAPE, save
+from fedgen_edge.tasks.language import task as language
+from fedgen_edge.tasks.language.config_only import build_from_config, count_layers, load_config
+from fedgen_edge.tasks.language.task import Language
+from support.model_folders import SHAPE, save
 
 WINDOW = 64
 
@@ -87,12 +87,12 @@ def test_what_no_text_passes_is_not_trained(gemma: Path) -> None:
 
 
 def test_its_window_and_its_layers_are_the_text_s(gemma: Path) -> None:
-    config = config_of(Backbone(path=str(gemma)))
-    assert layers(config) == 2
+    config = load_config(Backbone(path=str(gemma)))
+    assert count_layers(config) == 2
     with pytest.raises(ConfigError, match=f"above {WINDOW}, the window"):
         language.check_length(settings(gemma, length=WINDOW + 1), config)
     with pytest.raises(ConfigError, match=f"above {SHAPE['max_position_embeddings']}, the context"):
         language.check_length(settings(gemma, length=129), config)
     with torch.device("meta"):
-        task = outlined(config, Adapter(rank=2), torch.float32)
+        task = build_from_config(config, Adapter(rank=2), torch.float32)
     assert task.model.leaf_shapes() == build(gemma).model.leaf_shapes()

@@ -16,17 +16,17 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from fedgen_edge.adapters import formats, peft_check
+from fedgen_edge.adapters import peft_check, peft_io
 from fedgen_edge.adapters.lora import Lora
 from fedgen_edge.config import Settings, from_table
 from fedgen_edge.errors import AdapterError, ConfigError
-from fedgen_edge.experiments.build import Experiment
-from fedgen_edge.experiments.run import create, proceed
+from fedgen_edge.runs.build import Experiment
+from fedgen_edge.runs.run import create, proceed
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.adapted import Adapted
-from fedgen_edge.tasks.language import Language
-from fedgen_edge.tasks.task import TASKS, Learnt
+from fedgen_edge.tasks.adapted import AdaptedModel
+from fedgen_edge.tasks.backbones import pretrained
+from fedgen_edge.tasks.language.task import Language
+from fedgen_edge.tasks.task import TASKS, TrainableTask
 from fedgen_edge.types import Leaves
 
 ATTENTION = ("k_proj", "o_proj", "q_proj", "v_proj")
@@ -37,7 +37,7 @@ IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random mixture of experts: a dense layer, and one with a shared expert."""
     folder = tmp_path_factory.mktemp("moe")
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(backbones._tiny())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(pretrained._make_tiny())
     config = Glm4MoeConfig(
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -80,7 +80,7 @@ def texts(folder: Path) -> dict[str, Any]:
     return {"data": {"source": "jsonl", "path": str(path)}, "partition": {"by": "pooled"}}
 
 
-def built(told: Settings) -> Learnt:
+def built(told: Settings) -> TrainableTask:
     return TASKS[told.task](told, full=False, device=torch.device("cpu"))
 
 
@@ -90,7 +90,7 @@ def language(told: Settings) -> Language:
     return task
 
 
-def noisy(task: Learnt) -> Leaves:
+def noisy(task: TrainableTask) -> Leaves:
     assert isinstance(task.model.adapter, Lora)
     return peft_check.draw_noisy(task.model.adapter, generator("noisy"))
 
@@ -102,7 +102,7 @@ def distance_to_peft(task: Language, folder: Path) -> tuple[float, float]:
     task.model.save(folder, own, settings("tiny"), {})
     plain = AutoModelForCausalLM.from_pretrained(task.loaded.folder, dtype=torch.float32)
     before: Tensor = plain(IDS).logits
-    with task.model.adapter.bound(own):  # pyright: ignore[reportAttributeAccessIssue]
+    with task.model.adapter.bind(own):  # pyright: ignore[reportAttributeAccessIssue]
         ours = task.loaded.model(IDS).logits
     theirs = PeftModel.from_pretrained(plain, str(folder))(IDS).logits
     return float((ours - theirs).abs().max()), float((ours - before).abs().max())
@@ -250,10 +250,10 @@ def test_an_adapter_that_peft_initialised_by_eva_is_read_as_peft_reads_it(tmp_pa
             torch.nn.init.normal_(weight, std=0.1, generator=generator("eva"))
     wrapped.save_pretrained(str(tmp_path / "eva"))
     assert isinstance(task.model.adapter, Lora)
-    leaves = formats.read(tmp_path / "eva", task.model.adapter)
+    leaves = peft_io.read(tmp_path / "eva", task.model.adapter)
     plain = AutoModelForCausalLM.from_pretrained(task.model.folder)
     theirs = PeftModel.from_pretrained(plain, str(tmp_path / "eva"))
-    with torch.no_grad(), task.model.adapter.bound(leaves):
+    with torch.no_grad(), task.model.adapter.bind(leaves):
         torch.testing.assert_close(task.model.network(IDS).logits, theirs(IDS).logits)
 
 
@@ -273,7 +273,7 @@ def test_a_run_that_is_not_begun_lets_its_workers_go(
     def close(experiment: Experiment) -> None:
         closed.append(experiment)
 
-    monkeypatch.setattr(Adapted, "check_peft", refuse)
+    monkeypatch.setattr(AdaptedModel, "check_peft", refuse)
     monkeypatch.setattr(Experiment, "close", close)
     with pytest.raises(type(error)):
         create(settings("tiny", **texts(tmp_path)), tmp_path / "run")

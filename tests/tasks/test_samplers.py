@@ -5,7 +5,7 @@ import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
-from fedgen_edge.tasks.samplers import SAMPLERS, walk
+from fedgen_edge.tasks.images.samplers import SAMPLERS, denoise
 
 NOISING = DDPMScheduler(clip_sample=False)
 KEPT = NOISING.alphas_cumprod
@@ -30,7 +30,7 @@ def apart(sampler: str, steps: int, mean: float, deviation: float) -> float:
     """
     a = KEPT[-1]
     start = a.sqrt() * mean + (a * deviation**2 + 1 - a).sqrt() * NORMAL
-    made = walk(sampler, NOISING, steps, start, exact(mean, deviation))
+    made = denoise(sampler, NOISING, steps, start, exact(mean, deviation))
     return float((made - (mean + deviation * NORMAL)).abs().max())
 
 
@@ -57,6 +57,6 @@ def test_no_more_steps_are_taken_than_there_are(sampler: str) -> None:
         asked.append(step)
         return torch.zeros_like(x)
 
-    walk(sampler, DDPMScheduler(num_train_timesteps=10), 50, NORMAL, ask)
+    denoise(sampler, DDPMScheduler(num_train_timesteps=10), 50, NORMAL, ask)
     assert len(asked) == 10
     assert {*asked} <= {*range(10)}

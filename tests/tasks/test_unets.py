@@ -12,18 +12,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fedgen_edge.adapters.formats import PIPELINE
 from fedgen_edge.adapters.lora import Lora
+from fedgen_edge.adapters.peft_io import PIPELINE_WEIGHTS
 from fedgen_edge.config import Evaluation, Settings, from_table
 from fedgen_edge.data.corpus import Corpus, Images
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.leaves import stack
 from fedgen_edge.seeds import generator
-from fedgen_edge.tasks import diffusion
-from fedgen_edge.tasks.diffusion import Diffusion
-from fedgen_edge.tasks.words import PROMPT
+from fedgen_edge.tasks.images import diffusion
+from fedgen_edge.tasks.images.class_text import PROMPT
+from fedgen_edge.tasks.images.diffusion import Diffusion
 from fedgen_edge.types import Batch, Leaves
-from unets import NAMES, WIDTH, conditional, pipeline, plain
+from support.unets import NAMES, WIDTH, conditional, pipeline, plain
 
 CPU = torch.device("cpu")
 LAYERS = ("to_q", "to_v", "to_out.0", "conv1", "conv2", "conv_shortcut", "proj_in", "conv_in")
@@ -69,7 +69,7 @@ def corpus(shape: tuple[int, int, int], count: int = 6, names: tuple[str, ...] =
 @torch.no_grad()
 def said(task: Diffusion, own: Leaves) -> Tensor:
     assert isinstance(task.model.adapter, Lora)
-    with task.model.adapter.bound(own):
+    with task.model.adapter.bind(own):
         return task.module.predict(NOISY, STEP, LABEL)
 
 
@@ -101,14 +101,14 @@ def test_diffusers_and_peft_load_one_folder_and_say_what_this_says(
     ours, zeros = said(task, own), torch.zeros(3, 1, WIDTH)
 
     one = conditional(num_class_embeds=3)
-    one.load_lora_adapter(str(tmp_path / "anna"), prefix="unet", weight_name=PIPELINE,
+    one.load_lora_adapter(str(tmp_path / "anna"), prefix="unet", weight_name=PIPELINE_WEIGHTS,
                           use_safetensors=True)  # fmt: skip
     close(theirs(one, zeros, numbered=True), ours)
     two = PeftModel.from_pretrained(conditional(num_class_embeds=3), str(tmp_path / "anna"))  # pyright: ignore
     close(theirs(two, zeros, numbered=True), ours)
     assert (said(task, {}) - ours).abs().max() > 0.01
 
-    task.model.merged(tmp_path / "whole", own)
+    task.model.save_merged(tmp_path / "whole", own)
     whole = UNet2DConditionModel.from_pretrained(tmp_path / "whole", use_safetensors=True)
     close(theirs(whole, zeros, numbered=True), ours)
 
@@ -128,7 +128,7 @@ def test_a_network_that_diffusers_adapts_not_has_no_such_file(tmp_path: Path) ->
     told = settings(tmp_path / "unet", ("conv1",))
     task = make(told)
     task.model.save(tmp_path / "anna", some(task), told, {})
-    assert not (tmp_path / "anna" / PIPELINE).exists()
+    assert not (tmp_path / "anna" / PIPELINE_WEIGHTS).exists()
 
 
 def test_a_pipeline_loads_an_adapter_and_draws_what_this_draws(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor
 from fedgen_edge.seeds import BITS, uniform
 
 
-def mask(
-    seed: Int[Tensor, "*clients"], layer: int, shape: tuple[int, ...], share: float
+def draw_mask(
+    seed: Int[Tensor, "*clients"], layer: int, shape: tuple[int, ...], rate: float
 ) -> Float[Tensor, "..."]:
     """Zeros for a share of the elements, 1 / (1 - share) for the others.
 
@@ -19,10 +19,10 @@ def mask(
         seed: one for each client.
         layer: number of the layer, so that no two layers share a mask.
         shape: of one client's elements.
-        share: from 0 to below 1.
+        rate: from 0 to below 1.
 
     Returns:
         `[*clients, *shape]`.
     """
-    kept = uniform(seed, layer, shape) >= int(share * (1 << BITS)) / (1 << BITS)
-    return kept / (1 - share)
+    kept = uniform(seed, layer, shape) >= int(rate * (1 << BITS)) / (1 << BITS)
+    return kept / (1 - rate)

@@ -36,6 +36,6 @@ class Full:
             seed: unused: nothing is dropped out of a full model.
         """
         del seed
-        kinds = {name: p.dtype for name, p in self.model.named_parameters()}
-        own = {f"model.{name}": leaf.to(kinds[name]) for name, leaf in leaves.items()}
-        return functional_call(module, own, (batch,), tie_weights=True)
+        dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
+        parameters = {f"model.{name}": leaf.to(dtypes[name]) for name, leaf in leaves.items()}
+        return functional_call(module, parameters, (batch,), tie_weights=True)

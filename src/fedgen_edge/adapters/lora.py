@@ -14,15 +14,15 @@ import torch
 from jaxtyping import Float
 from torch import Generator, Tensor, nn
 
-from fedgen_edge.adapters.dropout import mask
-from fedgen_edge.adapters.layers import KINDS, Kind, Shape, kind_of
-from fedgen_edge.adapters.targets import ALL, adaptable, choose_layers, share_of_experts
+from fedgen_edge.adapters.dropout import draw_mask
+from fedgen_edge.adapters.layers import KINDS, Kind, Shape, find_kind
+from fedgen_edge.adapters.targets import ALL_LINEAR, choose_layers, get_expert_share, list_adaptable
 from fedgen_edge.config import Adapter
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.types import CORE, RESIDUAL, Leaves
 
 
-class Site(nn.Module):
+class AdaptedLayer(nn.Module):
     """A frozen layer, and the factors that are bound to it at present (none: as it was)."""
 
     def __init__(self, base: nn.Module, kind: Kind, number: int, dropout: float) -> None:
@@ -50,15 +50,15 @@ class Site(nn.Module):
 
     def _mask(self, x: Tensor) -> Tensor:
         assert self.seed is not None
-        own = (x.shape[0] // max(1, self.seed.numel()), *x.shape[1:])
-        return mask(self.seed, self.number, own, self.dropout).reshape(x.shape)
+        client_shape = (x.shape[0] // max(1, self.seed.numel()), *x.shape[1:])
+        return draw_mask(self.seed, self.number, client_shape, self.dropout).reshape(x.shape)
 
 
 @dataclass(frozen=True)
 class Lora:
     """Every adapted layer of one model."""
 
-    sites: dict[str, Site]
+    layers: dict[str, AdaptedLayer]
     rank: int
     scale: float
     """alpha / rank, or alpha / sqrt(rank)."""
@@ -69,21 +69,21 @@ class Lora:
 
     def shapes(self) -> dict[str, Shape]:
         """The shape of every leaf of one adapter."""
-        found = {}
-        for name, site in self.sites.items():
-            a, b = site.kind.shapes(site.base, self.rank)
-            found |= {f"{name}.{site.kind.a}": a, f"{name}.{site.kind.b}": b}
-        return found
+        leaf_shapes = {}
+        for name, layer in self.layers.items():
+            a, b = layer.kind.shapes(layer.base, self.rank)
+            leaf_shapes |= {f"{name}.{layer.kind.a}": a, f"{name}.{layer.kind.b}": b}
+        return leaf_shapes
 
     def init(self, rng: Generator) -> Leaves:
         """A fresh adapter whose update is zero: A uniform as PEFT draws it, B zero.
 
         Of an embedding it is the other way round: A zero, B normal.
         """
-        return {name: _fresh(name, shape, rng) for name, shape in self.shapes().items()}
+        return {name: _draw_leaf(name, shape, rng) for name, shape in self.shapes().items()}
 
     @contextmanager
-    def bound(self, leaves: Leaves, seed: Tensor | None = None) -> Iterator[None]:
+    def bind(self, leaves: Leaves, seed: Tensor | None = None) -> Iterator[None]:
         """Within it, the model computes with these leaves; a site without leaves is as it was.
 
         Args:
@@ -91,12 +91,12 @@ class Lora:
             seed: of the dropout, one a client; none is without dropout.
         """
         try:
-            for name, site in self.sites.items():
-                site.factors, site.seed = self.factors(name, leaves), seed
+            for name, layer in self.layers.items():
+                layer.factors, layer.seed = self.factors(name, leaves), seed
             yield
         finally:
-            for site in self.sites.values():
-                site.factors = site.seed = None
+            for layer in self.layers.values():
+                layer.factors = layer.seed = None
 
     def factors(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
         """A and scaled B of one site."""
@@ -108,60 +108,60 @@ class Lora:
 
         What stands between them is multiplied into B; no frozen pair has it.
         """
-        kind = self.sites[name].kind
+        kind = self.layers[name].kind
         names = f"{name}.{kind.a}", f"{name}.{kind.b}"
         if not leaves.keys() >= {*names}:
             return None
-        a, b = (leaves[own] for own in names)
+        a, b = (leaves[leaf_name] for leaf_name in names)
         if (core := f"{name}.{CORE}") in leaves:
-            b = (b.flatten(kind.ranks[1]) @ leaves[core]).reshape(b.shape)
+            b = (b.flatten(kind.rank_axes[1]) @ leaves[core]).reshape(b.shape)
         a, b = (
             torch.cat([factor, leaves[RESIDUAL + own]], axis)
             if RESIDUAL + own in leaves
             else factor
-            for factor, own, axis in zip((a, b), names, kind.ranks, strict=True)
+            for factor, own, axis in zip((a, b), names, kind.rank_axes, strict=True)
         )
         return a, b
 
-    def widened(self, leaves: Leaves) -> tuple[Leaves, int]:
+    def join_residuals(self, leaves: Leaves) -> tuple[Leaves, int]:
         """One adapter without frozen pairs, of the same products, and its rank.
 
         Layers of which less is frozen are filled with zeros, as all have one rank.
         """
-        pairs = {n: pair for n in self.sites if (pair := self.pair(n, leaves)) is not None}
+        pairs = {n: pair for n in self.layers if (pair := self.pair(n, leaves)) is not None}
         rank = max((len(a) for a, _ in pairs.values()), default=self.rank)
-        found = {}
+        joined = {}
         for name, factors in pairs.items():
-            kind = self.sites[name].kind
-            for leaf, factor, axis in zip((kind.a, kind.b), factors, kind.ranks, strict=True):
-                found[f"{name}.{leaf}"] = _filled(factor, axis, rank)
-        return found, rank
+            kind = self.layers[name].kind
+            for leaf, factor, axis in zip((kind.a, kind.b), factors, kind.rank_axes, strict=True):
+                joined[f"{name}.{leaf}"] = _zero_pad(factor, axis, rank)
+        return joined, rank
 
-    def narrowed(self, leaves: Leaves) -> Leaves:
-        """What `widened` has made, with what is frozen apart again."""
-        found = {}
-        for name, site in self.sites.items():
-            kind = site.kind
-            for leaf, axis in zip((kind.a, kind.b), kind.ranks, strict=True):
-                whole = leaves[own := f"{name}.{leaf}"]
-                found[own] = whole.narrow(axis, 0, self.rank)
-                more = whole.shape[axis] - self.rank
-                found[RESIDUAL + own] = whole.narrow(axis, self.rank, more)
-        return found
+    def split_residuals(self, leaves: Leaves) -> Leaves:
+        """What `joined` has made, with what is frozen apart again."""
+        split = {}
+        for name, layer in self.layers.items():
+            kind = layer.kind
+            for leaf, axis in zip((kind.a, kind.b), kind.rank_axes, strict=True):
+                joined = leaves[full_name := f"{name}.{leaf}"]
+                split[full_name] = joined.narrow(axis, 0, self.rank)
+                extra = joined.shape[axis] - self.rank
+                split[RESIDUAL + full_name] = joined.narrow(axis, self.rank, extra)
+        return split
 
     def call(self, module: nn.Module, leaves: Leaves, batch: object, seed: Tensor | None) -> Tensor:
         """The module's output on the batch, computed with these leaves."""
-        with self.bound(leaves, seed):
+        with self.bind(leaves, seed):
             return module(batch)
 
 
-def _filled(factor: Tensor, axis: int, rank: int) -> Tensor:
+def _zero_pad(factor: Tensor, axis: int, rank: int) -> Tensor:
     shape = [*factor.shape]
     shape[axis] = rank - shape[axis]
     return torch.cat([factor, factor.new_zeros(shape)], axis)
 
 
-def _fresh(name: str, shape: Shape, rng: Generator) -> Float[Tensor, "..."]:
+def _draw_leaf(name: str, shape: Shape, rng: Generator) -> Float[Tensor, "..."]:
     if name.endswith("lora_A"):
         bound = 1 / math.sqrt(math.prod(shape[1:]))
         return torch.empty(shape).uniform_(-bound, bound, generator=rng)
@@ -187,48 +187,50 @@ def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> 
     model.requires_grad_(False)
     targets = settings.target_modules or tuple(default)
     named = {n: m for n, m in model.named_modules() if n}
-    chosen = choose_layers(model, named, targets, strict=bool(settings.target_modules))
-    sites = {n: _site(n, named, i, settings) for i, n in enumerate(chosen)}
-    limit = max(map(_most, sites.values()))
+    names = choose_layers(model, named, targets, strict=bool(settings.target_modules))
+    adapted_layers = {n: _make_layer(n, named, i, settings) for i, n in enumerate(names)}
+    limit = max(map(_find_max_rank, adapted_layers.values()))
     if settings.rank > limit:
         raise ConfigError(
             f"adapter.rank={settings.rank} is above {limit}, the smaller side of every layer that "
             f"adapter.target_modules names: take at most {limit}, or name larger ones"
         )
-    short = {name.rsplit(".", 1)[-1] for name in chosen}
-    exact = {n for n in named if n.rsplit(".", 1)[-1] in short} == set(chosen)
-    for name, site in sites.items():
-        model.set_submodule(name, site)
-    root = math.sqrt(settings.rank) if settings.rslora else settings.rank
-    layers = tuple(sorted(short) if exact else chosen)
-    experts = share_of_experts(model) if list(targets) == [ALL] else 0.0
-    return Lora(sites, settings.rank, settings.alpha / root, layers, experts)
+    short_names = {name.rsplit(".", 1)[-1] for name in names}
+    are_exact = {n for n in named if n.rsplit(".", 1)[-1] in short_names} == set(names)
+    for name, adapted_layer in adapted_layers.items():
+        model.set_submodule(name, adapted_layer)
+    divisor = math.sqrt(settings.rank) if settings.rslora else settings.rank
+    targets_found = tuple(sorted(short_names) if are_exact else names)
+    experts = get_expert_share(model) if list(targets) == [ALL_LINEAR] else 0.0
+    return Lora(adapted_layers, settings.rank, settings.alpha / divisor, targets_found, experts)
 
 
-def _site(name: str, named: Mapping[str, nn.Module], number: int, settings: Adapter) -> Site:
+def _make_layer(
+    name: str, named: Mapping[str, nn.Module], number: int, settings: Adapter
+) -> AdaptedLayer:
     layer = named[name]
-    kind = kind_of(layer)
+    kind = find_kind(layer)
     if kind is None:
         raise ConfigError(
             f"adapter.target_modules: {name} is a {type(layer).__name__}, which cannot be adapted: "
-            f"of type {', '.join(k.__name__ for k in KINDS)} are {adaptable(named)}"
+            f"of type {', '.join(k.__name__ for k in KINDS)} are {list_adaptable(named)}"
         )
-    return Site(layer, kind, number, settings.dropout)
+    return AdaptedLayer(layer, kind, number, settings.dropout)
 
 
-def _most(site: Site) -> int:
+def _find_max_rank(layer: AdaptedLayer) -> int:
     """The highest rank that an update of this layer can have: its smaller side."""
-    a, b = site.kind.shapes(site.base, 1)
+    a, b = layer.kind.shapes(layer.base, 1)
     return min(math.prod(a[1:]), b[0])
 
 
 def merge(model: nn.Module, lora: Lora, leaves: Leaves) -> None:
     """Add the updates to the weights and take the sites out again: a plain model, in place."""
-    for name, site in lora.sites.items():
+    for name, layer in lora.layers.items():
         factors = lora.factors(name, leaves)
         if factors is not None:
-            weight = site.weight
-            update = site.kind.dense(*(f.to(weight.device, torch.float32) for f in factors))
+            weight = layer.weight
+            update = layer.kind.dense(*(f.to(weight.device, torch.float32) for f in factors))
             merged = (weight.float() + update).to(weight.dtype)
-            site.base.weight = nn.Parameter(merged, requires_grad=False)
-        model.set_submodule(name, site.base)
+            layer.base.weight = nn.Parameter(merged, requires_grad=False)
+        model.set_submodule(name, layer.base)

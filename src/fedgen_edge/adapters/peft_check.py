@@ -14,30 +14,30 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Generator, Tensor, nn
 
-from fedgen_edge.adapters.formats import PREFIX, to_peft
 from fedgen_edge.adapters.lora import Lora
+from fedgen_edge.adapters.peft_io import PREFIX, to_peft
 from fedgen_edge.errors import is_out_of_memory
-from fedgen_edge.seeds import seeded
+from fedgen_edge.seeds import seed_global_generators
 from fedgen_edge.types import Leaves
 
 Forward = Callable[[], Tensor]
 """One short pass through a model, always of the same input."""
-SHARE = 1e-2
+RELATIVE_TOLERANCE = 1e-2
 """How much PEFT's outputs may differ, relative to what the adapter changes."""
-ROUNDINGS = 16
+ULP_TOLERANCE = 16
 """The same, in units in the last place of the outputs."""
 
 
 def draw_noisy(lora: Lora, rng: Generator) -> Leaves:
     """An adapter no part of which is zero, with updates about as large as usual weights."""
-    size = 0.5 / (lora.scale * math.sqrt(lora.rank))
+    std = 0.5 / (lora.scale * math.sqrt(lora.rank))
     return {
-        name: torch.randn(shape, generator=rng) * (_width(name, shape) or size)
+        name: torch.randn(shape, generator=rng) * (_get_std(name, shape) or std)
         for name, shape in lora.shapes().items()
     }
 
 
-def _width(name: str, shape: tuple[int, ...]) -> float | None:
+def _get_std(name: str, shape: tuple[int, ...]) -> float | None:
     """The standard deviation of a first factor; none for a second one."""
     if name.endswith("lora_A"):
         return 1 / math.sqrt(math.prod(shape[1:]))
@@ -58,25 +58,28 @@ def compare(
         forward: a pass through the model.
     """
     device = next(model.parameters()).device
-    plain = forward().float()
-    with lora.bound({k: v.to(device) for k, v in leaves.items()}):
-        ours = forward().float()
+    backbone_outputs = forward().float()
+    with lora.bind({k: v.to(device) for k, v in leaves.items()}):
+        adapted_outputs = forward().float()
     try:
-        with _unwrapped(model, lora):
-            if fault := _load(model, folder, lora.widened(leaves)[0]):
+        with _unwrap_layers(model, lora):
+            if fault := _load(model, folder, lora.join_residuals(leaves)[0]):
                 return fault
-            theirs = forward().float()
+            peft_outputs = forward().float()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         if is_out_of_memory(error):
             raise
         return f"it refuses: {' '.join(str(error).split())[:160]}"
-    if not bool(ours.isfinite().all()):
+    if not bool(adapted_outputs.isfinite().all()):
         return None  # trained away: its factors are equal, and there is no more to compare
-    off, moved = float((theirs - ours).norm()), float((ours - plain).norm())
-    last_place = torch.finfo(next(model.parameters()).dtype).eps * float(ours.norm())
-    if off <= SHARE * moved + ROUNDINGS * last_place:
+    difference, change = (
+        float((peft_outputs - adapted_outputs).norm()),
+        float((adapted_outputs - backbone_outputs).norm()),
+    )
+    last_place = torch.finfo(next(model.parameters()).dtype).eps * float(adapted_outputs.norm())
+    if difference <= RELATIVE_TOLERANCE * change + ULP_TOLERANCE * last_place:
         return None
-    return f"its outputs differ by {off:.2g} where the adapter changes them by {moved:.2g}"
+    return f"its outputs differ by {difference:.2g} where the adapter changes them by {change:.2g}"
 
 
 def _load(model: nn.Module, folder: Path, leaves: Leaves) -> str | None:
@@ -98,14 +101,17 @@ def _load(model: nn.Module, folder: Path, leaves: Leaves) -> str | None:
 
 
 @contextmanager
-def _unwrapped(model: nn.Module, lora: Lora) -> Iterator[None]:
+def _unwrap_layers(model: nn.Module, lora: Lora) -> Iterator[None]:
     """Within it, the model is as its library made it; what wraps its layers then is taken off."""
     layers = {module: dict(module._modules) for module in model.modules()}
     attributes = {*vars(model)}
     try:
-        for name, site in lora.sites.items():
-            model.set_submodule(name, site.base)
-        with warnings.catch_warnings(), seeded("peft"):  # PEFT draws before it loads
+        for name, layer in lora.layers.items():
+            model.set_submodule(name, layer.base)
+        with (
+            warnings.catch_warnings(),
+            seed_global_generators("peft"),
+        ):  # PEFT draws before it loads
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from fedgen_edge.adapters.layers import KINDS, kind_of
+from fedgen_edge.adapters.layers import KINDS, find_kind
 from fedgen_edge.errors import ConfigError
 
-ALL = "all-linear"
+ALL_LINEAR = "all-linear"
 """Means every linear layer but the head."""
 
 
@@ -33,17 +33,17 @@ def choose_layers(
     if not chosen or (strict and several and missing):
         raise ConfigError(
             f"adapter.target_modules={list(targets)}: {', '.join(missing)} match no layer: this "
-            f"backbone has {adaptable(named)}, or say all-linear"
+            f"backbone has {list_adaptable(named)}, or say all-linear"
         )
     return chosen
 
 
-def adaptable(named: Mapping[str, nn.Module]) -> str:
+def list_adaptable(named: Mapping[str, nn.Module]) -> str:
     """The last parts of the names of the layers that can be adapted."""
-    return ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in named.items() if kind_of(m)}))
+    return ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in named.items() if find_kind(m)}))
 
 
-def share_of_experts(model: nn.Module) -> float:
+def get_expert_share(model: nn.Module) -> float:
     """The share of a model's weights in routed experts: one tensor `[experts, ...]` holds them."""
     sizes = [
         weight.numel()
@@ -56,14 +56,14 @@ def share_of_experts(model: nn.Module) -> float:
 
 def is_expression(targets: Sequence[str]) -> bool:
     """Whether targets are one regular expression, and neither names nor `all-linear`."""
-    return len(targets) == 1 and targets[0] != ALL and bool(re.search(r"[^\w.]", targets[0]))
+    return len(targets) == 1 and targets[0] != ALL_LINEAR and bool(re.search(r"[^\w.]", targets[0]))
 
 
 def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:
     """PEFT's meaning of target_modules: `all-linear`, one regular expression, or names."""
-    if list(targets) == [ALL]:
+    if list(targets) == [ALL_LINEAR]:
         heads = [m for get in ("get_output_embeddings",) if (m := getattr(model, get, lambda: 0)())]
-        linear = kind_of(layer) in (KINDS[nn.Linear], KINDS[Conv1D])
+        linear = find_kind(layer) in (KINDS[nn.Linear], KINDS[Conv1D])
         return linear and all(layer is not head for head in heads)
     if is_expression(targets):
         return _full_match(targets[0], name)

@@ -1,1 +1,1 @@
-"""What does a method change?"""
+"""How does a method differ from FedAvg?"""

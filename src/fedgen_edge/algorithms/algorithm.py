@@ -4,10 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from fedgen_edge.algorithms import correct, merge, receive, share, stale, step, tell
-from fedgen_edge.algorithms.beside import Beside
-from fedgen_edge.algorithms.clusters import Clusters
-from fedgen_edge.algorithms.products import residuals
+from fedgen_edge.algorithms import (
+    local_corrections,
+    merge,
+    server_optimizers,
+    share,
+    staleness,
+)
+from fedgen_edge.algorithms.ifca import Clusters
+from fedgen_edge.algorithms.merge_products import make_residuals
+from fedgen_edge.algorithms.personal_models import PersonalModel
 from fedgen_edge.types import RESIDUAL, VARIATE, Leaves, Order, ServerState, Update
 
 Trains = Callable[[str, int, int], bool]
@@ -32,26 +38,48 @@ Ages = Callable[[int], float]
 """What a change counts of itself, from the commits since the version that it began from."""
 
 
+LOCAL_PREFIX = "kept:"
+"""Prefix, in a client's memory, of leaves that it never sends."""
+
+
+def restore_local(adapter: Leaves, memory: Leaves) -> Leaves:
+    """The global adapter, with the leaves that the client has kept in their place."""
+    local_leaves = {
+        k.removeprefix(LOCAL_PREFIX): v for k, v in memory.items() if k.startswith(LOCAL_PREFIX)
+    }
+    return {**adapter, **local_leaves}
+
+
+def broadcast_nothing(_state: ServerState, _among: int) -> Leaves:
+    """The adapter travels alone."""
+    return {}
+
+
+def remember_nothing(_order: Order, _delta: Leaves, _steps: int, _memory: Leaves) -> Leaves:
+    """Clients remember leaves alone."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """What a method changes of FedAvg; it knows no engine, task or file."""
 
-    begins: Callable[[Leaves], Leaves] = share.as_it_is
+    begins: Callable[[Leaves], Leaves] = share.keep_adapter
     """What the server begins with, from the task's adapter."""
-    surveys: Callable[[int], bool] = share.no_round
+    surveys: Callable[[int], bool] = share.never_survey
     """Whether clients send gradients in a round, and train nothing."""
-    trains: Trains = share.always
-    sends: Sends = share.everything
+    trains: Trains = share.train_all
+    sends: Sends = share.share_all
     """All that is sent in any round travels to the clients in each."""
-    receives: Receives = receive.own_over_shared
-    corrects: Corrects = correct.unchanged
-    tells: Tells = tell.nothing
-    learns: Learns = tell.nothing_learnt
-    merges: Merges = merge.mean
-    summed: merge.Summed | None = None
+    receives: Receives = restore_local
+    corrects: Corrects = local_corrections.keep_gradients
+    tells: Tells = broadcast_nothing
+    learns: Learns = remember_nothing
+    merges: Merges = merge.weighted_average
+    summed: merge.PartialAggregation | None = None
     """How workers may sum for a rule of its own; none is not at all."""
-    steps: Steps = step.add
-    groups: Groups = share.each_alone
+    steps: Steps = server_optimizers.add
+    groups: Groups = share.separate_clients
     adapts: Literal["lora", "full"] = "lora"
     """Whether leaves are an adapter's or the whole model's."""
     residual: int = 0
@@ -61,64 +89,64 @@ class Algorithm:
     head_epochs: int = 0
     """First epochs of a round, which train what stays at the client, and the others what is shared;
     0 trains both throughout."""
-    beside: Beside | None = None
+    beside: PersonalModel | None = None
     """A client's own model, which it trains beside the shared one; none has but that."""
     clusters: Clusters | None = None
     """The server's adapters, where clients choose from several; none has one for all."""
     buffer: int = 0
     """Updates that make a commit, whichever come first; 0 waits for the round's cohort."""
-    ages: Ages = stale.never
+    ages: Ages = staleness.ignore_staleness
 
     @property
-    def pools(self) -> bool:
+    def pools_data(self) -> bool:
         """Whether clients' data train together, so that nothing is sent."""
-        return self.groups is not share.each_alone
+        return self.groups is not share.separate_clients
 
     @property
-    def sums(self) -> merge.Summed | None:
+    def partial_aggregation(self) -> merge.PartialAggregation | None:
         """How one change may stand for those of many clients; none where the server needs each."""
         if self.buffer:
             return None
-        return merge.Summed() if self.merges is merge.mean else self.summed
+        return merge.PartialAggregation() if self.merges is merge.weighted_average else self.summed
 
     def init(self, adapter: Leaves) -> ServerState:
         """The server before the first round; leaves by name, as decoding gives them."""
         adapter = self.begins(adapter)
-        more = residuals(adapter, self.residual) if self.residual else {}
-        return ServerState(round=0, adapter=dict(sorted({**adapter, **more}.items())))
+        residual_leaves = make_residuals(adapter, self.residual) if self.residual else {}
+        return ServerState(round=0, adapter=dict(sorted({**adapter, **residual_leaves}.items())))
 
-    def rank(self, client: int) -> int | None:
+    def get_rank(self, client: int) -> int | None:
         """Of a client's adapter; none is the global adapter's."""
         return self.ranks[client % len(self.ranks)] if self.ranks else None
 
-    def shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
+    def select_shared(self, leaves: Leaves, round_: int | None = None) -> Leaves:
         """Of these leaves, those that a client sends in a round; without one, those it receives."""
         names = self.sends(list(leaves), round_)
         frozen = () if round_ is None else (RESIDUAL, VARIATE)
         return {k: v for k, v in leaves.items() if k in names and not k.startswith(frozen)}
 
-    def training(self, names: Sequence[str], round_: int) -> Callable[[str, int], bool]:
+    def make_trained_filter(self, names: Sequence[str], round_: int) -> Callable[[str, int], bool]:
         """Whether one of these leaves is trained in an epoch of the round."""
         shared = self.sends(names, None) if self.head_epochs else set()
 
-        def trained(name: str, epoch: int) -> bool:
-            turn = not self.head_epochs or (name in shared) == (epoch >= self.head_epochs)
-            return turn and self.trains(name, round_, epoch)
+        def is_trained(name: str, epoch: int) -> bool:
+            in_phase = not self.head_epochs or (name in shared) == (epoch >= self.head_epochs)
+            return in_phase and self.trains(name, round_, epoch)
 
-        return trained
+        return is_trained
 
-    def own(self, shared: Leaves, memory: Leaves) -> Leaves:
+    def get_personal_model(self, shared: Leaves, memory: Leaves) -> Leaves:
         """A client's own model as the rounds left it: the shared one where there is no other.
 
         Args:
             shared: what the client begins from with the shared one.
             memory: the client's.
         """
-        return self.beside.begins(shared, memory) if self.beside else shared
+        return self.beside.make_start(shared, memory) if self.beside else shared
 
-    def worded(self, state: ServerState, among: int) -> Leaves:
+    def make_broadcast(self, state: ServerState, num_clients: int) -> Leaves:
         """What clients receive to train with, of so many that there are."""
-        return {**self.shared(state.adapter), **self.tells(state, among)}
+        return {**self.select_shared(state.adapter), **self.tells(state, num_clients)}
 
     def step(self, state: ServerState, updates: Sequence[Update]) -> ServerState:
         """The server after one more round: merge what was sent, then step.
@@ -126,13 +154,18 @@ class Algorithm:
         A cohort that sends nothing leaves the adapter as it is.
         """
         if self.buffer:
-            updates = [stale.aged(u, self.ages(state.round - u.order.round)) for u in updates]
+            updates = [
+                staleness.discount_update(u, self.ages(state.round - u.order.round))
+                for u in updates
+            ]
         merged = self.merges(state.adapter, updates) if any(u.delta for u in updates) else {}
-        after = self.steps(state, merged)
-        return ServerState(round=state.round + 1, adapter=after.adapter, memory=after.memory)
+        new_state = self.steps(state, merged)
+        return ServerState(
+            round=state.round + 1, adapter=new_state.adapter, memory=new_state.memory
+        )
 
     def keeps(self, start: Leaves, delta: Leaves, memory: Leaves) -> Leaves:
         """A client's memory after a round: what it had, and what it trained and never sends."""
-        shared = self.shared(delta)
-        own = {k: start[k] + v for k, v in delta.items() if k not in shared and v.any()}
-        return {**memory, **{receive.KEPT + k: v for k, v in own.items()}}
+        shared = self.select_shared(delta)
+        local_leaves = {k: start[k] + v for k, v in delta.items() if k not in shared and v.any()}
+        return {**memory, **{LOCAL_PREFIX + k: v for k, v in local_leaves.items()}}

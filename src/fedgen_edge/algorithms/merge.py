@@ -11,21 +11,21 @@ from fedgen_edge import leaves
 from fedgen_edge.types import AVERAGE, Leaves, Update
 
 
-def anyone(update: Update) -> Hashable:
+def assign_one_group(update: Update) -> Hashable:
     """Every client is like every other."""
     del update
 
 
-class Summed(NamedTuple):
+class PartialAggregation(NamedTuple):
     """How one change stands for those of many clients, in a rule that is a sum over them."""
 
-    alike: Callable[[Update], Hashable] = anyone
+    group_key: Callable[[Update], Hashable] = assign_one_group
     """What clients have in common whose mean stands for each of them."""
     weight: Callable[[Update], float] = attrgetter("weight")
     """What each counts in that mean."""
 
 
-def mean(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
+def weighted_average(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of the changes, weighted by training examples.
 
     Source: McMahan et al. 2017, FedAvg (arXiv:1602.05629); of LoRA factors, each on its own:
@@ -36,27 +36,29 @@ def mean(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     return leaves.mean([u.delta for u in updates], weights)
 
 
-def in_common(updates: Sequence[Update], summed: Summed) -> list[Update]:
+def aggregate_partially(updates: Sequence[Update], aggregation: PartialAggregation) -> list[Update]:
     """The same, each with the mean of those alike in its own change's place: sums are the same.
 
     So of many clients one change is enough, whoever else there is. What each moved by is noted.
     """
     groups: dict[Hashable, list[Update]] = {}
     for update in updates:
-        groups.setdefault(summed.alike(update), []).append(update)
+        groups.setdefault(aggregation.group_key(update), []).append(update)
     means = {}
-    for kind, own in groups.items():
-        weights = torch.tensor([summed.weight(u) for u in own], dtype=torch.float64)
-        means[kind] = leaves.mean([u.delta for u in own], weights)
+    for key, members in groups.items():
+        weights = torch.tensor([aggregation.weight(u) for u in members], dtype=torch.float64)
+        means[key] = leaves.mean([u.delta for u in members], weights)
     return [
         replace(
-            u, delta=means[summed.alike(u)], moved=float(leaves.norm(u.delta)) if u.delta else 0.0
+            u,
+            delta=means[aggregation.group_key(u)],
+            client_norm=float(leaves.norm(u.delta)) if u.delta else 0.0,
         )
         for u in updates
     ]
 
 
-def by_steps(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
+def fednova(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of the changes a step, weighted by examples, times the mean number of steps.
 
     So a client that takes many steps pulls no harder than its examples say. Exact for plain SGD,
@@ -64,17 +66,18 @@ def by_steps(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 
     Source: Wang et al. 2020, FedNova (arXiv:2007.07481).
     """
-    plain = mean(adapter, updates)
+    plain_mean = weighted_average(adapter, updates)
     weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
     steps = torch.tensor([u.steps for u in updates], dtype=torch.float64)
-    usual = float((weights * steps).sum() / weights.sum())
-    paced = [leaves.scale(u.delta, usual / u.steps) for u in updates]
+    mean_steps = float((weights * steps).sum() / weights.sum())
+    rescaled = [leaves.scale(u.delta, mean_steps / u.steps) for u in updates]
     return {
-        k: plain[k] if k.startswith(AVERAGE) else v for k, v in leaves.mean(paced, weights).items()
+        k: plain_mean[k] if k.startswith(AVERAGE) else v
+        for k, v in leaves.mean(rescaled, weights).items()
     }
 
 
-def by_agreement(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
+def weigh_by_agreement(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of each layer's changes, weighted by examples and by agreement.
 
     A client's agreement on a layer is the cosine of its change of the layer with the cohort's mean
@@ -85,18 +88,22 @@ def by_agreement(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     Differs: their angle is between a client's weights and the global ones, which says nothing of an
     adapter, whose B begins at zero; and the weights are made to sum to one.
     """
-    plain = mean(adapter, updates)
+    plain_mean = weighted_average(adapter, updates)
     layers: dict[str, list[str]] = {}
-    for name in plain:
+    for name in plain_mean:
         layers.setdefault(name.removeprefix(AVERAGE).rpartition(".")[0], []).append(name)
-    found = {}
+    merged = {}
     for names in layers.values():
-        moved = [name for name in names if not name.startswith(AVERAGE)]
-        whole = leaves.flat(leaves.select(plain, moved.__contains__))
-        own = [leaves.flat(leaves.select(u.delta, moved.__contains__)) for u in updates]
-        agreed = torch.stack([torch.cosine_similarity(v, whole, dim=0) for v in own]).clamp(min=0)
-        weights = torch.tensor([u.weight for u in updates], dtype=torch.float64) * agreed
+        trained_names = [name for name in names if not name.startswith(AVERAGE)]
+        mean_change = leaves.flatten(leaves.select(plain_mean, trained_names.__contains__))
+        client_changes = [
+            leaves.flatten(leaves.select(u.delta, trained_names.__contains__)) for u in updates
+        ]
+        agreement = torch.stack(
+            [torch.cosine_similarity(v, mean_change, dim=0) for v in client_changes]
+        ).clamp(min=0)
+        weights = torch.tensor([u.weight for u in updates], dtype=torch.float64) * agreement
         members = [leaves.select(u.delta, names.__contains__) for u in updates]
         if weights.sum() > 0:
-            found |= leaves.mean(members, weights)
-    return {**plain, **found}
+            merged |= leaves.mean(members, weights)
+    return {**plain_mean, **merged}

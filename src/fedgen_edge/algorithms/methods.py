@@ -13,46 +13,49 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fedgen_edge.algorithms import (
-    bases,
-    clusters,
-    needs,
-    products,
+    fed_sb,
+    ifca,
+    merge_mixed_ranks,
+    merge_products,
+    requirements,
+    scaffold,
+    server_optimizers,
     share,
-    stale,
-    step,
-    unequal,
-    variates,
+    staleness,
 )
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.beside import Beside
-from fedgen_edge.algorithms.correct import proximal, towards_shared
-from fedgen_edge.algorithms.laws import Laws
-from fedgen_edge.algorithms.merge import Summed, by_agreement, by_steps
-from fedgen_edge.algorithms.share import all_but_last, all_together, nothing
+from fedgen_edge.algorithms.local_corrections import add_proximal_term, pull_toward_shared
+from fedgen_edge.algorithms.merge import PartialAggregation, fednova, weigh_by_agreement
+from fedgen_edge.algorithms.personal_models import PersonalModel
+from fedgen_edge.algorithms.properties import MergeProperties
+from fedgen_edge.algorithms.share import pool_clients, share_all_but_last, share_nothing
 from fedgen_edge.config import Adapter, Method, Settings
-from fedgen_edge.errors import ConfigError
-from fedgen_edge.spelling import suggest
+from fedgen_edge.errors import ConfigError, suggest
 
 
 class Entry(NamedTuple):
     """A method, and what its row in the catalogue says."""
 
-    about: str
+    summary: str
     make: Callable[[Method], Algorithm]
-    unequal: bool = False
+    mixed_ranks: bool = False
     """Whether clients' adapters may have different ranks."""
-    needs: Callable[[Settings], str | None] = needs.anything
+    find_conflict: Callable[[Settings], str | None] = requirements.find_no_conflict
     """Why it cannot work with these settings; none where it can."""
-    laws: Laws = Laws()
+    properties: MergeProperties = MergeProperties()
     """What holds of its merging."""
 
 
-def _adaptive(second: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
-    rate = m.server_lr or 0.01
-    return Algorithm(steps=step.adaptive(second, rate, m.server_momentum, m.server_floor))
+def _make_adaptive(second_moment: Callable[[Tensor, Tensor], Tensor], m: Method) -> Algorithm:
+    learning_rate = m.server_lr or 0.01
+    return Algorithm(
+        steps=server_optimizers.adaptive(
+            second_moment, learning_rate, m.server_momentum, m.server_floor
+        )
+    )
 
 
-MIXING = (0.0, 0.25, 0.5, 0.75, 1.0)
+MIXING_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Shares of its own adapter that a client of FedDPA chooses from, where the settings name none."""
 
 METHODS: dict[str, Entry] = {
@@ -64,169 +67,174 @@ METHODS: dict[str, Entry] = {
     ),
     "fedper": Entry(
         "the last layers' adapters stay at the client (arXiv:1912.00818)",
-        lambda m: Algorithm(sends=all_but_last(m.personal_layers)),
+        lambda m: Algorithm(sends=share_all_but_last(m.personal_layers)),
     ),
     "fedrep": Entry(
         "as fedper, and in each round what stays is trained first (arXiv:2102.07078)",
-        lambda m: Algorithm(sends=all_but_last(m.personal_layers), head_epochs=m.head_epochs),
+        lambda m: Algorithm(sends=share_all_but_last(m.personal_layers), head_epochs=m.head_epochs),
     ),
     "ditto": Entry(
         "each client trains a model of its own, pulled towards the shared one (arXiv:2012.04221)",
-        lambda m: Algorithm(beside=Beside(towards_shared(m.own_pull))),
+        lambda m: Algorithm(beside=PersonalModel(pull_toward_shared(m.own_pull))),
     ),
     "feddpa": Entry(
         "each client trains an adapter of its own with the shared one mixed in (arXiv:2403.19211)",
-        lambda m: Algorithm(beside=Beside(share=m.own_share, mixing=MIXING)),
+        lambda m: Algorithm(beside=PersonalModel(share=m.own_share, mixing=MIXING_SHARES)),
     ),
     "ifca": Entry(
         "several adapters, of which each client trains the one that suits it (arXiv:2006.04088)",
         lambda m: Algorithm(
-            begins=clusters.begins(m.clusters),
-            receives=clusters.receives,
-            merges=clusters.merges,
-            clusters=clusters.Clusters(m.clusters, m.choose_by),
+            begins=ifca.begins(m.clusters),
+            receives=ifca.receives,
+            merges=ifca.merges,
+            clusters=ifca.Clusters(m.clusters, m.choose_by),
         ),
     ),
     "ffa-lora": Entry(
         "A stays as it was drawn, so that the mean is exact (arXiv:2403.12313)",
-        lambda _: Algorithm(trains=share.undrawn, sends=share.all_undrawn),
-        laws=Laws(splits=True, exact=True),
+        lambda _: Algorithm(trains=share.train_zero_init, sends=share.share_zero_init),
+        properties=MergeProperties(splits=True, exact=True),
     ),
     "fedsa-lora": Entry(
         "A is shared, and B stays at the client (arXiv:2410.01463)",
-        lambda _: Algorithm(sends=share.first_factors),
+        lambda _: Algorithm(sends=share.share_all_but_b),
     ),
     "rolora": Entry(
         "B and A are trained in turn, a round each, so that means are exact (arXiv:2409.02346)",
-        lambda _: Algorithm(trains=share.in_turn, sends=share.all_in_turn),
-        laws=Laws(splits=True, exact=True),
+        lambda _: Algorithm(trains=share.train_alternating, sends=share.share_alternating),
+        properties=MergeProperties(splits=True, exact=True),
     ),
     "flexlora": Entry(
         "the closest adapter to the mean of the clients' products (arXiv:2402.11505)",
-        lambda _: Algorithm(merges=products.by_svd),
-        unequal=True,
-        needs=needs.whole_start,
-        laws=Laws(splits=True, sums=False),
+        lambda _: Algorithm(merges=merge_products.flexlora),
+        mixed_ranks=True,
+        find_conflict=requirements.find_downlink_conflict,
+        properties=MergeProperties(splits=True, sums=False),
     ),
     "hetlora": Entry(
         "clients of any ranks, each layer's mean weighed by the product's size (arXiv:2401.06432)",
-        lambda _: Algorithm(merges=unequal.by_norm),
-        unequal=True,
-        needs=needs.whole_start,
-        laws=Laws(halves=False, sums=False),
+        lambda _: Algorithm(merges=merge_mixed_ranks.hetlora),
+        mixed_ranks=True,
+        find_conflict=requirements.find_downlink_conflict,
+        properties=MergeProperties(halves=False, sums=False),
     ),
     "rbla": Entry(
         "clients of any ranks, each term's mean over those that hold it (arXiv:2408.08699)",
         lambda _: Algorithm(
-            merges=unequal.over_holders, summed=Summed(alike=attrgetter("order.rank"))
+            merges=merge_mixed_ranks.rbla,
+            summed=PartialAggregation(group_key=attrgetter("order.rank")),
         ),
-        unequal=True,
-        needs=needs.whole_start,
+        mixed_ranks=True,
+        find_conflict=requirements.find_downlink_conflict,
     ),
     "raflora": Entry(
         "flexlora for clients of any ranks, each term weighed over its holders (arXiv:2602.13486)",
-        lambda _: Algorithm(merges=unequal.by_partitions),
-        unequal=True,
-        needs=needs.whole_start,
-        laws=Laws(splits=True, sums=False),
+        lambda _: Algorithm(merges=merge_mixed_ranks.raflora),
+        mixed_ranks=True,
+        find_conflict=requirements.find_downlink_conflict,
+        properties=MergeProperties(splits=True, sums=False),
     ),
     "lora-fair": Entry(
         "mean factors, and B corrected for what their product misses (arXiv:2411.14961)",
-        lambda m: Algorithm(merges=products.refined(m.ridge)),
-        needs=needs.whole_start,
-        laws=Laws(sums=False),
+        lambda m: Algorithm(merges=merge_products.lora_fair(m.ridge)),
+        find_conflict=requirements.find_downlink_conflict,
+        properties=MergeProperties(sums=False),
     ),
     "fedex-lora": Entry(
         "mean factors, and what they miss in a frozen pair beside them (arXiv:2410.09432)",
         lambda m: Algorithm(
-            merges=products.with_residual(m.residual_rank), residual=m.residual_rank
+            merges=merge_products.fedex_lora(m.residual_rank), residual=m.residual_rank
         ),
-        needs=needs.whole_start,
-        laws=Laws(splits=True, exact=True, sums=False),
+        find_conflict=requirements.find_downlink_conflict,
+        properties=MergeProperties(splits=True, exact=True, sums=False),
     ),
     "flora": Entry(
         "the clients' products join a frozen pair, and training begins anew (arXiv:2409.05976)",
-        lambda m: Algorithm(merges=products.stacked(m.residual_rank), residual=m.residual_rank),
-        needs=needs.whole_start,
-        laws=Laws(splits=True, exact=True, sums=False),
+        lambda m: Algorithm(merges=merge_products.flora(m.residual_rank), residual=m.residual_rank),
+        find_conflict=requirements.find_downlink_conflict,
+        properties=MergeProperties(splits=True, exact=True, sums=False),
     ),
     "fed-sb": Entry(
         "an r x r matrix between two bases found first is all that is trained (arXiv:2502.15436)",
         lambda _: Algorithm(
-            begins=bases.begins,
-            surveys=bases.surveys,
-            trains=bases.trains,
-            sends=bases.sends,
-            merges=bases.merges,
-            summed=Summed(),
+            begins=fed_sb.begins,
+            surveys=fed_sb.surveys,
+            trains=fed_sb.trains,
+            sends=fed_sb.sends,
+            merges=fed_sb.merges,
+            summed=PartialAggregation(),
         ),
-        needs=needs.bases,
-        laws=Laws(splits=True, exact=True),
+        find_conflict=requirements.find_bases_conflict,
+        properties=MergeProperties(splits=True, exact=True),
     ),
     "fedprox": Entry(
         "each local step is pulled towards the received adapter (arXiv:1812.06127)",
-        lambda m: Algorithm(corrects=proximal(m.mu)),
+        lambda m: Algorithm(corrects=add_proximal_term(m.mu)),
     ),
     "scaffold": Entry(
         "clients' steps are freed of what is their own in the gradient (arXiv:1910.06378)",
         lambda _: Algorithm(
-            corrects=variates.corrects,
-            tells=variates.tells,
-            learns=variates.learns,
-            merges=variates.merges,
-            summed=Summed(alike=attrgetter("steps"), weight=lambda _: 1.0),
-            steps=variates.steps,
+            corrects=scaffold.corrects,
+            tells=scaffold.tells,
+            learns=scaffold.learns,
+            merges=scaffold.merges,
+            summed=PartialAggregation(group_key=attrgetter("steps"), weight=lambda _: 1.0),
+            steps=scaffold.steps,
         ),
-        needs=needs.plain_sgd,
-        laws=Laws(halves=False, weighed=False),
+        find_conflict=requirements.find_sgd_conflict,
+        properties=MergeProperties(halves=False, weighed=False),
     ),
     "fedavgm": Entry(
         "the server adds changes with momentum (arXiv:1909.06335)",
-        lambda m: Algorithm(steps=step.momentum(m.server_lr or 1.0, m.server_momentum)),
-        laws=Laws(alone=False),
+        lambda m: Algorithm(
+            steps=server_optimizers.momentum(m.server_lr or 1.0, m.server_momentum)
+        ),
+        properties=MergeProperties(alone=False),
     ),
     "fedadagrad": Entry(
         "the server's step is Adagrad's (arXiv:2003.00295)",
-        lambda m: _adaptive(step.adagrad, replace(m, server_momentum=0.0)),
-        laws=Laws(alone=False),
+        lambda m: _make_adaptive(server_optimizers.adagrad, replace(m, server_momentum=0.0)),
+        properties=MergeProperties(alone=False),
     ),
     "fedadam": Entry(
         "the server's step is Adam's (arXiv:2003.00295)",
-        lambda m: _adaptive(step.adam(m.server_decay), m),
-        laws=Laws(alone=False),
+        lambda m: _make_adaptive(server_optimizers.adam(m.server_decay), m),
+        properties=MergeProperties(alone=False),
     ),
     "fedyogi": Entry(
         "the server's step is Yogi's (arXiv:2003.00295)",
-        lambda m: _adaptive(step.yogi(m.server_decay), m),
-        laws=Laws(alone=False),
+        lambda m: _make_adaptive(server_optimizers.yogi(m.server_decay), m),
+        properties=MergeProperties(alone=False),
     ),
     "fednova": Entry(
         "each client's change counts by step, whatever its number of steps (arXiv:2007.07481)",
-        lambda _: Algorithm(merges=by_steps, summed=Summed(alike=attrgetter("steps"))),
+        lambda _: Algorithm(
+            merges=fednova, summed=PartialAggregation(group_key=attrgetter("steps"))
+        ),
     ),
     "fedbuff": Entry(
         "a commit for every few updates, whoever sends them, and no rounds (arXiv:2106.06639)",
-        lambda m: Algorithm(buffer=m.buffer, ages=stale.by_power(m.staleness)),
-        laws=Laws(sums=False),
+        lambda m: Algorithm(buffer=m.buffer, ages=staleness.make_polynomial_decay(m.staleness)),
+        properties=MergeProperties(sums=False),
     ),
     "layerwise": Entry(
         "each layer's mean weighs a client by how well it agrees (after L-DAWA, arXiv:2307.07393)",
-        lambda _: Algorithm(merges=by_agreement),
-        laws=Laws(sums=False),
+        lambda _: Algorithm(merges=weigh_by_agreement),
+        properties=MergeProperties(sums=False),
     ),
     "local-only": Entry(
         "nothing is shared: every client trains alone",
-        lambda _: Algorithm(sends=nothing),
-        unequal=True,
+        lambda _: Algorithm(sends=share_nothing),
+        mixed_ranks=True,
     ),
     "centralised": Entry(
         "one learner meets every client's batches: what federation gives up",
-        lambda _: Algorithm(groups=all_together),
+        lambda _: Algorithm(groups=pool_clients),
     ),
 }
 
 
-def method(
+def make_algorithm(
     settings: Method, setting: str = "method.name", adapter: Adapter | None = None
 ) -> Algorithm:
     """The algorithm of these settings.
@@ -243,11 +251,11 @@ def method(
         hint = suggest(settings.name, METHODS) or f"there are {', '.join(METHODS)}"
         raise ConfigError(f"{setting}={settings.name!r} is not known: {hint}")
     entry = METHODS[settings.name]
-    if adapter and {*adapter.ranks} - {adapter.rank} and not entry.unequal:
-        able = ", ".join(name for name, other in METHODS.items() if other.unequal)
+    if adapter and {*adapter.ranks} - {adapter.rank} and not entry.mixed_ranks:
+        supporting = ", ".join(name for name, other in METHODS.items() if other.mixed_ranks)
         raise ConfigError(
             f"adapter.ranks={list(adapter.ranks)} cannot go with {setting}={settings.name!r}, "
-            f"which merges adapters of one rank: take one of {able}, or leave the ranks out"
+            f"which merges adapters of one rank: take one of {supporting}, or leave the ranks out"
         )
     return replace(entry.make(settings), ranks=adapter.ranks if adapter else ())
 
@@ -259,15 +267,20 @@ def check(settings: Settings) -> None:
         ConfigError: a method is not known, or needs other settings.
     """
     # a run's own settings say stacked, and a baseline that cannot be runs serially beside it
-    free = replace(settings, engine=replace(settings.engine, name="auto"))
-    beside = [("evaluation.baselines", name, free) for name in settings.evaluation.baselines]
-    for setting, name, asked in [("method.name", settings.method.name, settings), *beside]:
-        named = replace(settings.method, name=name)
-        algorithm = method(named, setting, settings.adapter)
-        for need in (*needs.EVERY, _own(name)):
-            if reason := need(algorithm, asked):
+    unstacked = replace(settings, engine=replace(settings.engine, name="auto"))
+    baselines = [
+        ("evaluation.baselines", name, unstacked) for name in settings.evaluation.baselines
+    ]
+    for setting, name, run_settings in [
+        ("method.name", settings.method.name, settings),
+        *baselines,
+    ]:
+        method_settings = replace(settings.method, name=name)
+        algorithm = make_algorithm(method_settings, setting, settings.adapter)
+        for find_conflict in (*requirements.COMMON_REQUIREMENTS, _get_requirement(name)):
+            if reason := find_conflict(algorithm, run_settings):
                 raise ConfigError(f"{setting}={name!r} {reason}")
 
 
-def _own(name: str) -> needs.Need:
-    return lambda _, settings: METHODS[name].needs(settings)
+def _get_requirement(name: str) -> requirements.Requirement:
+    return lambda _, settings: METHODS[name].find_conflict(settings)

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.lib import format as npy
 
-MOST_UNPACKED = 1032
+MAX_EXPANSION = 1032
 """Bytes that one byte of a zip file can unfold to, by its method."""
-KINDS = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
+INTEGER_DTYPES = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
 
 
 def check_npz(path: Path) -> None:
@@ -25,15 +25,17 @@ def check_npz(path: Path) -> None:
     Raises:
         ValueError: an array claims more; zipfile's own errors where the file is none.
     """
-    most = path.stat().st_size * MOST_UNPACKED
+    max_bytes = path.stat().st_size * MAX_EXPANSION
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
             with archive.open(member) as file:
                 version = npy.read_magic(file)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, _, kind = read(file)
-            claim = math.prod(shape) * kind.itemsize
-            if claim > min(member.file_size, most):
+                read_header = (
+                    npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+                )
+                shape, _, dtype = read_header(file)
+            claim = math.prod(shape) * dtype.itemsize
+            if claim > min(member.file_size, max_bytes):
                 raise ValueError(f"{member.filename} claims {claim} bytes, more than it can hold")
 
 
@@ -49,12 +51,12 @@ class PickledArray:
         return np.frombuffer(self.raw, self.kind.name).reshape(self.shape, order=self.order).copy()
 
 
-class _Kind:
+class _PickledDtype:
     """What a pickle says of an array's type."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
-        if self.name not in KINDS:
+        if self.name not in INTEGER_DTYPES:
             raise pickle.UnpicklingError(f"it has an array of {str(self.name)[:20]!r}")
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -76,13 +78,13 @@ STAND_INS = {
     ("numpy.core.multiarray", "_reconstruct"): _begin_array,
     ("numpy._core.multiarray", "_reconstruct"): _begin_array,
     ("numpy", "ndarray"): None,
-    ("numpy", "dtype"): _Kind,
+    ("numpy", "dtype"): _PickledDtype,
     ("_codecs", "encode"): _encode,
 }
 """What stands for all that a pickle of arrays calls."""
 
 
-class _Arrays(pickle.Unpickler):
+class _ArrayUnpickler(pickle.Unpickler):
     """Reads arrays, lists and numbers; whatever else a pickle would call is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
@@ -101,4 +103,4 @@ def read_pickle(path: Path) -> Any:
     for code, claim, _ in pickletools.genops(raw):
         if code.name in {"FRAME", "LONG_BINPUT", "PUT"} and int(claim or 0) > len(raw):
             raise pickle.UnpicklingError(f"it claims {claim} bytes, and has {len(raw)}")
-    return _Arrays(BytesIO(raw), encoding="bytes").load()
+    return _ArrayUnpickler(BytesIO(raw), encoding="bytes").load()

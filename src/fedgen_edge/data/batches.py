@@ -19,7 +19,7 @@ from fedgen_edge.types import Batch
 FIELDS = ("tokens", "labels", "mask", "segment", "position")
 MARKS = ("epoch", "last")
 """Where a batch stands in its client's work: read by the loop, and not by a model."""
-TOGETHER = 64
+SHARDS_PER_TABLE = 64
 """Clients whose examples lie in one table."""
 
 
@@ -35,7 +35,7 @@ class Shard:
     @property
     def weight(self) -> float:
         """Training examples, for averaging."""
-        return float(rows(self.train))
+        return float(count_rows(self.train))
 
 
 class Shards(Sequence[Shard]):
@@ -50,10 +50,10 @@ class Shards(Sequence[Shard]):
         self._ends: list[list[int]] = []
         self._tables: list[Batch] = []
         source = iter(shards)
-        while few := list(islice(source, TOGETHER)):
-            self._names += [shard.name for shard in few]
-            parts = [part for own in few for part in (own.train, own.validation, own.test)]
-            self._ends.append([0, *itertools.accumulate(map(rows, parts))])
+        while group := list(islice(source, SHARDS_PER_TABLE)):
+            self._names += [shard.name for shard in group]
+            parts = [part for own in group for part in (own.train, own.validation, own.test)]
+            self._ends.append([0, *itertools.accumulate(map(count_rows, parts))])
             self._tables.append({k: torch.cat([part[k] for part in parts]) for k in parts[0]})
 
     def __len__(self) -> int:
@@ -66,12 +66,12 @@ class Shards(Sequence[Shard]):
     def __getitem__(self, at: int | slice) -> Shard | list[Shard]:
         if isinstance(at, slice):
             return [self[i] for i in range(*at.indices(len(self)))]
-        own = range(len(self))[at]
-        number, place = divmod(own, TOGETHER)
+        index = range(len(self))[at]
+        number, place = divmod(index, SHARDS_PER_TABLE)
         spans = pairwise(self._ends[number][3 * place : 3 * place + 4])
         table = self._tables[number]
         return Shard(
-            self._names[own],
+            self._names[index],
             *({k: v[low:high] for k, v in table.items()} for low, high in spans),
         )
 
@@ -86,30 +86,30 @@ class Budget:
     steps: int | None = None
     """Steps in an epoch; none is one pass over the client's examples."""
 
-    def each(self, examples: Batch) -> int:
+    def count_epoch_steps(self, examples: Batch) -> int:
         """Steps in an epoch on these examples."""
-        return self.steps or -(-rows(examples) // self.batch)
+        return self.steps or -(-count_rows(examples) // self.batch)
 
 
-def rows(examples: Batch) -> int:
+def count_rows(examples: Batch) -> int:
     """Examples in a batch without an axis of clients."""
     return len(next(iter(examples.values())))
 
 
-def spaced(examples: Batch, most: int) -> Batch:
+def subsample_evenly(examples: Batch, max_rows: int) -> Batch:
     """At most so many examples, evenly spaced; 0 is all of them."""
-    count = rows(examples)
-    if not most or most >= count:
+    count = count_rows(examples)
+    if not max_rows or max_rows >= count:
         return examples
-    chosen = torch.arange(most) * count // most
+    chosen = torch.arange(max_rows) * count // max_rows
     return {k: v[chosen] for k, v in examples.items()}
 
 
-def parts(examples: Batch, axis: int, most: int) -> Iterator[Batch]:
+def split_rows(examples: Batch, axis: int, max_rows: int) -> Iterator[Batch]:
     """All the examples, at most so many at once, along their axis."""
     count = next(iter(examples.values())).shape[axis]
-    for at in range(0, count, most):
-        yield {k: v.narrow(axis, at, min(most, count - at)) for k, v in examples.items()}
+    for at in range(0, count, max_rows):
+        yield {k: v.narrow(axis, at, min(max_rows, count - at)) for k, v in examples.items()}
 
 
 def pack(
@@ -131,37 +131,49 @@ def pack(
         before.
     """
     counts = torch.tensor([len(ids) - 1 for ids in documents], dtype=torch.int64)
-    whole = torch.from_numpy(np.fromiter(chain.from_iterable(documents), np.int32))
+    all_tokens = torch.from_numpy(np.fromiter(chain.from_iterable(documents), np.int32))
     ends = (counts + 1).cumsum(0)
-    last, first = torch.zeros(2, len(whole), dtype=torch.bool)
-    last[ends - 1], first[ends - counts - 1] = True, True
+    is_last, is_first = torch.zeros(2, len(all_tokens), dtype=torch.bool)
+    is_last[ends - 1], is_first[ends - counts - 1] = True, True
     document = torch.arange(1, len(documents) + 1, dtype=torch.int32).repeat_interleave(counts)
-    size = counts.repeat_interleave(counts)
-    said = torch.tensor(words, dtype=torch.int64).repeat_interleave(counts)
-    at = torch.arange(len(size)) - (counts.cumsum(0) - counts).repeat_interleave(counts)
-    said = (at + 1) * said // size - at * said // size
-    token, label, mask, document, said = (
-        torch.nn.functional.pad(v, (0, -len(size) % length)).reshape(-1, length)
-        for v in (whole[~last], whole[~first], torch.ones_like(document), document, said)
+    document_length = counts.repeat_interleave(counts)
+    word_counts = torch.tensor(words, dtype=torch.int64).repeat_interleave(counts)
+    offset = torch.arange(len(document_length)) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
     )
-    begins = torch.ones_like(document, dtype=torch.bool)
-    begins[:, 1:] = document[:, 1:] != document[:, :-1]
-    place = torch.arange(length, dtype=torch.int32).expand_as(document)
-    position = place - torch.where(begins, place, 0).cummax(1).values
-    segment = begins.int().cumsum(1, dtype=torch.int32) * mask
-    said_by, place_in = _narrowest(vocabulary - 1), _narrowest(length)
-    kinds = (said_by, said_by, torch.bool, place_in, place_in)
+    word_counts = (
+        offset + 1
+    ) * word_counts // document_length - offset * word_counts // document_length
+    token, label, mask, document, word_counts = (
+        torch.nn.functional.pad(v, (0, -len(document_length) % length)).reshape(-1, length)
+        for v in (
+            all_tokens[~is_last],
+            all_tokens[~is_first],
+            torch.ones_like(document),
+            document,
+            word_counts,
+        )
+    )
+    segment_starts = torch.ones_like(document, dtype=torch.bool)
+    segment_starts[:, 1:] = document[:, 1:] != document[:, :-1]
+    block_offset = torch.arange(length, dtype=torch.int32).expand_as(document)
+    position = block_offset - torch.where(segment_starts, block_offset, 0).cummax(1).values
+    segment = segment_starts.int().cumsum(1, dtype=torch.int32) * mask
+    token_dtype, position_dtype = _choose_dtype(vocabulary - 1), _choose_dtype(length)
+    dtypes = (token_dtype, token_dtype, torch.bool, position_dtype, position_dtype)
     values = (token, label, mask, segment, position)
-    packed = {k: v.to(t).contiguous() for k, v, t in zip(FIELDS, values, kinds, strict=True)}
-    return {**packed, "words": said.sum(1, dtype=torch.int32)}
+    packed_fields = {
+        k: v.to(t).contiguous() for k, v, t in zip(FIELDS, values, dtypes, strict=True)
+    }
+    return {**packed_fields, "words": word_counts.sum(1, dtype=torch.int32)}
 
 
-def _narrowest(highest: int) -> torch.dtype:
-    kinds = (torch.uint8, torch.int16)
-    return next((kind for kind in kinds if highest <= torch.iinfo(kind).max), torch.int32)
+def _choose_dtype(highest: int) -> torch.dtype:
+    dtypes = (torch.uint8, torch.int16)
+    return next((kind for kind in dtypes if highest <= torch.iinfo(kind).max), torch.int32)
 
 
-def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
+def make_batches(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
     """One client's batches of one round, shuffled anew in each pass over its examples.
 
     Args:
@@ -173,23 +185,28 @@ def deal(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
         Batches with two more fields, the `MARKS`, scalars: `epoch`, from 0, and `last`, true at its
         end.
     """
-    each = budget.each(examples)
-    chosen = islice(_passes(rows(examples), budget.batch, *key), each * budget.epochs)
-    for at, own in enumerate(chosen):
-        marks = {"epoch": torch.tensor(at // each), "last": torch.tensor(at % each == each - 1)}
-        yield {**{k: v[own] for k, v in examples.items()}, **marks}
+    steps_per_epoch = budget.count_epoch_steps(examples)
+    chosen_rows = islice(
+        _shuffle_passes(count_rows(examples), budget.batch, *key), steps_per_epoch * budget.epochs
+    )
+    for step, row_indices in enumerate(chosen_rows):
+        marks = {
+            "epoch": torch.tensor(step // steps_per_epoch),
+            "last": torch.tensor(step % steps_per_epoch == steps_per_epoch - 1),
+        }
+        yield {**{k: v[row_indices] for k, v in examples.items()}, **marks}
 
 
-def _passes(count: int, batch: int, *key: int | str) -> Iterator[torch.Tensor]:
+def _shuffle_passes(count: int, batch: int, *key: int | str) -> Iterator[torch.Tensor]:
     """Positions of batch after batch, without end."""
     for number in itertools.count():
         order = torch.randperm(count, generator=generator(*key, number))
         yield from order.split(batch)
 
 
-def steps(examples: Batch, budget: Budget) -> int:
-    """How many batches `deal` makes."""
-    return budget.epochs * budget.each(examples)
+def count_steps(examples: Batch, budget: Budget) -> int:
+    """How many batches `make_batches` makes."""
+    return budget.epochs * budget.count_epoch_steps(examples)
 
 
 def interleave(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
@@ -211,16 +228,18 @@ def stack(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
         members = [batch for batch in turn if batch is not None]
         if any(batch is None for batch in turn[: len(members)]):
             raise ValueError("a stack's longest streams come first")
-        yield side_by_side(members)
+        yield stack_examples(members)
 
 
-def side_by_side(members: Sequence[Batch]) -> Batch:
+def stack_examples(members: Sequence[Batch]) -> Batch:
     """Examples of several clients with a first axis of clients; zeros fill the shorter ones."""
-    return {k: _fill([m[k] for m in members]) for k in members[0]}
+    return {k: _pad_and_stack([m[k] for m in members]) for k in members[0]}
 
 
-def _fill(values: Sequence[torch.Tensor]) -> torch.Tensor:
+def _pad_and_stack(values: Sequence[torch.Tensor]) -> torch.Tensor:
     if values[0].ndim == 0:
         return torch.stack(list(values))
-    most = max(len(v) for v in values)
-    return torch.stack([torch.cat([v, v.new_zeros(most - len(v), *v.shape[1:])]) for v in values])
+    max_length = max(len(v) for v in values)
+    return torch.stack(
+        [torch.cat([v, v.new_zeros(max_length - len(v), *v.shape[1:])]) for v in values]
+    )

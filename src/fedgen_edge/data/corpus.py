@@ -63,14 +63,14 @@ class Corpus:
     """Examples without text, left out."""
 
     @cached_property
-    def fixed(self) -> frozenset[str]:
+    def fixed_splits(self) -> frozenset[str]:
         """The splits that the source fixes."""
         return frozenset(self.splits or ())
 
 
-def shared_out(
+def select_part(
     settings: config.Data,
-    kept: Sequence[int],
+    candidates: Sequence[int],
     labels: Sequence[str | None],
     splits: Sequence[str | None],
 ) -> list[int]:
@@ -78,13 +78,17 @@ def shared_out(
 
     Args:
         settings: the share that is public, of which labels nothing is, and which part is meant.
-        kept: places of the examples to choose from.
+        candidates: places of the examples to choose from.
         labels: of each place.
         splits: of each place, where the source fixes them.
     """
-    open_to_all: set[int] = set()
-    for name in sorted({labels[at] or "" for at in kept} - set(settings.unseen)):
-        own = [at for at in kept if (labels[at] or "") == name and splits[at] in {None, "train"}]
-        order = torch.randperm(len(own), generator=generator(settings.split_seed, "public", name))
-        open_to_all |= {own[i] for i in order[: round(settings.public * len(own))].tolist()}
-    return [at for at in kept if (at in open_to_all) == (settings.part == "public")]
+    public: set[int] = set()
+    for name in sorted({labels[at] or "" for at in candidates} - set(settings.unseen)):
+        labeled = [
+            at for at in candidates if (labels[at] or "") == name and splits[at] in {None, "train"}
+        ]
+        order = torch.randperm(
+            len(labeled), generator=generator(settings.split_seed, "public", name)
+        )
+        public |= {labeled[i] for i in order[: round(settings.public * len(labeled))].tolist()}
+    return [at for at in candidates if (at in public) == (settings.part == "public")]

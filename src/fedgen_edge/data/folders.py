@@ -45,12 +45,12 @@ def list_entries(folder: Path) -> list[Path]:
         DataError: the folder cannot be read.
     """
     try:
-        return sorted(path for path in folder.iterdir() if not _is_of_a_tool(path))
+        return sorted(path for path in folder.iterdir() if not _is_tool_file(path))
     except OSError as error:
         raise DataError(f"{folder} cannot be read ({error.strerror}): make it readable") from None
 
 
-def _is_of_a_tool(path: Path) -> bool:
+def _is_tool_file(path: Path) -> bool:
     return path.name.startswith(".") or (path.name.startswith("__") and path.is_dir())
 
 
@@ -65,13 +65,13 @@ def list_splits(
     folders = list_folders(root, endings)
     files = [path for path in list_entries(root) if path.suffix.lower() in endings]
     splits = [(path, SPLIT_OF[path.name.lower()]) for path in folders if _is_split(path)]
-    others = [path.name for path in [*folders, *files] if not _is_split(path)]
-    if others and "train" in (split for _, split in splits):
+    other_names = [path.name for path in [*folders, *files] if not _is_split(path)]
+    if other_names and "train" in (split for _, split in splits):
         raise DataError(
-            f"data.path={settings.path!r} has {others[0]!r} beside the split "
+            f"data.path={settings.path!r} has {other_names[0]!r} beside the split "
             f"{splits[-1][0].name!r}: rename one of them, or move it away"
         )
-    if others or not splits:
+    if other_names or not splits:
         return [(root, None)]
     return [(path, name) for name in SPLITS for path, split in splits if split == name]
 

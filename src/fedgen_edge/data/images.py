@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fedgen_edge import config
 from fedgen_edge.data.archives import PickledArray, check_npz, read_pickle
-from fedgen_edge.data.corpus import Corpus, Images, shared_out
+from fedgen_edge.data.corpus import Corpus, Images, select_part
 from fedgen_edge.data.folders import SPLITS, iterate_files, list_folders, list_splits
 from fedgen_edge.errors import ConfigError, DataError
 
@@ -40,20 +40,20 @@ DAMAGED = (
 """What an archive of arrays raises that is cut, altered, or none."""
 
 
-class Part(NamedTuple):
+class SplitImages(NamedTuple):
     """Pictures of one split, or of all where the source has none."""
 
     pixels: Tensor
     """uint8 `[images, channels, height, width]`."""
-    numbers: Tensor
+    class_numbers: Tensor
     """Class of each."""
     split: str | None = None
 
 
-class Found(NamedTuple):
+class ImageSource(NamedTuple):
     """What a source holds."""
 
-    parts: list[Part]
+    parts: list[SplitImages]
     classes: tuple[str, ...]
 
 
@@ -67,60 +67,62 @@ def read(settings: config.Data) -> Corpus:
         DataError: the pictures are missing, damaged, or not of one kind; names the file.
         ConfigError: a class that is not there.
     """
-    found = SOURCES[settings.source](settings)
-    names = settings.names or found.classes
+    source = SOURCES[settings.source](settings)
+    names = settings.names or source.classes
     for key in ("classes", "unseen"):
         for name in getattr(settings, key):
             if name not in names:
                 raise ConfigError(f"data.{key} names {name!r}: there are {', '.join(names)}")
-    parts = sorted(found.parts, key=lambda part: [*SPLITS, None].index(part.split))
+    parts = sorted(source.parts, key=lambda part: [*SPLITS, None].index(part.split))
     pixels = torch.cat([part.pixels for part in parts])
-    labels = [found.classes[n] for part in parts for n in part.numbers.tolist()]
+    labels = [source.classes[n] for part in parts for n in part.class_numbers.tolist()]
     splits = [part.split for part in parts for _ in range(len(part.pixels))]
-    first: dict[bytes, int] = {}
+    first_positions: dict[bytes, int] = {}
     for at, row in enumerate(pixels.numpy()):
-        first.setdefault(hashlib.sha256(row.tobytes()).digest(), at)
-    kept = [at for at in first.values() if labels[at] in (settings.classes or names)]
-    chosen = shared_out(settings, kept, labels, splits)
+        first_positions.setdefault(hashlib.sha256(row.tobytes()).digest(), at)
+    candidates = [
+        at for at in first_positions.values() if labels[at] in (settings.classes or names)
+    ]
+    chosen = select_part(settings, candidates, labels, splits)
     if not chosen:
-        told = f"data.source={settings.source!r} holds no {settings.part} pictures with "
-        raise DataError(f"{told}data.public={settings.public}: change that, or add some")
+        problem = f"data.source={settings.source!r} holds no {settings.part} pictures with "
+        raise DataError(f"{problem}data.public={settings.public}: change that, or add some")
     limit = min(settings.limit or len(chosen), len(chosen))
-    few = [chosen[i * len(chosen) // limit] for i in range(limit)]
+    limited = [chosen[i * len(chosen) // limit] for i in range(limit)]
     return Corpus(
-        Images(pixels[few], names),
+        Images(pixels[limited], names),
         None,
-        [labels[at] for at in few],
-        None if None in splits else [str(splits[at]) for at in few],
-        len(pixels) - len(first),
+        [labels[at] for at in limited],
+        None if None in splits else [str(splits[at]) for at in limited],
+        len(pixels) - len(first_positions),
     )
 
 
-def digits(settings: config.Data) -> Found:
+def read_digits(settings: config.Data) -> ImageSource:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey pixels."""
     from sklearn.datasets import load_digits
 
     del settings
-    told: Any = load_digits()
-    pixels = torch.from_numpy(np.round(told.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
-    return Found([Part(pixels, torch.from_numpy(told.target))], tuple("0123456789"))
+    dataset: Any = load_digits()
+    pixels = torch.from_numpy(np.round(dataset.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
+    return ImageSource([SplitImages(pixels, torch.from_numpy(dataset.target))], tuple("0123456789"))
 
 
-def cifar10(settings: config.Data) -> Found:
+def read_cifar10(settings: config.Data) -> ImageSource:
     """CIFAR-10: packed as lossless WebP, or the authors' pickles or binaries (Krizhevsky 2009)."""
-    root = _existing(settings)
-    for layout in (_packed, _pickles, _binaries):
+    root = _get_root_folder(settings)
+    for layout in (_read_webp_archives, _read_pickles, _read_binaries):
         parts = list(layout(settings, root))
         if parts:
-            return Found([_sized(settings, part) for part in parts], CIFAR10)
-    raise _fault(
+            return ImageSource([_resize_images(settings, part) for part in parts], CIFAR10)
+    raise _make_error(
         settings,
         " holds no CIFAR-10: give a folder with train.npz and test.npz, with data_batch_1 to 5 and "
         "test_batch, or with the same as .bin",
     )
 
 
-def _sized(settings: config.Data, part: Part) -> Part:
+def _resize_images(settings: config.Data, part: SplitImages) -> SplitImages:
     """The same pictures, scaled to `data.size` if it is given."""
     side = settings.size
     if side is None or side == part.pixels.shape[-1]:
@@ -130,162 +132,172 @@ def _sized(settings: config.Data, part: Part) -> Part:
     )
 
 
-def _packed(settings: config.Data, root: Path) -> Iterator[Part]:
+def _read_webp_archives(settings: config.Data, root: Path) -> Iterator[SplitImages]:
     for path in sorted(root.glob("*t*.npz")):
         split = "test" if "test" in path.stem else "train"
         try:
-            pixels, numbers = _unpacked(path)
+            pixels, numbers = _decode_webp_archive(path)
         except DAMAGED as error:
-            raise _fault(settings, f": {path.name} cannot be read ({error}): correct it") from None
-        yield _part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
+            raise _make_error(
+                settings, f": {path.name} cannot be read ({error}): correct it"
+            ) from None
+        yield _make_part(settings, path, pixels.transpose(0, 3, 1, 2), numbers, split)
 
 
-def _unpacked(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _decode_webp_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pictures, `[images, height, width, 3]`, and their numbers."""
     check_npz(path)
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
-        blob, ends = held["webp"].tobytes(), held["offsets"]
-        numbers = _whole(held["labels"])
-    each = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))
-    return np.stack([_small_picture(one) for one in each]), numbers
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        blob, ends = archive["webp"].tobytes(), archive["offsets"]
+        numbers = _to_integers(archive["labels"])
+    files = (io.BytesIO(blob[low:high]) for low, high in itertools.pairwise(ends))
+    return np.stack([_decode_small_image(one) for one in files]), numbers
 
 
-def _small_picture(file: io.BytesIO) -> np.ndarray:
-    with Image.open(file, formats=("WEBP",)) as picture:
-        if picture.size != (32, 32):
-            raise ValueError(f"a picture is {picture.width} x {picture.height}, not 32 x 32")
-        return np.asarray(picture.convert("RGB"))
+def _decode_small_image(file: io.BytesIO) -> np.ndarray:
+    with Image.open(file, formats=("WEBP",)) as image:
+        if image.size != (32, 32):
+            raise ValueError(f"a picture is {image.width} x {image.height}, not 32 x 32")
+        return np.asarray(image.convert("RGB"))
 
 
-def _pickles(settings: config.Data, root: Path) -> Iterator[Part]:
+def _read_pickles(settings: config.Data, root: Path) -> Iterator[SplitImages]:
     for path in sorted(p for p in root.glob("*_batch*") if not p.suffix):
         split = "test" if path.name.startswith("test") else "train"
         try:
-            held = read_pickle(path)
-            pixels = held[b"data"].read().reshape(-1, 3, 32, 32)
+            batch = read_pickle(path)
+            pixels = batch[b"data"].read().reshape(-1, 3, 32, 32)
             if pixels.dtype != np.uint8:
                 raise ValueError("its pictures are not of bytes")
-            numbers = _whole(held[b"labels"])
+            numbers = _to_integers(batch[b"labels"])
         except (pickle.UnpicklingError, AttributeError, *DAMAGED) as error:
-            raise _fault(settings, f": {path.name} is no batch ({error}): correct it") from None
-        yield _part(settings, path, pixels, numbers, split)
+            raise _make_error(
+                settings, f": {path.name} is no batch ({error}): correct it"
+            ) from None
+        yield _make_part(settings, path, pixels, numbers, split)
 
 
-def _whole(labels: Any) -> np.ndarray:
+def _to_integers(labels: Any) -> np.ndarray:
     if isinstance(labels, list) and not {*map(type, labels)} <= {int}:
         raise ValueError("its labels are no list of whole numbers")
-    found = labels.read() if isinstance(labels, PickledArray) else np.asarray(labels)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
+    numbers = labels.read() if isinstance(labels, PickledArray) else np.asarray(labels)
+    if numbers.ndim != 1 or numbers.dtype.kind not in "iu":
         raise ValueError("its labels are no list of whole numbers")
-    return found
+    return numbers
 
 
-def _binaries(settings: config.Data, root: Path) -> Iterator[Part]:
+def _read_binaries(settings: config.Data, root: Path) -> Iterator[SplitImages]:
     for path in sorted(root.glob("*_batch*.bin")):
         split = "test" if path.name.startswith("test") else "train"
         raw = np.fromfile(path, np.uint8)
         if len(raw) % 3073:
-            raise _fault(settings, f": {path.name} is cut short: its records have 3,073 bytes")
+            raise _make_error(settings, f": {path.name} is cut short: its records have 3,073 bytes")
         rows = raw.reshape(-1, 3073)
-        yield _part(settings, path, rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], split)
+        yield _make_part(settings, path, rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], split)
 
 
-def _part(
+def _make_part(
     settings: config.Data, path: Path, pixels: np.ndarray, numbers: np.ndarray, split: str
-) -> Part:
+) -> SplitImages:
     if len(numbers) != len(pixels) or not set(numbers.tolist()) <= {*range(len(CIFAR10))}:
-        raise _fault(
+        raise _make_error(
             settings,
             f": {path.name} has {len(pixels)} pictures and {len(numbers)} labels, between "
             f"{min(numbers.tolist(), default=0)} and {max(numbers.tolist(), default=0)}: each "
             "needs one from 0 to 9",
         )
-    return Part(
+    return SplitImages(
         torch.from_numpy(np.ascontiguousarray(pixels)),
         torch.from_numpy(numbers.astype(np.int64)),
         split,
     )
 
 
-def folder(settings: config.Data) -> Found:
+def read_folder(settings: config.Data) -> ImageSource:
     """Pictures in a folder for each class, cut to squares of `data.size` if it is given.
 
     Folders of splits may lie above the classes'. A folder without pictures is no class.
     """
-    root = _existing(settings)
+    root = _get_root_folder(settings)
     tops = list_splits(settings, root, ENDINGS)
     classes = sorted({path.name for top, _ in tops for path in list_folders(top, ENDINGS)})
     if not classes:
         lacks = "pictures in folders" if any(map(Path.is_dir, root.iterdir())) else "folders"
         endings = ", ".join(sorted(ENDINGS))
-        raise _fault(
+        raise _make_error(
             settings,
             f" has no {lacks}: put each class's pictures ({endings}) into a folder of its name",
         )
-    parts = [_folder_part(settings, top, classes, split) for top, split in tops]
+    parts = [_read_class_folders(settings, top, classes, split) for top, split in tops]
     if len({part.pixels.shape[1:] for part in parts}) > 1:
         names = " and ".join(top.name for top, _ in tops)
-        raise _fault(settings, f": {names} are of unlike kinds or sizes: give data.size")
-    return Found(parts, tuple(classes))
+        raise _make_error(settings, f": {names} are of unlike kinds or sizes: give data.size")
+    return ImageSource(parts, tuple(classes))
 
 
-def _folder_part(settings: config.Data, top: Path, classes: list[str], split: str | None) -> Part:
-    found = [
+def _read_class_folders(
+    settings: config.Data, top: Path, classes: list[str], split: str | None
+) -> SplitImages:
+    files = [
         (path, number)
         for number, name in enumerate(classes)
         if (top / name).is_dir()
         for path in iterate_files(top / name, ENDINGS)
     ]
-    if not found:
-        raise _fault(settings, f": {top} has no folder of a class with pictures: add some")
-    pictures = [_picture(settings, path) for path, _ in found]
-    first = pictures[0].shape
-    for (path, _), picture in zip(found, pictures, strict=True):
-        if picture.shape != first:
-            kinds = [f"{w} x {h} with {c} channels" for c, h, w in (picture.shape, first)]
-            raise _fault(
+    if not files:
+        raise _make_error(settings, f": {top} has no folder of a class with pictures: add some")
+    images = [_read_image(settings, path) for path, _ in files]
+    first_shape = images[0].shape
+    for (path, _), image in zip(files, images, strict=True):
+        if image.shape != first_shape:
+            kinds = [f"{w} x {h} with {c} channels" for c, h, w in (image.shape, first_shape)]
+            raise _make_error(
                 settings,
-                f": {path} is {kinds[0]}, {found[0][0].name} is {kinds[1]}: save all as RGB or all "
+                f": {path} is {kinds[0]}, {files[0][0].name} is {kinds[1]}: save all as RGB or all "
                 "as grey, and give data.size, to which they are scaled",
             )
-    numbers = torch.tensor([number for _, number in found])
-    return Part(torch.from_numpy(np.stack(pictures)), numbers, split)
+    numbers = torch.tensor([number for _, number in files])
+    return SplitImages(torch.from_numpy(np.stack(images)), numbers, split)
 
 
-def _picture(settings: config.Data, path: Path) -> np.ndarray:
+def _read_image(settings: config.Data, path: Path) -> np.ndarray:
     """One picture, `[channels, height, width]`.
 
     Its kind is read before its pixels are, so that none unfolds to more than it may.
     """
     low, high = SIDES
     try:
-        with Image.open(path) as picture:
-            if not low <= min(picture.size) <= max(picture.size) <= high:
-                told = f"{picture.width} x {picture.height}: sides must be from {low} to {high}"
-                raise _fault(settings, f": {path} is {told}")
-            if picture.mode not in MODES:
-                raise _fault(settings, f": {path} is {picture.mode}: save it as 8-bit RGB or grey")
+        with Image.open(path) as image:
+            if not low <= min(image.size) <= max(image.size) <= high:
+                size_problem = f"{image.width} x {image.height}: sides must be from {low} to {high}"
+                raise _make_error(settings, f": {path} is {size_problem}")
+            if image.mode not in MODES:
+                raise _make_error(
+                    settings, f": {path} is {image.mode}: save it as 8-bit RGB or grey"
+                )
             side = settings.size
-            fitted = ImageOps.fit(picture, (side, side)) if side else picture
-            pixels = np.asarray(fitted)
+            resized = ImageOps.fit(image, (side, side)) if side else image
+            pixels = np.asarray(resized)
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise _fault(settings, f": {path} is no whole picture ({error}): remove it") from None
+        raise _make_error(settings, f": {path} is no whole picture ({error}): remove it") from None
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
-def _existing(settings: config.Data) -> Path:
+def _get_root_folder(settings: config.Data) -> Path:
     root = Path(str(settings.path))
     if not root.is_dir():
-        raise _fault(settings, f" is no folder: give what data.source={settings.source!r} reads")
+        raise _make_error(
+            settings, f" is no folder: give what data.source={settings.source!r} reads"
+        )
     return root
 
 
-def _fault(settings: config.Data, what: str) -> DataError:
+def _make_error(settings: config.Data, what: str) -> DataError:
     return DataError(f"data.path={settings.path!r}{what}")
 
 
-SOURCES: dict[str, Callable[[config.Data], Found]] = {
-    "digits": digits,
-    "cifar10": cifar10,
-    "images": folder,
+SOURCES: dict[str, Callable[[config.Data], ImageSource]] = {
+    "digits": read_digits,
+    "cifar10": read_cifar10,
+    "images": read_folder,
 }

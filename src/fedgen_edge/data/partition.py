@@ -16,12 +16,12 @@ from fedgen_edge import config, seeds
 from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError, DataError
 
-TRIES = 100  # draws of a Dirichlet partition before it is given up
-CLIENTS = 10  # where neither the settings nor the data say how many
+MAX_DRAWS = 100  # draws of a Dirichlet partition before it is given up
+DEFAULT_CLIENTS = 10  # where neither the settings nor the data say how many
 
 
 @dataclass(frozen=True)
-class Holding:
+class ClientSplits:
     """What one client holds: indices into the corpus, each in one list only, ascending."""
 
     name: str
@@ -37,7 +37,7 @@ def partition(
     settings: config.Partition,
     clients: int | None,
     seed: int,
-) -> list[Holding]:
+) -> list[ClientSplits]:
     """What each client holds, sorted by its name.
 
     Args:
@@ -51,17 +51,19 @@ def partition(
         ConfigError: the settings cannot be carried out on these data.
         DataError: a client would be left with too little, or with none of a split.
     """
-    owned = divide(corpus, settings, clients, seed)
-    for name, examples in sorted(owned.items()):
+    by_client = divide(corpus, settings, clients, seed)
+    for name, examples in sorted(by_client.items()):
         if len(examples) < settings.minimum:
-            enough = sum(len(other) >= settings.minimum for other in owned.values())
-            largest = f"take the {enough} largest with federation.clients={enough}"
+            num_large_enough = sum(len(other) >= settings.minimum for other in by_client.values())
+            largest = (
+                f"take the {num_large_enough} largest with federation.clients={num_large_enough}"
+            )
             raise DataError(
                 f"client {name!r} has {len(examples)} examples, fewer than "
                 f"partition.minimum={settings.minimum}: lower that, or "
-                f"{largest if settings.by == 'group' and enough else 'have fewer clients'}"
+                + (largest if settings.by == "group" and num_large_enough else "have fewer clients")
             )
-    return [hold(name, owned[name], corpus, data) for name in sorted(owned)]
+    return [split_client(name, by_client[name], corpus, data) for name in sorted(by_client)]
 
 
 def divide(
@@ -69,9 +71,9 @@ def divide(
 ) -> dict[str, list[int]]:
     """The examples of each client by its name, before they are split."""
     if settings.by == "group":
-        return by_group(corpus.groups, clients)
+        return divide_by_group(corpus.groups, clients)
     _check_enough(corpus, settings, clients or 1)  # before anything is made for so many
-    sizes = _sizes(settings, clients)
+    sizes = _get_sizes(settings, clients)
     _check_enough(corpus, settings, len(sizes))
     rng = np.random.default_rng(seeds.seed(seed, "partition"))
     order = rng.permutation(len(corpus.examples)).tolist()
@@ -82,12 +84,12 @@ def divide(
                 "partition.labels='label', but the data have no labels: set "
                 "partition.labels='topic', or name the field with data.label_field"
             )
-        order = spread(order, list(zip(labels, corpus.splits or labels, strict=True)))
+        order = stratify(order, list(zip(labels, corpus.splits or labels, strict=True)))
         shuffled = [labels[i] for i in order]
         parts = dirichlet(shuffled, len(sizes), settings.alpha, settings.minimum, rng)
     else:
-        order = spread(order, corpus.splits or [""] * len(order))
-        parts = by_size(len(order), sizes)
+        order = stratify(order, corpus.splits or [""] * len(order))
+        parts = divide_by_size(len(order), sizes)
     width = max(3, len(str(len(parts) - 1)))
     return {f"client-{c:0{width}d}": [order[i] for i in part] for c, part in enumerate(parts)}
 
@@ -101,7 +103,7 @@ def _check_enough(corpus: Corpus, settings: config.Partition, clients: int) -> N
         )
 
 
-def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
+def _get_sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
     """Relative sizes of the clients; a Dirichlet partition takes only their number."""
     if settings.by == "pooled" and clients not in {None, 1}:
         raise ConfigError(
@@ -117,11 +119,11 @@ def _sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
                 f"federation.clients={clients}: make them agree"
             )
         return settings.sizes
-    count = clients or CLIENTS
+    count = clients or DEFAULT_CLIENTS
     return [float(n) if settings.by == "size" else 1.0 for n in range(1, count + 1)]
 
 
-def labelled(corpus: Corpus, settings: config.Partition, seed: int) -> Corpus:
+def assign_labels(corpus: Corpus, settings: config.Partition, seed: int) -> Corpus:
     """The corpus, with topics for its labels where the settings ask for them."""
     if settings.labels == "label":
         return corpus
@@ -129,11 +131,11 @@ def labelled(corpus: Corpus, settings: config.Partition, seed: int) -> Corpus:
         raise ConfigError(
             "partition.labels='topic' is found in text, and these are images: say 'label'"
         )
-    found = topics(corpus.examples.texts, settings.topics, seed, corpus.splits)
-    return replace(corpus, labels=found)
+    topic_labels = find_topics(corpus.examples.texts, settings.topics, seed, corpus.splits)
+    return replace(corpus, labels=topic_labels)
 
 
-def by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, list[int]]:
+def divide_by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, list[int]]:
     """The natural clients: all, or the largest so many, of equal ones the first by name."""
     if groups is None:
         raise ConfigError(
@@ -147,14 +149,14 @@ def by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, lis
             "lower it, or set partition.by='iid'"
         )
     chosen = sorted(sizes, key=lambda name: (-sizes[name], name))[:clients]
-    owned: dict[str, list[int]] = {name: [] for name in chosen}
+    by_client: dict[str, list[int]] = {name: [] for name in chosen}
     for index, name in enumerate(groups):
-        if name in owned:
-            owned[name].append(index)
-    return owned
+        if name in by_client:
+            by_client[name].append(index)
+    return by_client
 
 
-def by_size(count: int, sizes: Sequence[int | float]) -> list[list[int]]:
+def divide_by_size(count: int, sizes: Sequence[int | float]) -> list[list[int]]:
     """Consecutive runs in proportion to the sizes, rounded so that nothing is left over."""
     ends = [0, *(np.cumsum(sizes) * count / np.sum(sizes)).astype(int)[:-1].tolist(), count]
     return [list(range(*bounds)) for bounds in pairwise(ends)]
@@ -174,7 +176,7 @@ def dirichlet(
     (arXiv:2102.02079) and flwr-datasets' DirichletPartitioner, without its optional balancing.
     """
     members = [np.flatnonzero(np.array(labels) == label) for label in sorted(set(labels))]
-    for _ in range(TRIES):
+    for _ in range(MAX_DRAWS):
         shares = [rng.dirichlet(np.full(clients, alpha)) for _ in members]
         cuts = [
             (np.cumsum(share) * len(own)).astype(int)[:-1]
@@ -186,12 +188,13 @@ def dirichlet(
             return parts
     raise ConfigError(
         f"partition.alpha={alpha} gave not every one of federation.clients={clients} its "
-        f"partition.minimum={minimum} examples in {TRIES} draws: raise alpha, lower the minimum "
+        f"partition.minimum={minimum} examples in {MAX_DRAWS} draws: raise alpha, lower "
+        "the minimum "
         "or the clients, or bring more data"
     )
 
 
-def topics(
+def find_topics(
     texts: Sequence[str], count: int, seed: int, splits: Sequence[str] | None = None
 ) -> list[str]:
     """A topic of each text, named by its number and its three heaviest words.
@@ -204,59 +207,62 @@ def topics(
     from sklearn.feature_extraction.text import TfidfVectorizer
     from threadpoolctl import threadpool_limits
 
-    known = [t for i, t in enumerate(texts) if splits is None or splits[i] == "train"]
-    weigh = TfidfVectorizer(
+    training_texts = [t for i, t in enumerate(texts) if splits is None or splits[i] == "train"]
+    vectorizer = TfidfVectorizer(
         stop_words="english", sublinear_tf=True, max_df=0.8, max_features=10_000
     )
     # n_init is a number too; scikit-learn's annotation is read off its default, "auto".
-    means = KMeans(count, n_init=cast(Any, 4), random_state=seeds.seed(seed, "topics") % 2**32)
+    kmeans = KMeans(count, n_init=cast(Any, 4), random_state=seeds.seed(seed, "topics") % 2**32)
     try:
         with threadpool_limits(1), warnings.catch_warnings():
             warnings.simplefilter("error", ConvergenceWarning)
-            means.fit(weigh.fit_transform(known))
-            found = means.predict(weigh.transform(texts))
+            kmeans.fit(vectorizer.fit_transform(training_texts))
+            topic_numbers = kmeans.predict(vectorizer.transform(texts))
     except (ValueError, ConvergenceWarning):
         raise ConfigError(
-            f"partition.topics={count} are not to be found in {len(known)} training texts: "
+            f"partition.topics={count} are not to be found in {len(training_texts)} "
+            "training texts: "
             "lower it, or bring more data"
         ) from None
-    words = weigh.get_feature_names_out()
-    heads = words[np.argsort(-means.cluster_centers_)[:, :3]]
-    names = [f"{number}: {', '.join(head)}" for number, head in enumerate(heads)]
-    return [names[topic] for topic in found]
+    words = vectorizer.get_feature_names_out()
+    top_words = words[np.argsort(-kmeans.cluster_centers_)[:, :3]]
+    names = [f"{number}: {', '.join(head)}" for number, head in enumerate(top_words)]
+    return [names[topic] for topic in topic_numbers]
 
 
-def spread(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
+def stratify(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
     """Reorder so that any run of it holds each stratum about in its share of the whole."""
-    sizes, seen = Counter(strata), Counter()
+    sizes, seen_counts = Counter(strata), Counter()
     place: dict[int, float] = {}
     for index in order:
-        seen[strata[index]] += 1
-        place[index] = (seen[strata[index]] - 0.5) / sizes[strata[index]]
+        seen_counts[strata[index]] += 1
+        place[index] = (seen_counts[strata[index]] - 0.5) / sizes[strata[index]]
     return sorted(order, key=place.__getitem__)
 
 
-def hold(name: str, examples: list[int], corpus: Corpus, data: config.Data) -> Holding:
+def split_client(name: str, examples: list[int], corpus: Corpus, data: config.Data) -> ClientSplits:
     """Split a client's examples as the source does; what it does not fix is cut from training.
 
     A share above 0 is at least one example. The cut does not go by the run's seed: else one seed
     would train, and be tuned, on what another is tested on.
     """
     rng = np.random.default_rng(seeds.seed(data.split_seed, "held out", name))
-    held: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
+    by_split: dict[str, list[int]] = {"train": [], "validation": [], "test": []}
     for index in examples:
-        held[corpus.splits[index] if corpus.splits else "train"].append(index)
+        by_split[corpus.splits[index] if corpus.splits else "train"].append(index)
     shares = {"validation": data.validation, "test": data.test}
-    rest, count = rng.permutation(held["train"]).tolist(), len(held["train"])
+    remaining, count = rng.permutation(by_split["train"]).tolist(), len(by_split["train"])
     for split, share in shares.items():
-        if share and split not in corpus.fixed:
+        if share and split not in corpus.fixed_splits:
             cut = max(1, round(share * count))
-            held[split], rest = rest[:cut], rest[cut:]
-    held["train"] = rest[: data.train_limit]
+            by_split[split], remaining = remaining[:cut], remaining[cut:]
+    by_split["train"] = remaining[: data.train_limit]
     for split, share in {"train": 1.0, **shares}.items():
-        if share and not held[split]:
+        if share and not by_split[split]:
             raise DataError(
                 f"client {name!r} has no {split} example among its {len(examples)}: raise "
                 "partition.minimum, partition.alpha or its share in data, or have fewer clients"
             )
-    return Holding(name, *(sorted(held[split]) for split in ("train", "validation", "test")))
+    return ClientSplits(
+        name, *(sorted(by_split[split]) for split in ("train", "validation", "test"))
+    )

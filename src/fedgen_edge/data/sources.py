@@ -13,9 +13,9 @@ from pathlib import Path
 
 from fedgen_edge import config
 from fedgen_edge.data import images, tables
-from fedgen_edge.data.corpus import Corpus, Texts, shared_out
+from fedgen_edge.data.corpus import Corpus, Texts, select_part
 from fedgen_edge.data.folders import iterate_files, list_entries, list_splits
-from fedgen_edge.data.text_files import UNREADABLE, Row, existing, fault, lines
+from fedgen_edge.data.text_files import UNREADABLE, TextRow, get_data_path, make_error, read_lines
 from fedgen_edge.errors import ConfigError
 
 TEXT = {".txt"}
@@ -51,37 +51,41 @@ def read(settings: config.Data) -> Corpus:
     if settings.source in images.SOURCES:
         return images.read(settings)
     tables.check_ending(settings)
-    first: dict[str, Row] = {}
-    met: set[str | None] = set()
-    filled, blanks = 0, 0
+    first_rows: dict[str, TextRow] = {}
+    groups: set[str | None] = set()
+    num_filled, blanks = 0, 0
     for row in SOURCES[settings.source](settings):
-        met.add(row.group)
+        groups.add(row.group)
         if row.text.strip():
-            first.setdefault(row.text, row)
-            filled += 1
+            first_rows.setdefault(row.text, row)
+            num_filled += 1
         else:
             blanks += 1
-    kept = list(first.values())
-    if not kept:
-        raise fault(settings, f" holds no text for data.source={settings.source!r}: add some")
-    if emptied := met - {row.group for row in kept}:
-        said = f"{len(emptied)} of the clients, {min(map(str, emptied))!r} first, have no text"
-        raise fault(settings, f": {said} that others lack: give them some, or leave them out")
-    own = _of_part(settings, kept)
-    limit = min(settings.limit or len(own), len(own))
-    few = [own[i * len(own) // limit] for i in range(limit)]
-    lost = {row.group for row in kept} - {row.group for row in few}
-    if lost and settings.part == "private":  # what is public belongs to nobody
-        cut = limit < len(own)
-        cause = f"limit={limit}" if cut else f"public={settings.public}"
-        raise ConfigError(
-            f"data.{cause} leaves {len(lost)} of the clients, {min(map(str, lost))!r} first, "
-            f"without text: {'raise' if cut else 'lower'} it"
+    rows = list(first_rows.values())
+    if not rows:
+        raise make_error(settings, f" holds no text for data.source={settings.source!r}: add some")
+    if empty_groups := groups - {row.group for row in rows}:
+        first = min(map(str, empty_groups))
+        problem = f"{len(empty_groups)} of the clients, {first!r} first, have no text"
+        raise make_error(
+            settings, f": {problem} that others lack: give them some, or leave them out"
         )
-    return _corpus(few, filled - len(kept), blanks)
+    part_rows = _select_rows(settings, rows)
+    limit = min(settings.limit or len(part_rows), len(part_rows))
+    limited = [part_rows[i * len(part_rows) // limit] for i in range(limit)]
+    lost_groups = {row.group for row in rows} - {row.group for row in limited}
+    if lost_groups and settings.part == "private":  # what is public belongs to nobody
+        is_limited = limit < len(part_rows)
+        cause = f"limit={limit}" if is_limited else f"public={settings.public}"
+        raise ConfigError(
+            f"data.{cause} leaves {len(lost_groups)} of the clients, "
+            f"{min(map(str, lost_groups))!r} first, "
+            f"without text: {'raise' if is_limited else 'lower'} it"
+        )
+    return _corpus(limited, num_filled - len(rows), blanks)
 
 
-def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
+def _select_rows(settings: config.Data, rows: list[TextRow]) -> list[TextRow]:
     """The public ones, or those that clients hold."""
     if settings.part == "private" and not settings.public:
         return rows
@@ -89,7 +93,7 @@ def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
     if unknown := [name for name in settings.unseen if name not in labels]:
         there = ", ".join(sorted({*filter(None, labels)})) or "none"
         raise ConfigError(f"data.unseen names {unknown[0]!r}: labels are {there}")
-    chosen = shared_out(settings, range(len(rows)), labels, splits)
+    chosen = select_part(settings, range(len(rows)), labels, splits)
     if not chosen:
         raise ConfigError(
             f"data.public={settings.public} leaves no {settings.part} text: change it, or add text"
@@ -97,32 +101,32 @@ def _of_part(settings: config.Data, rows: list[Row]) -> list[Row]:
     return [rows[at] for at in chosen]
 
 
-def _corpus(rows: list[Row], duplicates: int, blanks: int) -> Corpus:
+def _corpus(rows: list[TextRow], duplicates: int, blanks: int) -> Corpus:
     words = [len(row.text.split()) + row.marks for row in rows]
     return Corpus(
         Texts([row.text for row in rows], words),
-        groups=_known([row.group for row in rows]),
-        labels=_known([row.label for row in rows]),
-        splits=_known([row.split for row in rows]),
+        groups=_get_complete_column([row.group for row in rows]),
+        labels=_get_complete_column([row.label for row in rows]),
+        splits=_get_complete_column([row.split for row in rows]),
         duplicates=duplicates,
         blanks=blanks,
     )
 
 
-def _known(column: list[str | None]) -> list[str] | None:
+def _get_complete_column(column: list[str | None]) -> list[str] | None:
     """A column that no row lacks."""
-    found = [value for value in column if value is not None]
-    return found if len(found) == len(column) else None
+    values = [value for value in column if value is not None]
+    return values if len(values) == len(column) else None
 
 
-def docstrings(settings: config.Data) -> Iterator[Row]:
+def read_docstrings(settings: config.Data) -> Iterator[TextRow]:
     """Docstrings of the standard library, read from its source and never imported."""
     for package in settings.packages:
-        texts = [text for path in modules(package) for text in _docstrings_in(path)]
-        yield from (Row(text, group=package) for text in texts or [""])
+        texts = [text for path in list_modules(package) for text in _extract_docstrings(path)]
+        yield from (TextRow(text, group=package) for text in texts or [""])
 
 
-def modules(package: str) -> list[Path]:
+def list_modules(package: str) -> list[Path]:
     """Source files of a package of the standard library, sorted, without its tests."""
     library = Path(sysconfig.get_path("stdlib"))
     if package.isidentifier():
@@ -130,12 +134,14 @@ def modules(package: str) -> list[Path]:
         inner = {path: {*path.relative_to(library).parts[1:]} for path in paths if path.is_file()}
         if inner:
             return [path for path, parts in inner.items() if not parts & TEST_FOLDERS]
-    known = sorted(path.stem for path in library.iterdir() if path.suffix == ".py" or path.is_dir())
-    near = difflib.get_close_matches(package, known, n=1, cutoff=0.0)[0]
+    module_names = sorted(
+        path.stem for path in library.iterdir() if path.suffix == ".py" or path.is_dir()
+    )
+    near = difflib.get_close_matches(package, module_names, n=1, cutoff=0.0)[0]
     raise ConfigError(f"data.packages={package!r} is not in this Python: did you mean {near!r}?")
 
 
-def _docstrings_in(path: Path) -> Iterator[str]:
+def _extract_docstrings(path: Path) -> Iterator[str]:
     for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node) or ""
@@ -143,41 +149,41 @@ def _docstrings_in(path: Path) -> Iterator[str]:
                 yield text
 
 
-def ptb(settings: config.Data) -> Iterator[Row]:
+def read_ptb(settings: config.Data) -> Iterator[TextRow]:
     """The Penn Treebank in Mikolov's three files, which are its splits."""
-    root = existing(settings)
+    root = get_data_path(settings)
     for name, split in PTB_SPLITS.items():
         path = root / f"ptb.{name}.txt"
         path = path if path.is_file() else root / f"{name}.txt"
-        for block in _blocks(lines(settings, path), settings.lines):
-            yield Row("\n".join(block), split=split, marks=len(block))
+        for block in _make_blocks(read_lines(settings, path), settings.lines):
+            yield TextRow("\n".join(block), split=split, marks=len(block))
 
 
-def brown(settings: config.Data) -> Iterator[Row]:
+def read_brown(settings: config.Data) -> Iterator[TextRow]:
     """The Brown corpus in NLTK's layout, zipped or not; a genre is a client and a label."""
-    root = _brown_root(settings)
-    for number, line in enumerate(lines(settings, root / "cats.txt"), start=1):
+    root = _find_brown_root(settings)
+    for number, line in enumerate(read_lines(settings, root / "cats.txt"), start=1):
         match line.split():
             case [document, genre]:
-                sentences = map(readable, lines(settings, root / document))
+                sentences = map(detokenize, read_lines(settings, root / document))
             case _:
-                raise fault(settings, f": cats.txt, line {number} is not like 'ca01 news'")
-        for block in _blocks(sentences, settings.lines):
-            yield Row(" ".join(block), group=genre, label=genre)
+                raise make_error(settings, f": cats.txt, line {number} is not like 'ca01 news'")
+        for block in _make_blocks(sentences, settings.lines):
+            yield TextRow(" ".join(block), group=genre, label=genre)
 
 
-def _brown_root(settings: config.Data) -> Path | zipfile.Path:
-    path = existing(settings)
+def _find_brown_root(settings: config.Data) -> Path | zipfile.Path:
+    path = get_data_path(settings)
     if (path / "cats.txt").is_file():
         return path
     try:
         top = zipfile.Path(path / "brown.zip" if path.is_dir() else path)
     except UNREADABLE:
-        raise fault(settings, " is not the Brown corpus: give NLTK's brown.zip") from None
+        raise make_error(settings, " is not the Brown corpus: give NLTK's brown.zip") from None
     return top if (top / "cats.txt").is_file() else top / "brown"
 
 
-def readable(sentence: str) -> str:
+def detokenize(sentence: str) -> str:
     """Brown's `word/TAG` tokens as they were once printed."""
     text = " ".join(token.rsplit("/", 1)[0] for token in sentence.split())
     text = re.sub(r"([;?!]) \1", r"\1", text)
@@ -185,42 +191,42 @@ def readable(sentence: str) -> str:
     return re.sub(r" ([,.;:?!)])", r"\1", text).replace("( ", "(")
 
 
-def _blocks(text: Iterable[str], size: int) -> Iterator[list[str]]:
-    filled = [line.strip() for line in text if line.strip()]
-    yield from (filled[start : start + size] for start in range(0, len(filled), size))
+def _make_blocks(text: Iterable[str], size: int) -> Iterator[list[str]]:
+    nonblank = [line.strip() for line in text if line.strip()]
+    yield from (nonblank[start : start + size] for start in range(0, len(nonblank), size))
 
 
-def folder(settings: config.Data) -> Iterator[Row]:
+def read_folder(settings: config.Data) -> Iterator[TextRow]:
     """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder.
 
     Folders of splits may lie above the clients'.
     """
-    root = existing(settings)
+    root = get_data_path(settings)
     if not root.is_dir():
-        raise fault(settings, " is no folder: give one of *.txt files")
+        raise make_error(settings, " is no folder: give one of *.txt files")
     for top, split in list_splits(settings, root, TEXT):
-        for client, path in _files_of_clients(settings, top):
-            for paragraph in re.split(r"\n\s*\n", "\n".join(lines(settings, path))):
+        for client, path in _list_client_files(settings, top):
+            for paragraph in re.split(r"\n\s*\n", "\n".join(read_lines(settings, path))):
                 if paragraph.strip():
-                    yield Row(paragraph.strip("\n"), group=client, split=split)
+                    yield TextRow(paragraph.strip("\n"), group=client, split=split)
 
 
-def _files_of_clients(settings: config.Data, top: Path) -> Iterator[tuple[str, Path]]:
+def _list_client_files(settings: config.Data, top: Path) -> Iterator[tuple[str, Path]]:
     for entry in list_entries(top):
         if entry.is_dir():
             yield from ((entry.name, path) for path in iterate_files(entry, TEXT))
         elif entry.suffix.lower() in TEXT:
             if (top / entry.stem).is_dir():
                 both = f"both {entry.name!r} and a folder {entry.stem!r}"
-                raise fault(settings, f" has {both}: rename one")
+                raise make_error(settings, f" has {both}: rename one")
             yield entry.stem, entry
 
 
-SOURCES: dict[str, Callable[[config.Data], Iterator[Row]]] = {
-    "docstrings": docstrings,
-    "ptb": ptb,
-    "brown": brown,
-    "folder": folder,
+SOURCES: dict[str, Callable[[config.Data], Iterator[TextRow]]] = {
+    "docstrings": read_docstrings,
+    "ptb": read_ptb,
+    "brown": read_brown,
+    "folder": read_folder,
     "jsonl": tables.read_jsonl,
     "json": tables.read_json,
     "csv": tables.read_csv,

@@ -20,11 +20,11 @@ from fedgen_edge.data.folders import SPLIT_OF, SPLITS
 from fedgen_edge.data.text_files import (
     LINE_LIMIT,
     UNREADABLE,
-    Row,
-    existing,
-    fault,
-    lines,
+    TextRow,
+    get_data_path,
+    make_error,
     open_bytes,
+    read_lines,
 )
 from fedgen_edge.errors import DataError, MissingExtraError
 
@@ -35,7 +35,7 @@ ENDINGS = {
     **{".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"},
 }
 """Which source reads a file that ends so, `.gz` after it or not."""
-SAVED = ("dataset_dict.json", "state.json")
+SAVED_FILES = ("dataset_dict.json", "state.json")
 """One of these is in a folder that `save_to_disk` wrote."""
 
 
@@ -52,7 +52,7 @@ def check_ending(settings: config.Data) -> None:
     if source == "json" and settings.source != "json" and not _is_array(path):
         source = "jsonl"
     if source != settings.source:
-        raise fault(
+        raise make_error(
             settings,
             f" is one file that data.source={settings.source!r} does not read: "
             f"set data.source={source!r}",
@@ -67,77 +67,84 @@ def _is_array(path: Path) -> bool:
         return False
 
 
-def read_jsonl(settings: config.Data) -> Iterator[Row]:
+def read_jsonl(settings: config.Data) -> Iterator[TextRow]:
     """One JSON object a line."""
-    for number, line in enumerate(lines(settings, existing(settings)), start=1):
+    for number, line in enumerate(read_lines(settings, get_data_path(settings)), start=1):
         if not line.strip():
             continue
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             reason = str(error).partition(": line")[0]
-            raise fault(settings, f", line {number} is not JSON ({reason}): correct it") from None
+            raise make_error(
+                settings, f", line {number} is not JSON ({reason}): correct it"
+            ) from None
         if not isinstance(record, dict):
-            raise fault(settings, f", line {number} is not a JSON object: write {{...}}")
+            raise make_error(settings, f", line {number} is not a JSON object: write {{...}}")
         yield make_row(settings, record, f", line {number}")
 
 
-def read_json(settings: config.Data) -> Iterator[Row]:
+def read_json(settings: config.Data) -> Iterator[TextRow]:
     """One JSON array of objects."""
-    path = _one_file(settings)
+    path = _get_file(settings)
     try:
         with open_bytes(path) as file:
             records = json.load(file)
     except (ValueError, RecursionError, *UNREADABLE) as error:
-        raise fault(
+        raise make_error(
             settings,
             f" is not one JSON array ({error}): correct it, or set data.source='jsonl' if each "
             "line is an object",
         ) from None
     if not isinstance(records, list):
-        raise fault(settings, " is not a JSON array: write [{...}, {...}]")
+        raise make_error(settings, " is not a JSON array: write [{...}, {...}]")
     for number, record in enumerate(records, start=1):
         if not isinstance(record, dict):
-            raise fault(settings, f", entry {number} is not a JSON object: write {{...}}")
+            raise make_error(settings, f", entry {number} is not a JSON object: write {{...}}")
         yield make_row(settings, record, f", entry {number}")
 
 
-def read_csv(settings: config.Data) -> Iterator[Row]:
+def read_csv(settings: config.Data) -> Iterator[TextRow]:
     """Comma-separated values below a line with their names; each value is text."""
-    path = _one_file(settings)
-    before = csv.field_size_limit(LINE_LIMIT)
+    path = _get_file(settings)
+    previous_limit = csv.field_size_limit(LINE_LIMIT)
     try:
-        packed = cast(BinaryIO, open_bytes(path))
-        with io.TextIOWrapper(packed, "utf-8-sig", newline="") as file:
+        raw_file = cast(BinaryIO, open_bytes(path))
+        with io.TextIOWrapper(raw_file, "utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             _check_names(settings, reader.fieldnames or ())
             for record in reader:
-                yield make_row(settings, _whole_record(settings, record, reader), _place(reader))
+                yield make_row(
+                    settings, _check_record(settings, record, reader), _format_place(reader)
+                )
     except (ValueError, csv.Error, *UNREADABLE) as error:
-        raise fault(settings, f" cannot be read as CSV in UTF-8 ({error}): correct it") from None
+        raise make_error(
+            settings, f" cannot be read as CSV in UTF-8 ({error}): correct it"
+        ) from None
     finally:
-        csv.field_size_limit(before)
+        csv.field_size_limit(previous_limit)
 
 
-def _whole_record(
+def _check_record(
     settings: config.Data, record: dict[str, Any], reader: csv.DictReader
 ) -> dict[str, Any]:
     if None in record or None in record.values():
-        raise fault(
+        raise make_error(
             settings,
-            f"{_place(reader)} has not as many values as the first line has names: put text with "
+            f"{_format_place(reader)} has not as many values as the first line has "
+            "names: put text with "
             'commas into "quotes"',
         )
     return record
 
 
-def _place(reader: csv.DictReader) -> str:
+def _format_place(reader: csv.DictReader) -> str:
     return f", line {reader.line_num}"
 
 
-def read_parquet(settings: config.Data) -> Iterator[Row]:
+def read_parquet(settings: config.Data) -> Iterator[TextRow]:
     """One Parquet file; a part of it is in memory at once, and only the columns that are named."""
-    path = _one_file(settings)
+    path = _get_file(settings)
     try:
         from pyarrow import parquet
     except ImportError:
@@ -151,7 +158,7 @@ def read_parquet(settings: config.Data) -> Iterator[Row]:
                 yield make_row(settings, record, f", row {number}")
     except (ValueError, NotImplementedError, *UNREADABLE) as error:
         reason = str(error).partition("\n")[0]
-        raise fault(settings, f" cannot be read as Parquet ({reason}): correct it") from None
+        raise make_error(settings, f" cannot be read as Parquet ({reason}): correct it") from None
 
 
 def _check_names(settings: config.Data, names: Collection[str]) -> list[str]:
@@ -159,25 +166,31 @@ def _check_names(settings: config.Data, names: Collection[str]) -> list[str]:
     wanted = [getattr(settings, setting) for setting in FIELDS]
     for setting, name in zip(FIELDS, wanted, strict=True):
         if name is not None and list(names).count(name) != 1:
-            there = ", ".join(names) or "none"
-            often = "two" if name in names else "no"
-            raise fault(settings, f" has {often} data.{setting}={name!r}: its fields are {there}")
+            field_names = ", ".join(names) or "none"
+            quantity = "two" if name in names else "no"
+            raise make_error(
+                settings, f" has {quantity} data.{setting}={name!r}: its fields are {field_names}"
+            )
     return [name for name in dict.fromkeys(wanted) if name is not None]
 
 
-def _one_file(settings: config.Data) -> Path:
-    path = existing(settings)
+def _get_file(settings: config.Data) -> Path:
+    path = get_data_path(settings)
     if path.is_dir():
-        raise fault(settings, " is a folder: give one file, or read all with data.source='hub'")
+        raise make_error(
+            settings, " is a folder: give one file, or read all with data.source='hub'"
+        )
     return path
 
 
-def read_hub(settings: config.Data) -> Iterator[Row]:
+def read_hub(settings: config.Data) -> Iterator[TextRow]:
     """A Hugging Face data set, by name or folder; its own splits are kept."""
-    splits = _load(settings)
+    splits = _load_dataset(settings)
     if not SPLIT_OF.keys() & splits.keys():
-        there = ", ".join(map(str, splits))
-        raise fault(settings, f" has no split train, validation or test, only {there}: rename one")
+        split_names = ", ".join(map(str, splits))
+        raise make_error(
+            settings, f" has no split train, validation or test, only {split_names}: rename one"
+        )
     for split, names in SPLITS.items():
         for name in (name for name in names if name in splits):
             for number, record in enumerate(splits[name], start=1):
@@ -185,7 +198,7 @@ def read_hub(settings: config.Data) -> Iterator[Row]:
                 yield row._replace(split=split)
 
 
-def _load(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
+def _load_dataset(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
@@ -193,9 +206,9 @@ def _load(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
         raise MissingExtraError("data.source='hub'", "hub") from None
     path = str(settings.path)
     try:
-        if any(os.path.isfile(Path(path, name)) for name in SAVED):
+        if any(os.path.isfile(Path(path, name)) for name in SAVED_FILES):
             if settings.config is not None:
-                raise fault(
+                raise make_error(
                     settings,
                     f" was written by save_to_disk: leave data.config={settings.config!r} out",
                 )
@@ -205,21 +218,23 @@ def _load(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, Any]]]:
         return cast(Mapping[str, Any], datasets.load_dataset(path, settings.config))
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError,
             NotImplementedError, DatasetsError) as error:  # fmt: skip
-        raise _explain(settings, str(error)) from None
+        raise _explain_failure(settings, str(error)) from None
 
 
-def _explain(settings: config.Data, reason: str) -> DataError:
+def _explain_failure(settings: config.Data, reason: str) -> DataError:
     """What keeps `datasets` from loading, in one line."""
     if choice := re.search(r"[Aa]vailable(?: configs)?: \[(.*)\]", reason):
-        return fault(
+        return make_error(
             settings,
             f" with data.config={settings.config!r} is no data set: set data.config to one of "
             f"{choice[1]}",
         )
-    return fault(settings, f" is no data set by name or folder: {reason.partition(chr(10))[0]}")
+    return make_error(
+        settings, f" is no data set by name or folder: {reason.partition(chr(10))[0]}"
+    )
 
 
-def make_row(settings: config.Data, record: Mapping[str, Any], place: str) -> Row:
+def make_row(settings: config.Data, record: Mapping[str, Any], place: str) -> TextRow:
     """The row of a record, by the fields that the settings name.
 
     Raises:
@@ -228,10 +243,10 @@ def make_row(settings: config.Data, record: Mapping[str, Any], place: str) -> Ro
     text = _read_field(settings, record, "text_field", place)
     client = _read_field(settings, record, "client_field", place)
     if client is not None and not CLIENT_NAME.fullmatch(client):
-        said = f"data.client_field={settings.client_field!r} is {client[:64]!r}"
+        problem = f"data.client_field={settings.client_field!r} is {client[:64]!r}"
         rule = "use at most 64 characters, without slashes, as it will name a folder"
-        raise fault(settings, f"{place}: {said}: {rule}")
-    return Row(text or "", client, _read_field(settings, record, "label_field", place))
+        raise make_error(settings, f"{place}: {problem}: {rule}")
+    return TextRow(text or "", client, _read_field(settings, record, "label_field", place))
 
 
 def _read_field(
@@ -245,16 +260,20 @@ def _read_field(
     if name is None:
         return None
     if name not in record:
-        there = ", ".join(map(str, record))
-        raise fault(settings, f"{place} has no data.{setting}={name!r}: its fields are {there}")
+        field_names = ", ".join(map(str, record))
+        raise make_error(
+            settings, f"{place} has no data.{setting}={name!r}: its fields are {field_names}"
+        )
     value = record[name]
     if value is None and setting == "text_field":
         return None
     if isinstance(value, int) and setting != "text_field":
         return sys.intern(str(value))
-    said = f"{place}: data.{setting}={name!r}"
+    problem = f"{place}: data.{setting}={name!r}"
     if not isinstance(value, str):
-        raise fault(settings, f"{said} holds {type(value).__name__}, not text: make it a string")
+        raise make_error(
+            settings, f"{problem} holds {type(value).__name__}, not text: make it a string"
+        )
     if re.search("[\0\ud800-\udfff]", value):
-        raise fault(settings, f"{said} holds a NUL or half a character: remove it")
+        raise make_error(settings, f"{problem} holds a NUL or half a character: remove it")
     return value if setting == "text_field" else sys.intern(str(value))

@@ -17,7 +17,7 @@ LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
-class Row(NamedTuple):
+class TextRow(NamedTuple):
     """One example as its source gives it."""
 
     text: str
@@ -27,13 +27,13 @@ class Row(NamedTuple):
     marks: int = 1  # ends that a word-level model has to predict
 
 
-def fault(settings: config.Data, what: str) -> DataError:
+def make_error(settings: config.Data, what: str) -> DataError:
     """An error that begins with the setting which says where the data lie."""
     where = "packages" if settings.source == "docstrings" else "path"
     return DataError(f"data.{where}={getattr(settings, where)!r}{what}")
 
 
-def existing(settings: config.Data) -> Path:
+def get_data_path(settings: config.Data) -> Path:
     """The path of the data.
 
     Raises:
@@ -41,11 +41,13 @@ def existing(settings: config.Data) -> Path:
     """
     path = Path(str(settings.path))
     if not os.path.exists(path):  # Path.exists raises, as for a name too long
-        raise fault(settings, f" does not exist: give what data.source={settings.source!r} reads")
+        raise make_error(
+            settings, f" does not exist: give what data.source={settings.source!r} reads"
+        )
     return path
 
 
-def lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
+def read_lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
     """Lines of a UTF-8 file without their ends, blank ones too; one line is held at a time.
 
     A file whose name ends in `.gz` is unpacked while it is read.
@@ -57,14 +59,14 @@ def lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
     try:
         with open_bytes(path) as file:
             for number, raw in enumerate(iter(partial(file.readline, LINE_LIMIT + 1), b""), 1):
-                if flaw := _flaw(raw):
-                    raise fault(settings, f": {path}, line {number} {flaw}")
+                if flaw := _find_flaw(raw):
+                    raise make_error(settings, f": {path}, line {number} {flaw}")
                 blank = blank and not raw.strip()
                 yield raw.decode("utf-8-sig").rstrip("\r\n")
     except UNREADABLE as error:
-        raise fault(settings, f": {path} cannot be read ({error}): give another") from None
+        raise make_error(settings, f": {path} cannot be read ({error}): give another") from None
     if blank:
-        raise fault(settings, f": {path} is empty: write text to it, or take it away")
+        raise make_error(settings, f": {path} is empty: write text to it, or take it away")
 
 
 def open_bytes(path: Path | zipfile.Path) -> BufferedIOBase:
@@ -74,7 +76,7 @@ def open_bytes(path: Path | zipfile.Path) -> BufferedIOBase:
     return cast(BufferedIOBase, path.open("rb"))
 
 
-def _flaw(line: bytes) -> str | None:
+def _find_flaw(line: bytes) -> str | None:
     """Why these bytes are not a line of text."""
     if len(line) > LINE_LIMIT:
         return f"is longer than {LINE_LIMIT} bytes: break it into shorter lines"

@@ -19,9 +19,9 @@ from fedgen_edge.config import (
     Number,
     Positive,
     Settings,
-    explain,
-    flat,
+    explain_error,
     from_table,
+    iter_settings,
     load,
     read_table,
     to_table,
@@ -34,7 +34,7 @@ Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]+:[0-9]{1,5}$")]
 """Host and port."""
 Port = Annotated[int, Number, Field(ge=0, le=65535)]
 """0 is any that is free."""
-OWN = frozenset(
+LOCAL_SETTINGS = frozenset(
     ("data.path", "backbone.path", "backbone.autoencoder", "adapter.initial", "judging.weights",
      "engine.name", "engine.stack", "engine.device", "engine.threads", "engine.compile",
      "engine.address", "engine.workers", "engine.sums")
@@ -43,7 +43,7 @@ OWN = frozenset(
 
 
 @dataclass(frozen=True, config=STRICT)
-class Federation:
+class DeploymentSettings:
     """`federation.toml`: how the server runs the rounds of its recipe."""
 
     address: Address
@@ -79,7 +79,7 @@ class Federation:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Site:
+class SiteSettings:
     """`site.toml`: who this site is, where the server is, and what is its own."""
 
     name: Name
@@ -92,10 +92,10 @@ class Site:
     """Of Flower's SuperNode, on this machine alone."""
 
 
-Kind = TypeVar("Kind", Federation, Site)
+SettingsT = TypeVar("SettingsT", DeploymentSettings, SiteSettings)
 
 
-def read(kind: type[Kind], path: Path) -> Kind:
+def read(kind: type[SettingsT], path: Path) -> SettingsT:
     """The settings in a file.
 
     Raises:
@@ -107,16 +107,16 @@ def read(kind: type[Kind], path: Path) -> Kind:
         return TypeAdapter(kind).validate_python(read_table(path))
     except ValidationError as error:
         first = error.errors()[0]
-        said = explain(first["loc"], first["type"], first["msg"], first["input"])
-        raise ConfigError(f"{path}: {said}") from None
+        message = explain_error(first["loc"], first["type"], first["msg"], first["input"])
+        raise ConfigError(f"{path}: {message}") from None
 
 
-def told(settings: Federation | Site) -> bytes:
+def encode_toml(settings: DeploymentSettings | SiteSettings) -> bytes:
     """The settings as a file's content."""
     return tomli_w.dumps(to_table(settings)).encode()
 
 
-def settings_of(folder: Path, site: Site) -> Settings:
+def load_site_settings(folder: Path, site: SiteSettings) -> Settings:
     """What a site runs: the recipe, with what is the site's own in its place.
 
     Raises:
@@ -124,17 +124,19 @@ def settings_of(folder: Path, site: Site) -> Settings:
     """
     table = to_table(load(folder / "recipe.toml"))
     for name, value in site.own.items():
-        if name not in OWN:
+        if name not in LOCAL_SETTINGS:
             raise ConfigError(
                 f"{folder / 'site.toml'}: own.{name} is the same at all sites, by recipe.toml: "
-                f"a site's own are {', '.join(sorted(OWN))}"
+                f"a site's own are {', '.join(sorted(LOCAL_SETTINGS))}"
             )
         part, _, key = name.partition(".")
         table[part][key] = value
     return from_table(table)
 
 
-def digest(settings: Settings) -> str:
+def hash_settings(settings: Settings) -> str:
     """SHA-256 of the settings that all machines of a deployment share."""
-    shared = {name: str(value) for name, value in flat(settings) if name not in OWN}
+    shared = {
+        name: str(value) for name, value in iter_settings(settings) if name not in LOCAL_SETTINGS
+    }
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""How do clients run?"""
+"""Which clients run together?"""

@@ -20,21 +20,29 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from fedgen_edge.engines.stacked import stacks
-from fedgen_edge.engines.staff import Jobs, Said, Work, asked, dealt, done, heard
+from fedgen_edge.compression.serialize import encode
+from fedgen_edge.engines.stacked import make_stacks
+from fedgen_edge.engines.workers import (
+    JobFactory,
+    WorkerBatch,
+    WorkerResult,
+    assign_loads,
+    make_batch,
+    restore_result,
+    run_batch,
+)
 from fedgen_edge.errors import ConfigError, FedGenError, TrainingError, WorkerError
-from fedgen_edge.jobs import Engine, Job, Train, Tuned
-from fedgen_edge.personal import Personalise
+from fedgen_edge.federation.jobs import Engine, Job, Train, TuningResult
+from fedgen_edge.federation.personalize import Personalize
 from fedgen_edge.types import Order, Update
-from fedgen_edge.uplink.transform import encode
 
-AGAIN = 3
+MAX_RETRIES = 3
 """Times that a part of a round is done again, after its worker was lost."""
-SECONDS = 10.0
+CONNECT_TIMEOUT = 10.0
 """That a cluster has to answer."""
 
 
-class Room(NamedTuple):
+class WorkerResources(NamedTuple):
     """What a worker takes of a machine."""
 
     cpus: int = 1
@@ -44,47 +52,47 @@ class Room(NamedTuple):
 class Worker:
     """One process: its jobs are made with the first work, so that a failure there is work's."""
 
-    def __init__(self, make: Callable[[], Jobs]) -> None:
-        self._make = make
+    def __init__(self, make_job_factory: Callable[[], JobFactory]) -> None:
+        self._make_job_factory = make_job_factory
 
     @cached_property
-    def jobs(self) -> Jobs:
+    def job_factory(self) -> JobFactory:
         """Of a backbone and data of its own."""
-        return self._make()
+        return self._make_job_factory()
 
-    def do(self, work: Work, *received: bytes) -> list[list[Said]]:
+    def do(self, work: WorkerBatch, *received: bytes) -> list[list[WorkerResult]]:
         """Carry out what is asked.
 
         Raises:
             FedGenError: of a kind that can be sent.
         """
         try:
-            return done(self.jobs, work, received)
+            return run_batch(self.job_factory, work, received)
         except TrainingError:
             raise
         except FedGenError as error:
             raise FedGenError(f"a worker of engine.name='ray': {error}") from None
 
 
-ONE = Room()
+DEFAULT_RESOURCES = WorkerResources()
 
 
 @dataclass
-class Fleet:
+class RayWorkerPool:
     """Workers of a run, which begin with its first orders.
 
     Source: Moritz et al. 2018, Ray (arXiv:1712.05889).
     """
 
-    make: Callable[[], Jobs]
+    make_job_factory: Callable[[], JobFactory]
     """What a worker makes of its settings, in its own process."""
-    room: Room = ONE
+    resources: WorkerResources = DEFAULT_RESOURCES
     workers: int | None = None
     """None is as many as the cluster has room for, once it is connected."""
     address: str | None = None
     """Of the cluster; none is one of this machine alone."""
     _handles: list[Any] = field(default_factory=list)
-    _ours: bool = False
+    _owns_cluster: bool = False
 
     def connect(self) -> int:
         """Reach the cluster, or start one where no address is given.
@@ -97,33 +105,41 @@ class Fleet:
         """
         if not ray.is_initialized():
             _connect(self.address)
-            self._ours = True
+            self._owns_cluster = True
         if self.workers is None or not self._handles:
-            self.workers = _fitting(self.workers, self.room)
+            self.workers = _count_workers(self.workers, self.resources)
         return self.workers
 
     def engine(self, method: str, stack: int | None, *, sums: bool) -> Engine:
-        """The engine of a method; see `staff.Staff`."""
+        """The engine of a method; see `worker_pool.WorkerPool`."""
 
-        def run(orders: Sequence[Order], job: Job) -> Iterator[Update | Tuned]:
-            if not isinstance(job, Train | Personalise):
+        def run(orders: Sequence[Order], job: Job) -> Iterator[Update | TuningResult]:
+            if not isinstance(job, Train | Personalize):
                 raise TypeError("workers do the jobs of a simulation, and no others")
-            parts = [[o] for o in orders] if stack is None else [*stacks(orders, job, stack)]
-            workers = self._begun()
-            shares = dealt([sum(map(job.steps, part)) for part in parts], len(workers))
-            told: dict[int, ray.ObjectRef] = {}
+            parts = [[o] for o in orders] if stack is None else [*make_stacks(orders, job, stack)]
+            workers = self._start_workers()
+            shares = assign_loads([sum(map(job.steps, part)) for part in parts], len(workers))
+            adapter_refs: dict[int, ray.ObjectRef] = {}
             calls = []
             for worker, share in zip(workers, shares, strict=True):
-                mine = [parts[at] for at in share]
-                work, adapters = asked(method, job, mine, stacked=stack is not None, sums=sums)
-                told |= {id(v): ray.put(encode(v)) for v in adapters if id(v) not in told}
-                calls += [worker.do.remote(work, *(told[id(v)] for v in adapters))] if mine else []
-            given = {order.clients: order for order in orders}
-            said = zip(
-                chain.from_iterable(shares), chain.from_iterable(_answers(calls)), strict=True
+                worker_parts = [parts[at] for at in share]
+                work, adapters = make_batch(
+                    method, job, worker_parts, stacked=stack is not None, sums=sums
+                )
+                adapter_refs |= {
+                    id(v): ray.put(encode(v)) for v in adapters if id(v) not in adapter_refs
+                }
+                calls += (
+                    [worker.do.remote(work, *(adapter_refs[id(v)] for v in adapters))]
+                    if worker_parts
+                    else []
+                )
+            orders_by_clients = {order.clients: order for order in orders}
+            placed_results = zip(
+                chain.from_iterable(shares), chain.from_iterable(_get_results(calls)), strict=True
             )
-            for _, results in sorted(said, key=itemgetter(0)):
-                yield from (heard(one, given) for one in results)
+            for _, results in sorted(placed_results, key=itemgetter(0)):
+                yield from (restore_result(one, orders_by_clients) for one in results)
 
         return run
 
@@ -133,69 +149,76 @@ class Fleet:
             with suppress(RayError):
                 ray.kill(handle)
         self._handles.clear()
-        if self._ours:
+        if self._owns_cluster:
             ray.shutdown()
-        self._ours = False
+        self._owns_cluster = False
 
-    def _begun(self) -> list[Any]:
+    def _start_workers(self) -> list[Any]:
         """The workers, begun if need be."""
         workers = self.connect()
         if not self._handles:
-            cpus, gpus = self.room
+            cpus, gpus = self.resources
             kind = ray.remote(Worker).options(
-                num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=AGAIN
+                num_cpus=cpus, num_gpus=gpus, max_restarts=-1, max_task_retries=MAX_RETRIES
             )
-            self._handles += [kind.remote(self.make) for _ in range(workers)]
+            self._handles += [kind.remote(self.make_job_factory) for _ in range(workers)]
         return self._handles
 
 
-def _connect(address: str | None, **own: int) -> None:
+def _connect(address: str | None, **resources: int) -> None:
     """Reach a cluster; or start one, which has all that this machine has, or what is its own.
 
     Raises:
         ConfigError: there is none.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a new cluster reports to its makers
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    log_options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
-        ray.init("local", include_dashboard=False, **own, **quiet)
+        ray.init("local", include_dashboard=False, **resources, **log_options)
         return
     host, _, port = address.rpartition(":")
     try:
         # Ray itself asks for minutes
-        socket.create_connection((host.strip("[]"), int(port)), SECONDS).close()
-        ray.init(address, **quiet)
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
+        ray.init(address, **log_options)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
-        said = str(error).partition("\n")[0]
+        message = str(error).partition("\n")[0]
         raise ConfigError(
-            f"engine.address={address!r} is no cluster of Ray's that lets us in: {said}; say its "
+            f"engine.address={address!r} is no cluster of Ray's that lets us in: "
+            f"{message}; say its "
             "host:port, and its token by RAY_AUTH_TOKEN, or leave it out for one of this machine"
         ) from None
 
 
-def _fitting(wanted: int | None, room: Room) -> int:
+def _count_workers(requested: int | None, resources: WorkerResources) -> int:
     """As many workers as are wanted, or as fit.
 
     Raises:
         ConfigError: they do not fit.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fit = int(sum(min(m.get("CPU", 0) // room.cpus, _accelerated(m, room)) for m in machines))
-    if 1 <= (wanted or 1) <= fit:
-        return wanted or fit
-    each = "an accelerator" if room.gpus else f"engine.threads={room.cpus} cores"
+    capacity = int(
+        sum(
+            min(m.get("CPU", 0) // resources.cpus, _count_gpu_slots(m, resources)) for m in machines
+        )
+    )
+    if 1 <= (requested or 1) <= capacity:
+        return requested or capacity
+    resource_text = "an accelerator" if resources.gpus else f"engine.threads={resources.cpus} cores"
     raise ConfigError(
-        f"engine.workers={wanted or 1}, with {each} each, do not fit the cluster, which has room "
-        f"for {fit}: lower one of them (of a run that has begun, in its settings.toml), or name a "
+        f"engine.workers={requested or 1}, with {resource_text} each, do not fit the "
+        "cluster, which has room "
+        f"for {capacity}: lower one of them (of a run that has begun, in its "
+        "settings.toml), or name a "
         "larger cluster by engine.address"
     )
 
 
-def _accelerated(machine: Mapping[str, float], room: Room) -> float:
-    return machine.get("GPU", 0.0) // room.gpus if room.gpus else inf
+def _count_gpu_slots(machine: Mapping[str, float], resources: WorkerResources) -> float:
+    return machine.get("GPU", 0.0) // resources.gpus if resources.gpus else inf
 
 
-def _answers(calls: Sequence[Any]) -> list[list[list[Said]]]:
+def _get_results(calls: Sequence[Any]) -> list[list[list[WorkerResult]]]:
     """What every worker says.
 
     Raises:
@@ -207,9 +230,10 @@ def _answers(calls: Sequence[Any]) -> list[list[list[Said]]]:
     except RayTaskError as error:
         raise (error.cause if isinstance(error.cause, FedGenError) else error) from None
     except RayError as error:
-        why = str(error).strip().rpartition("\n")[2]
+        reason = str(error).strip().rpartition("\n")[2]
         raise WorkerError(
-            f"engine.name='ray': a worker was lost, and its work was tried {AGAIN + 1} times, or "
+            "engine.name='ray': a worker was lost, and its work was tried "
+            f"{MAX_RETRIES + 1} times, or "
             "it never began: if memory ran out, lower engine.stack or engine.workers; Ray says: "
-            f"{why}"
+            f"{reason}"
         ) from None

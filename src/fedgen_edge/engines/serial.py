@@ -2,11 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from fedgen_edge.jobs import Job, Tuned
+from fedgen_edge.federation.jobs import Job, TuningResult
 from fedgen_edge.types import Order, Update
 
 
-def serial(orders: Sequence[Order], job: Job) -> Iterator[Update | Tuned]:
+def run_serially(orders: Sequence[Order], job: Job) -> Iterator[Update | TuningResult]:
     """Do the job for each order in turn."""
     for order in orders:
         yield from job([order], stacked=False)

@@ -2,29 +2,29 @@
 
 from collections.abc import Iterator, Sequence
 
-from fedgen_edge.jobs import Job, Tuned
-from fedgen_edge.rounds import Engine
+from fedgen_edge.federation.jobs import Job, TuningResult
+from fedgen_edge.federation.rounds import Engine
 from fedgen_edge.types import Order, Update
 
 
-def stacked(size: int) -> Engine:
+def make_stacked_engine(size: int) -> Engine:
     """An engine whose stacks hold at most so many clients.
 
     Longest orders come first, so that clients of like length share a stack and a finished client
     costs nothing.
     """
 
-    def run(orders: Sequence[Order], job: Job) -> Iterator[Update | Tuned]:
-        for stack in stacks(orders, job, size):
+    def run(orders: Sequence[Order], job: Job) -> Iterator[Update | TuningResult]:
+        for stack in make_stacks(orders, job, size):
             yield from job(stack, stacked=True)
 
     return run
 
 
-def stacks(orders: Sequence[Order], job: Job, size: int) -> Iterator[list[Order]]:
+def make_stacks(orders: Sequence[Order], job: Job, size: int) -> Iterator[list[Order]]:
     """Who is together: kin alone, and at most so many of them."""
-    ranked = sorted(orders, key=job.steps, reverse=True)
-    for kin in dict.fromkeys(map(job.kin, ranked)):
-        alike = [order for order in ranked if job.kin(order) == kin]
-        for at in range(0, len(alike), size):
-            yield alike[at : at + size]
+    sorted_orders = sorted(orders, key=job.steps, reverse=True)
+    for group in dict.fromkeys(map(job.get_stack_group, sorted_orders)):
+        group_orders = [order for order in sorted_orders if job.get_stack_group(order) == group]
+        for start in range(0, len(group_orders), size):
+            yield group_orders[start : start + size]

@@ -1,1 +1,1 @@
-"""What a federation will take, before anything is bought: bytes, memory and time."""
+"""What will a run take? Bytes, memory and time, before anything is bought."""

@@ -5,14 +5,19 @@ from dataclasses import dataclass
 
 from fedgen_edge.config import Settings
 from fedgen_edge.planning.speed import Speed
-from fedgen_edge.planning.traffic import Parts, Road, Round, parts
+from fedgen_edge.planning.traffic import (
+    ClientSeconds,
+    ClientTraffic,
+    RoundTraffic,
+    estimate_client_seconds,
+)
 
-SHOWN = 1000
+MAX_CLIENTS = 1000
 """Clients among whom the slowest is looked for."""
 
 
 @dataclass(frozen=True)
-class Time:
+class TimeEstimate:
     """Seconds; none where nothing is known of it."""
 
     source: str
@@ -28,29 +33,36 @@ class Time:
     total: float | None
 
 
-def time_of(
+def estimate_time(
     settings: Settings,
-    on: Road,
-    done: Sequence[Round],
+    client_traffic: ClientTraffic,
+    round_traffic: Sequence[RoundTraffic],
     speed: Speed | None,
-    updates: int,
+    update_bytes: int,
     steps: int | None,
-) -> Time:
+) -> TimeEstimate:
     """Of settings whose devices have a speed, if one is known."""
     devices = settings.devices
-    each = (parts(devices, c, on.load(c, 0, steps or 0)) for c in range(min(SHOWN, on.among)))
-    slowest: Parts = max(each, key=sum)
-    knows = bool(devices.steps_per_second and steps)
-    merge = 3 * updates * speed.per_byte if speed else None  # read, written side by side, read
+    per_client = (
+        estimate_client_seconds(devices, c, client_traffic.compute_load(c, 0, steps or 0))
+        for c in range(min(MAX_CLIENTS, client_traffic.num_clients))
+    )
+    slowest: ClientSeconds = max(per_client, key=sum)
+    is_known = bool(devices.steps_per_second and steps)
+    merge = 3 * update_bytes * speed.per_byte if speed else None  # read, written side by side, read
     merge = merge or None
-    mean = sum(r.seconds for r in done) / len(done) + (merge or 0.0) if knows else None
-    return Time(
+    mean = (
+        sum(r.seconds for r in round_traffic) / len(round_traffic) + (merge or 0.0)
+        if is_known
+        else None
+    )
+    return TimeEstimate(
         source="",
         step=1 / min(devices.steps_per_second) if devices.steps_per_second else None,
         down=slowest.down if devices.down else None,
-        train=slowest.train if knows else None,
+        train=slowest.train if is_known else None,
         up=slowest.up if devices.up else None,
         merge=merge,
         round=mean,
-        total=None if mean is None else mean * len(done),
+        total=None if mean is None else mean * len(round_traffic),
     )

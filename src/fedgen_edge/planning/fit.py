@@ -6,12 +6,12 @@ import torch
 
 from fedgen_edge.config import Settings
 from fedgen_edge.errors import ConfigError
-from fedgen_edge.planning.memory import client_bytes
-from fedgen_edge.tasks.backbones import precision
-from fedgen_edge.tasks.outline import config_of
+from fedgen_edge.planning.memory import estimate_client_bytes
+from fedgen_edge.tasks.backbones.pretrained import choose_dtype
+from fedgen_edge.tasks.language.config_only import load_config
 
 
-def fitted(settings: Settings, device: torch.device) -> Settings:
+def fit_ranks(settings: Settings, device: torch.device) -> Settings:
     """The settings with a rank for each device: the largest that its memory holds.
 
     Ranks are those of `adapter.ranks`; without them there is but one, and a device has room for it.
@@ -26,22 +26,32 @@ def fitted(settings: Settings, device: torch.device) -> Settings:
         ConfigError: a device holds no adapter at all, or pictures are learnt, of which nothing can
             be counted beforehand.
     """
-    told, ranks = settings.devices.memory, sorted({*settings.adapter.ranks})
-    if not told:
+    device_memory, ranks = settings.devices.memory, sorted({*settings.adapter.ranks})
+    if not device_memory:
         return settings
     if settings.task != "language":
         raise ConfigError(
-            f"devices.memory={list(told)} is for text, and task={settings.task!r}: leave it out"
+            f"devices.memory={list(device_memory)} is for text, and "
+            f"task={settings.task!r}: leave it out"
         )
-    config = config_of(settings.backbone)
-    how = "float32" if precision(settings.backbone, device) == torch.float32 else "bf16"
-    needs = {r: client_bytes(settings, config, how, r) for r in ranks or [settings.adapter.rank]}
-    for at, room in enumerate(told):
-        if room < min(needs.values()):
+    config = load_config(settings.backbone)
+    precision_name = (
+        "float32" if choose_dtype(settings.backbone, device) == torch.float32 else "bf16"
+    )
+    bytes_by_rank = {
+        r: estimate_client_bytes(settings, config, precision_name, r)
+        for r in ranks or [settings.adapter.rank]
+    }
+    for at, room in enumerate(device_memory):
+        if room < min(bytes_by_rank.values()):
             raise ConfigError(
-                f"devices.memory[{at}]={room:g} is below {min(needs.values())}, the bytes that "
-                f"training takes with rank {min(needs)}: give more, or lower training.batch or "
+                f"devices.memory[{at}]={room:g} is below {min(bytes_by_rank.values())}, "
+                "the bytes that "
+                f"training takes with rank {min(bytes_by_rank)}: give more, or lower "
+                "training.batch or "
                 "data.length"
             )
-    each = tuple(max(r for r, need in needs.items() if need <= room) for room in told)
-    return replace(settings, adapter=replace(settings.adapter, ranks=each if ranks else ()))
+    device_ranks = tuple(
+        max(r for r, need in bytes_by_rank.items() if need <= room) for room in device_memory
+    )
+    return replace(settings, adapter=replace(settings.adapter, ranks=device_ranks if ranks else ()))

@@ -10,7 +10,7 @@ GB = 1e9
 
 
 @dataclass(frozen=True)
-class Limits:
+class Resources:
     """What a plan is told beside a run's settings."""
 
     memory: float | None = None
@@ -24,7 +24,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Bound:
+class ResourceLimit:
     """One limit, and what is needed of it."""
 
     what: str
@@ -41,68 +41,83 @@ class Bound:
         return self.need / self.limit
 
 
-def bounds(
+def find_limits(
     settings: Settings,
-    told: Limits,
+    resources: Resources,
     memory: Mapping[str, Any],
     server: Mapping[str, int],
-    load: tuple[Any, Any],
-) -> list[Bound]:
+    estimates: tuple[Any, Any],
+) -> list[ResourceLimit]:
     """Every limit that is known, the nearest first.
 
     Args:
         settings: of the run.
-        told: what there is.
+        resources: what there is.
         memory: a client's, by precision, the settings' own first.
         server: the server's bytes, by part.
-        load: the plan's traffic and time.
+        estimates: the plan's traffic and time.
     """
-    traffic, time = load
-    found: list[Bound] = []
-    if told.memory:
-        found.append(_device(told.memory, memory))
+    traffic, time = estimates
+    resource_limits: list[ResourceLimit] = []
+    if resources.memory:
+        resource_limits.append(_make_device_limit(resources.memory, memory))
     if settings.federation.deadline:
-        spent = {"down": time.down or 0.0, "train": time.train or 0.0, "up": time.up or 0.0}
-        helps = {
+        seconds_by_part = {
+            "down": time.down or 0.0,
+            "train": time.train or 0.0,
+            "up": time.up or 0.0,
+        }
+        advice = {
             "down": "downlink.values='int8', or a lower adapter.rank",
             "train": "fewer training.steps, or a smaller training.batch",
             "up": "uplink.values='int8', or a lower adapter.rank",
-        }[max(spent, key=lambda part: spent[part])]
+        }[max(seconds_by_part, key=lambda part: seconds_by_part[part])]
         limit = settings.federation.deadline
-        found.append(Bound("the slowest client's round", sum(spent.values()), limit, "s", helps))
-    held = sum(server[part] for part in ("adapter", "state", "updates"))
-    if told.server_memory:
-        helps = "a smaller federation.cohort, or a lower adapter.rank"
-        found.append(Bound("the server's memory", float(held), told.server_memory, "bytes", helps))
-    window = settings.federation.deadline or time.round
-    if told.server_link and window:
-        seconds = (traffic.round_down + traffic.round_up) / told.server_link
-        helps = "a smaller federation.cohort, or uplink.values='int8' and downlink.values='int8'"
-        found.append(Bound("the server's link in a round", seconds, window, "s", helps))
-    return sorted(found, key=lambda bound: -bound.share)
+        resource_limits.append(
+            ResourceLimit(
+                "the slowest client's round", sum(seconds_by_part.values()), limit, "s", advice
+            )
+        )
+    server_bytes = sum(server[part] for part in ("adapter", "state", "updates"))
+    if resources.server_memory:
+        advice = "a smaller federation.cohort, or a lower adapter.rank"
+        resource_limits.append(
+            ResourceLimit(
+                "the server's memory", float(server_bytes), resources.server_memory, "bytes", advice
+            )
+        )
+    round_seconds = settings.federation.deadline or time.round
+    if resources.server_link and round_seconds:
+        seconds = (traffic.round_down + traffic.round_up) / resources.server_link
+        advice = "a smaller federation.cohort, or uplink.values='int8' and downlink.values='int8'"
+        resource_limits.append(
+            ResourceLimit("the server's link in a round", seconds, round_seconds, "s", advice)
+        )
+    return sorted(resource_limits, key=lambda bound: -bound.share)
 
 
-def _device(limit: float, memory: Mapping[str, Any]) -> Bound:
+def _make_device_limit(limit: float, memory: Mapping[str, Any]) -> ResourceLimit:
     """Of a client; only what a run can do is advised."""
-    precision, needed = next(iter(memory.items()))
-    helps = "a smaller training.batch, a shorter data.length, or a smaller backbone"
+    precision, estimate = next(iter(memory.items()))
+    advice = "a smaller training.batch, a shorter data.length, or a smaller backbone"
     if precision == "float32":
-        helps = f"backbone.precision='bf16', {helps}"
-    return Bound("the device's memory", float(needed.total), limit, "bytes", helps)
+        advice = f"backbone.precision='bf16', {advice}"
+    return ResourceLimit("the device's memory", float(estimate.total), limit, "bytes", advice)
 
 
-def sentence(found: Sequence[Bound]) -> str:
+def describe_nearest_limit(resource_limits: Sequence[ResourceLimit]) -> str:
     """What breaks first, and what would help, in one line."""
-    if not found:
+    if not resource_limits:
         return (
             "no limit is known: say --memory, --server-memory, --server-link or federation.deadline"
         )
-    first = found[0]
-    told = f"{_said(first.need, first.unit)} of {_said(first.limit, first.unit)}"
-    if first.share <= 1:
-        return f"nothing breaks; nearest to its limit is {first.what}, {told}"
-    return f"{first.what} breaks first, {told}: {first.helps}"
+    nearest = resource_limits[0]
+    amounts = (nearest.need, nearest.limit)
+    comparison = " of ".join(_format_amount(amount, nearest.unit) for amount in amounts)
+    if nearest.share <= 1:
+        return f"nothing breaks; nearest to its limit is {nearest.what}, {comparison}"
+    return f"{nearest.what} breaks first, {comparison}: {nearest.helps}"
 
 
-def _said(value: float, unit: str) -> str:
+def _format_amount(value: float, unit: str) -> str:
     return f"{value / GB:.3g} GB" if unit == "bytes" else f"{value:.3g} s"

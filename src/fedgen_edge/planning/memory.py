@@ -18,34 +18,34 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.optim import Optimizer
 
 from fedgen_edge.algorithms.algorithm import Algorithm, Corrects
-from fedgen_edge.algorithms.clusters import CHOICE
-from fedgen_edge.algorithms.methods import method
-from fedgen_edge.client import Recipe, descend, optimiser, rate_of
+from fedgen_edge.algorithms.ifca import CLUSTER_KEY
+from fedgen_edge.algorithms.methods import make_algorithm
 from fedgen_edge.config import Settings
+from fedgen_edge.federation.client import Recipe, descend, get_learning_rate, make_optimizer_factory
 from fedgen_edge.leaves import select, stack
-from fedgen_edge.planning.count import Cost, Counter, unreal
-from fedgen_edge.tasks.language import Language
-from fedgen_edge.tasks.outline import (
-    checkpointed,
-    layers,
-    linear_weights,
-    outlined,
-    period,
-    shortened,
+from fedgen_edge.planning.count import OperationCost, OperationCounter, make_fake_mode
+from fedgen_edge.tasks.language.config_only import (
+    build_from_config,
+    count_layers,
+    enable_checkpointing,
+    find_layer_period,
+    find_linear_weights,
+    truncate_layers,
 )
+from fedgen_edge.tasks.language.task import Language
 from fedgen_edge.types import VARIATE, Batch, Leaves
 
 Precision = Literal["float32", "bf16", "int8", "int4"]
 DTYPES = {"float32": torch.float32}
 """Of the arithmetic; all other precisions have bfloat16."""
-FEW = 2
+COUNTED_PERIODS = 2
 """Layers, or periods of them, that a deep model is counted with at first, and one more."""
-COUNTS = tuple(field.name for field in fields(Cost))
+COST_FIELDS = tuple(field.name for field in fields(OperationCost))
 STAGES = ("forward", "backward", "step")
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMemory:
     """What one optimiser step asks for, beside the frozen weights."""
 
     adapter: float
@@ -56,7 +56,7 @@ class Step:
     """Bytes of the gradients, those that were clipped too, which stay until the next."""
     peak: float
     """Most bytes at once, all of these included."""
-    cost: Cost
+    cost: OperationCost
 
     @property
     def activations(self) -> float:
@@ -65,7 +65,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Work:
+class StepPlan:
     """How a step is carried out."""
 
     rows: int
@@ -78,7 +78,7 @@ class Work:
     """Whether layers are computed again on the way back, from their inputs."""
 
 
-def client_bytes(
+def estimate_client_bytes(
     settings: Settings,
     config: Any,
     precision: Precision,
@@ -97,17 +97,17 @@ def client_bytes(
     """
     if rank is not None:
         settings = replace(settings, adapter=replace(settings.adapter, rank=rank, ranks=()))
-    work = Work(settings.training.batch, settings.data.length, checkpointing=checkpointing)
-    step = training_step(settings, config, work, dtype_of(precision))
-    return math.ceil(backbone_bytes(config, settings, precision) + step.peak)
+    step_plan = StepPlan(settings.training.batch, settings.data.length, checkpointing=checkpointing)
+    step = count_training_step(settings, config, step_plan, get_dtype(precision))
+    return math.ceil(count_backbone_bytes(config, settings, precision) + step.peak)
 
 
-def dtype_of(precision: Precision) -> torch.dtype:
+def get_dtype(precision: Precision) -> torch.dtype:
     """Of the arithmetic and of what is not quantised."""
     return DTYPES.get(precision, torch.bfloat16)
 
 
-def backbone_bytes(config: Any, settings: Settings, precision: Precision) -> int:
+def count_backbone_bytes(config: Any, settings: Settings, precision: Precision) -> int:
     """Bytes of the frozen weights, tied ones once.
 
     int8 has a float32 scale for each row (LLM.int8, arXiv:2208.07339). int4 has an 8-bit scale for
@@ -118,23 +118,33 @@ def backbone_bytes(config: Any, settings: Settings, precision: Precision) -> int
     Differs: neither is how `fedgen run` computes, which knows float32 and bf16.
     """
     with torch.device("meta"):
-        task = outlined(config, settings.adapter, dtype_of(precision))
-    return weights_bytes(task.model.shapes(), linear_weights(task), precision)
+        task = build_from_config(config, settings.adapter, get_dtype(precision))
+    return count_weight_bytes(task.model.shapes(), find_linear_weights(task), precision)
 
 
-def weights_bytes(
-    every: Mapping[str, Sequence[int]], linear: Mapping[str, Sequence[int]], precision: Precision
+def count_weight_bytes(
+    all_shapes: Mapping[str, Sequence[int]],
+    linear_shapes: Mapping[str, Sequence[int]],
+    precision: Precision,
 ) -> int:
     """Bytes of weights of these shapes, of which the linear ones are quantised; see above."""
-    plain = dtype_of(precision).itemsize
+    item_bytes = get_dtype(precision).itemsize
     if precision not in {"int8", "int4"}:
-        return plain * sum(map(math.prod, every.values()))
-    rest = plain * sum(math.prod(shape) for name, shape in every.items() if name not in linear)
-    largest = max((plain * math.prod(shape[-2:]) for shape in linear.values()), default=0)
-    return rest + largest + sum(_quantised(shape, precision) for shape in linear.values())
+        return item_bytes * sum(map(math.prod, all_shapes.values()))
+    other_bytes = item_bytes * sum(
+        math.prod(shape) for name, shape in all_shapes.items() if name not in linear_shapes
+    )
+    largest = max(
+        (item_bytes * math.prod(shape[-2:]) for shape in linear_shapes.values()), default=0
+    )
+    return (
+        other_bytes
+        + largest
+        + sum(_count_quantized_bytes(shape, precision) for shape in linear_shapes.values())
+    )
 
 
-def _quantised(shape: Sequence[int], precision: Precision) -> int:
+def _count_quantized_bytes(shape: Sequence[int], precision: Precision) -> int:
     count = math.prod(shape)
     if precision == "int8":
         return count + 4 * (count // shape[-1])
@@ -142,113 +152,134 @@ def _quantised(shape: Sequence[int], precision: Precision) -> int:
     return -(-count // 2) + blocks + 4 * -(-blocks // 256)
 
 
-def training_step(settings: Settings, config: Any, work: Work, dtype: torch.dtype) -> Step:
+def count_training_step(
+    settings: Settings, config: Any, step_plan: StepPlan, dtype: torch.dtype
+) -> StepMemory:
     """What a step of these settings asks for.
 
     Raises:
         RuntimeError: torch does not know an operation of this model without values, or of this
             type.
     """
-    whole, each = layers(config), period(config)
-    few = FEW * each
-    counted = partial(_counted, settings, work=work, dtype=dtype)
-    if whole <= few + each:
-        return _step(counted(config))
-    less, more = (counted(shortened(config, n)) for n in (few, few + each))
-    times = (whole - few - each) / each
-    return _step({k: v + times * (v - less[k]) for k, v in more.items()})
+    num_layers, layer_period = count_layers(config), find_layer_period(config)
+    base_layers = COUNTED_PERIODS * layer_period
+    count_config = partial(_count_step, settings, step_plan=step_plan, dtype=dtype)
+    if num_layers <= base_layers + layer_period:
+        return _make_step_memory(count_config(config))
+    base_counts, larger_counts = (
+        count_config(truncate_layers(config, n)) for n in (base_layers, base_layers + layer_period)
+    )
+    extra_periods = (num_layers - base_layers - layer_period) / layer_period
+    return _make_step_memory(
+        {k: v + extra_periods * (v - base_counts[k]) for k, v in larger_counts.items()}
+    )
 
 
-def _step(found: Mapping[str, float]) -> Step:
-    peak = max(found[stage] for stage in STAGES)
-    cost = Cost(*(found[name] for name in COUNTS))
-    return Step(found["adapter"], found["optimiser"], found["gradients"], peak, cost)
+def _make_step_memory(counts: Mapping[str, float]) -> StepMemory:
+    peak = max(counts[stage] for stage in STAGES)
+    cost = OperationCost(*(counts[name] for name in COST_FIELDS))
+    return StepMemory(counts["adapter"], counts["optimiser"], counts["gradients"], peak, cost)
 
 
-def _counted(
-    settings: Settings, config: Any, *, work: Work, dtype: torch.dtype
+def _count_step(
+    settings: Settings, config: Any, *, step_plan: StepPlan, dtype: torch.dtype
 ) -> dict[str, float]:
     """A step's numbers, by name: each grows in a straight line with the layers."""
-    algorithm = method(settings.method, adapter=settings.adapter)
-    with unreal():
-        task = outlined(config, settings.adapter, dtype, full=algorithm.adapts == "full")
-        task = checkpointed(task) if work.checkpointing else task
+    algorithm = make_algorithm(settings.method, adapter=settings.adapter)
+    with make_fake_mode():
+        task = build_from_config(config, settings.adapter, dtype, full=algorithm.adapts == "full")
+        task = enable_checkpointing(task) if step_plan.checkpointing else task
         network = task.module.model
-        counter = Counter([*network.parameters(), *network.buffers()])
+        counter = OperationCounter([*network.parameters(), *network.buffers()])
         with counter:
-            found = _second_step(settings, algorithm, task, work, counter)
+            byte_counts = _count_second_step(settings, algorithm, task, step_plan, counter)
     peaks = {stage: float(counter.stages[stage].peak) for stage in STAGES}
-    cost = reduce(Cost.plus, (counter.stages[stage].cost for stage in STAGES))
-    return {**peaks, **asdict(cost), **found}
+    cost = reduce(OperationCost.add, (counter.stages[stage].cost for stage in STAGES))
+    return {**peaks, **asdict(cost), **byte_counts}
 
 
-def _second_step(
-    settings: Settings, algorithm: Algorithm, task: Language, work: Work, counter: Counter
+def _count_second_step(
+    settings: Settings,
+    algorithm: Algorithm,
+    task: Language,
+    step_plan: StepPlan,
+    counter: OperationCounter,
 ) -> dict[str, float]:
     """Train on two batches, and count the second, before which the optimiser has its moments."""
 
-    def corrects(grads: Leaves, now: Leaves, begun: Leaves, memory: Leaves) -> Leaves:
+    def corrects(grads: Leaves, current: Leaves, initial: Leaves, memory: Leaves) -> Leaves:
         counter.enter("step")
-        return algorithm.corrects(grads, now, begun, memory)
+        return algorithm.corrects(grads, current, initial, memory)
 
-    start, told = begun(algorithm, task, work)
-    made: list[Optimizer] = []
-    recipe = recipe_of(settings, algorithm, start, corrects, made)
+    start, correction_state = make_client_start(algorithm, task, step_plan)
+    optimizers: list[Optimizer] = []
+    recipe = make_recipe(settings, algorithm, start, corrects, optimizers)
     task.module.register_forward_hook(lambda *_: counter.enter("backward"))
-    batch = blank(work)
-    steps = descend(task, start, told, [batch, batch], recipe)
+    batch = make_blank_batch(step_plan)
+    steps = descend(task, start, correction_state, [batch, batch], recipe)
     next(steps)
     gc.collect()  # what layers were computed again with is in cycles
     counter.stages.clear()
-    held, own = counter.live, 2 * _bytes(start) + _bytes(told)
-    moments = sum(_bytes(of) for one in made for of in one.state.values())
+    live_bytes, adapter_bytes = (
+        counter.live_bytes,
+        2 * _count_bytes(start) + _count_bytes(correction_state),
+    )
+    moment_bytes = sum(_count_bytes(of) for one in optimizers for of in one.state.values())
     counter.enter("forward")
     next(steps)
-    rest = held - own - moments - _bytes(batch)
-    return {"adapter": float(own), "optimiser": float(moments), "gradients": float(rest)}
+    gradient_bytes = live_bytes - adapter_bytes - moment_bytes - _count_bytes(batch)
+    return {
+        "adapter": float(adapter_bytes),
+        "optimiser": float(moment_bytes),
+        "gradients": float(gradient_bytes),
+    }
 
 
-def begun(algorithm: Algorithm, task: Language, work: Work) -> tuple[Leaves, Leaves]:
+def make_client_start(
+    algorithm: Algorithm, task: Language, step_plan: StepPlan
+) -> tuple[Leaves, Leaves]:
     """What a client begins from, and what it is told beside it, before the first round."""
     fresh = {k: torch.zeros(shape) for k, shape in task.model.leaf_shapes().items()}
     state = algorithm.init(fresh)
-    received = algorithm.worded(state, max(1, work.clients))
-    told = select(received, lambda name: name.startswith(VARIATE))
+    received = algorithm.make_broadcast(state, max(1, step_plan.clients))
+    correction_state = select(received, lambda name: name.startswith(VARIATE))
     start = algorithm.receives(
-        {**state.adapter, **{k: v for k, v in received.items() if k not in told}},
-        {CHOICE: torch.tensor(0.0)},
+        {**state.adapter, **{k: v for k, v in received.items() if k not in correction_state}},
+        {CLUSTER_KEY: torch.tensor(0.0)},
     )
-    if not work.clients:
-        return start, told
-    return stack([start] * work.clients), stack([told] * work.clients)
+    if not step_plan.clients:
+        return start, correction_state
+    return stack([start] * step_plan.clients), stack([correction_state] * step_plan.clients)
 
 
-def recipe_of(
+def make_recipe(
     settings: Settings,
     algorithm: Algorithm,
     start: Leaves,
     corrects: Corrects,
-    made: list[Optimizer],
+    optimizers: list[Optimizer],
 ) -> Recipe:
     """The one of that round, of the first few, in which most is trained; and what it makes."""
-    names, few = list(start), range(min(4, settings.federation.rounds))
-    most = max(few, key=lambda r: sum(start[k].numel() for k in names
+    names, first_rounds = list(start), range(min(4, settings.federation.rounds))
+    busiest_round = max(first_rounds, key=lambda r: sum(start[k].numel() for k in names
                                       if algorithm.trains(k, r, 0)))  # fmt: skip
-    rate = rate_of(settings, algorithm, most)
-    trains = algorithm.training(names, most)
-    torch_s = optimiser(settings.training, rate)
+    rate = get_learning_rate(settings, algorithm, busiest_round)
+    trains = algorithm.make_trained_filter(names, busiest_round)
+    make_optimizer = make_optimizer_factory(settings.training, rate)
 
-    def factory(values: Sequence[Tensor]) -> Optimizer:
-        made.append(torch_s(values))
-        return made[-1]
+    def record_optimizer(values: Sequence[Tensor]) -> Optimizer:
+        optimizers.append(make_optimizer(values))
+        return optimizers[-1]
 
-    return Recipe(factory, settings.training.clip, trains, corrects, algorithm.surveys(most))
+    return Recipe(
+        record_optimizer, settings.training.clip, trains, corrects, algorithm.surveys(busiest_round)
+    )
 
 
-def blank(work: Work) -> Batch:
+def make_blank_batch(step_plan: StepPlan) -> Batch:
     """Blocks of nothing, each one document."""
-    clients = (work.clients,) if work.clients else ()
-    shape = (*clients, work.rows, work.length)
+    clients = (step_plan.clients,) if step_plan.clients else ()
+    shape = (*clients, step_plan.rows, step_plan.length)
     with unset_fake_temporarily():  # which epoch it is, the client looks at
         marks = {"epoch": torch.zeros(clients, dtype=torch.long)}
         marks["last"] = torch.zeros(clients, dtype=torch.bool)
@@ -257,12 +288,12 @@ def blank(work: Work) -> Batch:
         "tokens": zeros,
         "labels": zeros.clone(),
         "segment": torch.ones_like(zeros),
-        "position": zeros + torch.arange(work.length, dtype=torch.int32),
+        "position": zeros + torch.arange(step_plan.length, dtype=torch.int32),
         "mask": torch.ones(shape, dtype=torch.bool),
         **marks,
     }
 
 
-def _bytes(values: Mapping[str, Any]) -> int:
+def _count_bytes(values: Mapping[str, Any]) -> int:
     tensors = (v for v in values.values() if isinstance(v, Tensor))
     return sum(v.numel() * v.element_size() for v in tensors)

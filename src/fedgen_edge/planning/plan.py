@@ -7,39 +7,44 @@ from typing import Any
 
 import torch
 
-from fedgen_edge.algorithms.methods import check, method
+from fedgen_edge.algorithms.methods import check, make_algorithm
+from fedgen_edge.compression.serialize import count_encoded_bytes
 from fedgen_edge.config import Settings
-from fedgen_edge.data.partition import CLIENTS
+from fedgen_edge.data.partition import DEFAULT_CLIENTS
 from fedgen_edge.errors import ConfigError
+from fedgen_edge.federation.schedule import cohort_size
 from fedgen_edge.planning import limits
-from fedgen_edge.planning.clock import Time, time_of
-from fedgen_edge.planning.limits import Bound, Limits
+from fedgen_edge.planning.clock import TimeEstimate, estimate_time
+from fedgen_edge.planning.limits import ResourceLimit, Resources
 from fedgen_edge.planning.memory import (
     Precision,
-    Step,
-    Work,
-    dtype_of,
-    training_step,
-    weights_bytes,
+    StepMemory,
+    StepPlan,
+    count_training_step,
+    count_weight_bytes,
+    get_dtype,
 )
 from fedgen_edge.planning.speed import Speed
 from fedgen_edge.planning.traffic import (
-    Road,
-    Round,
-    road,
-    rounds,
-    server_bytes,
-    timed,
+    ClientTraffic,
+    RoundTraffic,
+    estimate_rounds,
+    estimate_server_bytes,
+    make_client_traffic,
+    set_step_time,
 )
-from fedgen_edge.schedule import cohort_size
-from fedgen_edge.tasks.language import Language, check_length
-from fedgen_edge.tasks.loading import describe
-from fedgen_edge.tasks.outline import config_of, layers, linear_weights, outlined
-from fedgen_edge.uplink.transform import length
+from fedgen_edge.tasks.backbones.loading import describe
+from fedgen_edge.tasks.language.config_only import (
+    build_from_config,
+    count_layers,
+    find_linear_weights,
+    load_config,
+)
+from fedgen_edge.tasks.language.task import Language, check_length
 
 
 @dataclass(frozen=True)
-class Memory:
+class MemoryEstimate:
     """Bytes that a client's training takes, libraries not counted."""
 
     backbone: int
@@ -56,7 +61,7 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelFacts:
     """What is known of the backbone and its adapter."""
 
     path: str
@@ -73,7 +78,7 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TrafficEstimate:
     """Bytes that travel; means of rounds where these differ."""
 
     exact: bool
@@ -92,32 +97,32 @@ class Traffic:
 class Plan:
     """All of it; as JSON these are the keys."""
 
-    model: Model
+    model: ModelFacts
     clients: int
     cohort: int
     rounds: int
     steps: int | None
     """Of one client in a round."""
-    traffic: Traffic
-    memory: dict[str, Memory]
+    traffic: TrafficEstimate
+    memory: dict[str, MemoryEstimate]
     """By precision of the backbone; `stack` is of the settings' engine.stack clients at once."""
-    step: Step
+    step: StepMemory
     """Bytes and work of one step, beside the backbone."""
-    time: Time
+    time: TimeEstimate
     server: dict[str, int]
     """Bytes by part."""
-    breaks: list[Bound]
+    breaks: list[ResourceLimit]
     """The nearest to its limit first."""
     says: str
     """What breaks first, and what would help."""
 
 
-def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
+def make_plan(settings: Settings, resources: Resources, speed: Speed | None) -> Plan:
     """What a run of these settings takes; no weights are read, and no data.
 
     Args:
         settings: of the run, as `fedgen run` has them.
-        told: what there is of memory, links and examples.
+        resources: what there is of memory, links and examples.
         speed: of the clients' machines, where devices.steps_per_second does not say it.
 
     Raises:
@@ -126,81 +131,93 @@ def plan(settings: Settings, told: Limits, speed: Speed | None) -> Plan:
     check(settings)
     if settings.task != "language":
         raise ConfigError(f"task={settings.task!r}: `fedgen plan` knows language models so far")
-    config = config_of(settings.backbone)
+    config = load_config(settings.backbone)
     check_length(settings, config)
-    algorithm = method(settings.method, adapter=settings.adapter)
-    task = _outline(settings, config, full=algorithm.adapts == "full")
+    algorithm = make_algorithm(settings.method, adapter=settings.adapter)
+    task = _build_outline(settings, config, full=algorithm.adapts == "full")
     shapes, leaves = task.model.shapes(), task.model.leaf_shapes()
     algorithm.sends(list(leaves), None)  # refuses what it cannot share
-    steps, clients = _steps(settings, told), members(settings)
-    step, again = (_trained(settings, config, checkpointing=c) for c in (False, True))
-    every = {p: _memory(weights_bytes(shapes, linear_weights(task), p), step, again)
-             for p in _precisions(settings)}  # fmt: skip
+    steps, clients = _count_steps(settings, resources), count_clients(settings)
+    step, checkpointed_step = (
+        _count_step(settings, config, checkpointing=c) for c in (False, True)
+    )
+    linear_weights = find_linear_weights(task)
+    memory = {
+        precision: _make_memory_estimate(
+            count_weight_bytes(shapes, linear_weights, precision), step, checkpointed_step
+        )
+        for precision in _list_precisions(settings)
+    }
     if settings.engine.stack:
-        stacked = [_trained(settings, config, settings.engine.stack, checkpointing=c)
-                   for c in (False, True)]  # fmt: skip
-        every["stack"] = _memory(next(iter(every.values())).backbone, *stacked)
+        stack_steps = [
+            _count_step(settings, config, settings.engine.stack, checkpointing=c)
+            for c in (False, True)
+        ]
+        memory["stack"] = _make_memory_estimate(next(iter(memory.values())).backbone, *stack_steps)
     source = (
         "devices.steps_per_second"
         if settings.devices.steps_per_second or not speed
         else speed.source
     )
-    devices = timed(settings.devices, speed.seconds(step.cost) if speed and steps else None)
+    devices = set_step_time(
+        settings.devices, speed.estimate_seconds(step.cost) if speed and steps else None
+    )
     settings = replace(settings, devices=devices)
-    on = road(settings, algorithm, leaves, clients)
-    done = [*rounds(settings, on, clients, steps or 0)]
+    client_traffic = make_client_traffic(settings, algorithm, leaves, clients)
+    round_traffic = [*estimate_rounds(settings, client_traffic, clients, steps or 0)]
     cohort = cohort_size(settings.federation, clients)
-    server = server_bytes(on, algorithm.buffer or cohort)
-    model = Model(
-        settings.backbone.path, config.model_type, layers(config), _values(shapes),
-        _values(leaves), length(leaves), length(shapes), _targets(task),
+    server = estimate_server_bytes(client_traffic, algorithm.buffer or cohort)
+    model = ModelFacts(
+        settings.backbone.path, config.model_type, count_layers(config), _count_values(shapes),
+        _count_values(leaves), count_encoded_bytes(leaves), count_encoded_bytes(shapes),
+        _list_targets(task),
     )  # fmt: skip
-    traffic = _traffic(settings, on, done, model.full_bytes)
-    time = time_of(settings, on, done, speed, server["updates"], steps)
+    traffic = _make_traffic_estimate(settings, client_traffic, round_traffic, model.full_bytes)
+    time = estimate_time(settings, client_traffic, round_traffic, speed, server["updates"], steps)
     time = replace(time, source=source if time.step else "")
-    found = limits.bounds(settings, told, every, server, (traffic, time))
+    resource_limits = limits.find_limits(settings, resources, memory, server, (traffic, time))
     return Plan(
-        model, clients, cohort, len(done), steps, traffic, every, step, time, server,
-        found, limits.sentence(found),
+        model, clients, cohort, len(round_traffic), steps, traffic, memory, step, time, server,
+        resource_limits, limits.describe_nearest_limit(resource_limits),
     )  # fmt: skip
 
 
-def members(settings: Settings) -> int:
+def count_clients(settings: Settings) -> int:
     """How many clients there are, as far as that is known without data."""
-    by, said = settings.partition, settings.federation.clients
-    if said is not None:
-        return said
-    if by.by == "group" and settings.data.source != "docstrings":
+    partition, num_clients = settings.partition, settings.federation.clients
+    if num_clients is not None:
+        return num_clients
+    if partition.by == "group" and settings.data.source != "docstrings":
         raise ConfigError(
             "federation.clients is not said, and `fedgen plan` reads no data to count them: say "
             "how many there are"
         )
-    known = {
+    default_counts = {
         "group": len(settings.data.packages),
         "pooled": 1,
-        "size": len(by.sizes) or CLIENTS,
+        "size": len(partition.sizes) or DEFAULT_CLIENTS,
     }
-    return known.get(by.by, CLIENTS)
+    return default_counts.get(partition.by, DEFAULT_CLIENTS)
 
 
-def _steps(settings: Settings, told: Limits) -> int | None:
-    t = settings.training
-    if t.steps or not told.examples:
-        return t.steps
-    return t.epochs * -(-told.examples // t.batch)
+def _count_steps(settings: Settings, resources: Resources) -> int | None:
+    training = settings.training
+    if training.steps or not resources.examples:
+        return training.steps
+    return training.epochs * -(-resources.examples // training.batch)
 
 
-def _precisions(settings: Settings) -> tuple[Precision, ...]:
+def _list_precisions(settings: Settings) -> tuple[Precision, ...]:
     """The settings' own first; `auto` is bf16, which devices of today have."""
     if settings.backbone.precision == "float32":
         return ("float32", "int8", "int4")
     return ("bf16", "int8", "int4")
 
 
-def _outline(settings: Settings, config: Any, *, full: bool) -> Language:
+def _build_outline(settings: Settings, config: Any, *, full: bool) -> Language:
     try:
         with torch.device("meta"):
-            return outlined(config, settings.adapter, torch.bfloat16, full=full)
+            return build_from_config(config, settings.adapter, torch.bfloat16, full=full)
     except (RuntimeError, ValueError, TypeError, ArithmeticError) as error:
         raise ConfigError(
             f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be made of "
@@ -208,11 +225,15 @@ def _outline(settings: Settings, config: Any, *, full: bool) -> Language:
         ) from None
 
 
-def _trained(settings: Settings, config: Any, clients: int = 0, *, checkpointing: bool) -> Step:
-    t = settings.training
-    work = Work(t.batch, settings.data.length, clients, checkpointing)
+def _count_step(
+    settings: Settings, config: Any, clients: int = 0, *, checkpointing: bool
+) -> StepMemory:
+    training = settings.training
+    step_plan = StepPlan(training.batch, settings.data.length, clients, checkpointing)
     try:
-        return training_step(settings, config, work, dtype_of(_precisions(settings)[0]))
+        return count_training_step(
+            settings, config, step_plan, get_dtype(_list_precisions(settings)[0])
+        )
     except RuntimeError as error:
         raise ConfigError(
             f"backbone.path={settings.backbone.path!r}, a {config.model_type}, cannot be counted "
@@ -220,37 +241,46 @@ def _trained(settings: Settings, config: Any, clients: int = 0, *, checkpointing
         ) from None
 
 
-def _memory(backbone: int, step: Step, again: Step) -> Memory:
-    return Memory(
+def _make_memory_estimate(
+    backbone: int, step: StepMemory, checkpointed_step: StepMemory
+) -> MemoryEstimate:
+    return MemoryEstimate(
         backbone,
         adapter=round(step.adapter),
         optimiser=round(step.optimiser),
         gradients=round(step.gradients),
         activations=round(step.activations),
         total=backbone + math.ceil(step.peak),
-        checkpointed=backbone + math.ceil(again.peak),
+        checkpointed=backbone + math.ceil(checkpointed_step.peak),
     )
 
 
-def _values(shapes: Mapping[str, Sequence[int]]) -> int:
+def _count_values(shapes: Mapping[str, Sequence[int]]) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def _targets(task: Any) -> tuple[str, ...]:
+def _list_targets(task: Any) -> tuple[str, ...]:
     return getattr(task.model.adapter, "targets", ("every weight",))
 
 
-def _traffic(settings: Settings, on: Road, done: Sequence[Round], full: int) -> Traffic:
-    down, up = sum(r.down for r in done), sum(r.up for r in done)
-    payloads = sum(r.asked + r.counted for r in done)
-    chains = bool(settings.uplink.zstd or settings.downlink.zstd)
-    first = next((r for r in range(len(done)) if on.up(0, r)), 0)
-    return Traffic(
-        exact=not chains and settings.federation.candidates is None,
-        client_down=on.down(0),
-        client_up=on.up(0, first),
-        round_down=down / len(done),
-        round_up=up / len(done),
+def _make_traffic_estimate(
+    settings: Settings,
+    client_traffic: ClientTraffic,
+    round_traffic: Sequence[RoundTraffic],
+    full: int,
+) -> TrafficEstimate:
+    down, up = sum(r.bytes_down for r in round_traffic), sum(r.bytes_up for r in round_traffic)
+    payloads = sum(r.started + r.merged for r in round_traffic)
+    has_zstd = bool(settings.uplink.zstd or settings.downlink.zstd)
+    first_sending_round = next(
+        (r for r in range(len(round_traffic)) if client_traffic.count_up_bytes(0, r)), 0
+    )
+    return TrafficEstimate(
+        exact=not has_zstd and settings.federation.candidates is None,
+        client_down=client_traffic.count_down_bytes(0),
+        client_up=client_traffic.count_up_bytes(0, first_sending_round),
+        round_down=down / len(round_traffic),
+        round_up=up / len(round_traffic),
         total_down=down,
         total_up=up,
         full=payloads * full,

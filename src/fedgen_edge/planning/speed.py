@@ -21,15 +21,21 @@ from pydantic import TypeAdapter
 from sklearn.linear_model import LinearRegression
 
 from fedgen_edge import files
-from fedgen_edge.algorithms.methods import method
-from fedgen_edge.client import descend
+from fedgen_edge.algorithms.methods import make_algorithm
 from fedgen_edge.config import Settings
-from fedgen_edge.machine import hardware, steady_allocations
-from fedgen_edge.planning.count import Cost
-from fedgen_edge.planning.memory import Work, begun, blank, recipe_of, training_step
-from fedgen_edge.tasks.backbones import cache
-from fedgen_edge.tasks.families import Shape
-from fedgen_edge.tasks.outline import made_of, outlined
+from fedgen_edge.federation.client import descend
+from fedgen_edge.hardware import describe_hardware, steady_allocations
+from fedgen_edge.planning.count import OperationCost
+from fedgen_edge.planning.memory import (
+    StepPlan,
+    count_training_step,
+    make_blank_batch,
+    make_client_start,
+    make_recipe,
+)
+from fedgen_edge.tasks.backbones.pretrained import get_cache_folder
+from fedgen_edge.tasks.language.config_only import build_from_config, make_config
+from fedgen_edge.tasks.language.families import ConfigValues
 
 
 class Trial(NamedTuple):
@@ -37,7 +43,7 @@ class Trial(NamedTuple):
 
     width: int
     layers: int
-    words: int
+    vocabulary: int
     rows: int
     length: int
 
@@ -53,7 +59,7 @@ TRIALS = (
     Trial(768, 3, 49152, 2, 128),
 )
 """From what calls cost most of all to what arithmetic does."""
-TIMES = 5
+TIMED_STEPS = 5
 """Steps of a trial that count, after one that does not; the shortest does."""
 
 
@@ -72,20 +78,20 @@ class Speed:
     source: str
     """Where this is from, in words."""
 
-    def seconds(self, cost: Cost) -> float:
+    def estimate_seconds(self, cost: OperationCost) -> float:
         """Of a step."""
-        told = (self.per_op, self.per_product, self.per_flop, self.per_byte)
-        return float(np.dot(told, astuple(cost)))
+        factors = (self.per_op, self.per_product, self.per_flop, self.per_byte)
+        return float(np.dot(factors, astuple(cost)))
 
 
-def fitted(costs: Sequence[Cost], seconds: Sequence[float], source: str) -> Speed:
+def fit_speed(costs: Sequence[OperationCost], seconds: Sequence[float], source: str) -> Speed:
     """The speed that comes nearest to these times, by its relative error."""
-    found = np.array(seconds, dtype=np.float64)
-    relative = np.array([astuple(cost) for cost in costs]) / found[:, None]
-    size = relative.max(0, initial=1e-30)  # counts are of very unequal sizes
-    line = LinearRegression(positive=True, fit_intercept=False)
-    line.fit(relative / size, np.ones(len(found)))
-    per_op, per_product, per_flop, per_byte = (float(v) for v in line.coef_ / size)
+    measured = np.array(seconds, dtype=np.float64)
+    relative_costs = np.array([astuple(cost) for cost in costs]) / measured[:, None]
+    scales = relative_costs.max(0, initial=1e-30)  # counts are of very unequal sizes
+    regression = LinearRegression(positive=True, fit_intercept=False)
+    regression.fit(relative_costs / scales, np.ones(len(measured)))
+    per_op, per_product, per_flop, per_byte = (float(v) for v in regression.coef_ / scales)
     return Speed(per_op, per_product, per_flop, per_byte, source)
 
 
@@ -100,50 +106,64 @@ def calibrate(settings: Settings, dtype: torch.dtype, device: torch.device) -> S
     steady_allocations()
     costs, seconds = [], []
     for trial in TRIALS:
-        config, work = made_of(_shape(trial)), Work(trial.rows, trial.length)
-        costs.append(training_step(settings, config, work, dtype).cost)
-        seconds.append(step_seconds(settings, config, work, dtype, device))
-    speed = fitted(costs, seconds, f"calibrated on {hardware(device)}")
-    files.write(_kept(dtype, device), json.dumps(asdict(speed)).encode())
+        config, step_plan = (
+            make_config(_make_config_values(trial)),
+            StepPlan(trial.rows, trial.length),
+        )
+        costs.append(count_training_step(settings, config, step_plan, dtype).cost)
+        seconds.append(time_step(settings, config, step_plan, dtype, device))
+    speed = fit_speed(costs, seconds, f"calibrated on {describe_hardware(device)}")
+    files.write(_get_cache_path(dtype, device), json.dumps(asdict(speed)).encode())
     return speed
 
 
-def known(dtype: torch.dtype, device: torch.device) -> Speed | None:
+def load_speed(dtype: torch.dtype, device: torch.device) -> Speed | None:
     """What the last calibration of this machine found; none where there was none."""
-    path = _kept(dtype, device)
+    path = _get_cache_path(dtype, device)
     try:
         return TypeAdapter(Speed).validate_python(files.parse(path.read_bytes(), json.loads))
     except (OSError, ValueError):
         return None
 
 
-def _kept(dtype: torch.dtype, device: torch.device) -> Path:
+def _get_cache_path(dtype: torch.dtype, device: torch.device) -> Path:
     """By all that steps are known to depend on."""
-    of = (hardware(device), str(device), str(dtype), torch.__version__, torch.get_num_threads())
-    return cache() / f"speed-{sha256(json.dumps(of).encode()).hexdigest()[:16]}.json"
+    cache_key = (
+        describe_hardware(device),
+        str(device),
+        str(dtype),
+        torch.__version__,
+        torch.get_num_threads(),
+    )
+    return (
+        get_cache_folder() / f"speed-{sha256(json.dumps(cache_key).encode()).hexdigest()[:16]}.json"
+    )
 
 
-def step_seconds(
-    settings: Settings, config: Any, work: Work, dtype: torch.dtype, device: torch.device
+def time_step(
+    settings: Settings, config: Any, step_plan: StepPlan, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Seconds of a real step of a model with random weights: the shortest of some."""
-    algorithm = method(settings.method, adapter=settings.adapter)
+    algorithm = make_algorithm(settings.method, adapter=settings.adapter)
     with torch.device(device):
-        task = outlined(config, settings.adapter, dtype, full=algorithm.adapts == "full")
-        start, told = begun(algorithm, task, work)
-        batch = blank(work)
-    recipe = recipe_of(settings, algorithm, start, algorithm.corrects, [])
-    found, steps = [], descend(task, start, told, [batch] * (1 + TIMES), recipe)
-    for _ in range(1 + TIMES):
-        began = time.perf_counter()
+        task = build_from_config(config, settings.adapter, dtype, full=algorithm.adapts == "full")
+        start, correction_state = make_client_start(algorithm, task, step_plan)
+        batch = make_blank_batch(step_plan)
+    recipe = make_recipe(settings, algorithm, start, algorithm.corrects, [])
+    durations, steps = (
+        [],
+        descend(task, start, correction_state, [batch] * (1 + TIMED_STEPS), recipe),
+    )
+    for _ in range(1 + TIMED_STEPS):
+        start_time = time.perf_counter()
         next(steps)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        found.append(time.perf_counter() - began)
-    return min(found[1:])  # what else the machine does only lengthens one
+        durations.append(time.perf_counter() - start_time)
+    return min(durations[1:])  # what else the machine does only lengthens one
 
 
-def _shape(trial: Trial) -> Shape:
+def _make_config_values(trial: Trial) -> ConfigValues:
     return {
         "model_type": "llama",
         "hidden_size": trial.width,
@@ -151,7 +171,7 @@ def _shape(trial: Trial) -> Shape:
         "num_hidden_layers": trial.layers,
         "num_attention_heads": max(1, trial.width // 32),
         "num_key_value_heads": max(1, trial.width // 32),
-        "vocab_size": trial.words,
+        "vocab_size": trial.vocabulary,
         "max_position_embeddings": trial.length,
         "tie_word_embeddings": True,
     }

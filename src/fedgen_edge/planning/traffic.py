@@ -13,36 +13,36 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fedgen_edge import schedule
-from fedgen_edge.adapters.ranks import of_rank, truncated
+from fedgen_edge.adapters.ranks import get_rank_shapes, truncate_rank
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.algorithms.clusters import of
+from fedgen_edge.algorithms.ifca import select_cluster
+from fedgen_edge.compression.wire import Wire, get_max_bytes_down, get_max_bytes_up, make_wire
 from fedgen_edge.config import Devices, Settings
+from fedgen_edge.federation import schedule
+from fedgen_edge.federation.rounds import list_available, sample_clients
+from fedgen_edge.federation.schedule import ClientLoad, Queue, RoundTrip, cohort_size
 from fedgen_edge.leaves import shapes
-from fedgen_edge.rounds import present, sample
-from fedgen_edge.schedule import Load, Queue, Trip, cohort_size
 from fedgen_edge.types import Leaves, ServerState
-from fedgen_edge.uplink.wire import Wire, made, most_down, most_up
 
 Shapes = Mapping[str, Sequence[int]]
 
 
-class Round(NamedTuple):
+class RoundTraffic(NamedTuple):
     """One round, or one commit of a server that has no rounds."""
 
-    down: int
+    bytes_down: int
     """Bytes from the server."""
-    up: int
+    bytes_up: int
     """Bytes to the server."""
     seconds: float
     """That it lasts, by the devices' speeds."""
-    asked: int
+    started: int
     """Clients that began."""
-    counted: int
+    merged: int
     """Clients that are merged."""
 
 
-class Parts(NamedTuple):
+class ClientSeconds(NamedTuple):
     """A client's seconds in one round."""
 
     down: float
@@ -51,141 +51,188 @@ class Parts(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Road:
+class ClientTraffic:
     """What travels to a client and back, by its rank and the round."""
 
     algorithm: Algorithm
     wire: Wire
     leaves: Shapes
     """Of an adapter, before the method has it."""
-    among: int
+    num_clients: int
     """Clients that train."""
 
     @cached_property
-    def state(self) -> ServerState:
+    def initial_state(self) -> ServerState:
         """The server before the first round, without values."""
-        bare = {k: torch.empty(tuple(shape), device="meta") for k, shape in self.leaves.items()}
-        return self.algorithm.init(bare)
+        empty_leaves = {
+            k: torch.empty(tuple(shape), device="meta") for k, shape in self.leaves.items()
+        }
+        return self.algorithm.init(empty_leaves)
 
     @cached_property
-    def received(self) -> Leaves:
+    def broadcast_leaves(self) -> Leaves:
         """What travels down to a client of the highest rank."""
-        return self.algorithm.worded(self.state, self.among)
+        return self.algorithm.make_broadcast(self.initial_state, self.num_clients)
 
-    def down(self, client: int) -> int:
+    def count_down_bytes(self, client: int) -> int:
         """Bytes to a client."""
-        told = truncated(self.received, self.algorithm.rank(client))
-        return most_down(self.wire, shapes(told))
+        sent_leaves = truncate_rank(self.broadcast_leaves, self.algorithm.get_rank(client))
+        return get_max_bytes_down(self.wire, shapes(sent_leaves))
 
-    def up(self, client: int, round_: int) -> int:
+    def count_up_bytes(self, client: int, round_: int) -> int:
         """Bytes from a client in a round."""
-        every = {**self.state.adapter, **self.received}
-        one = of(every, 0 if self.algorithm.clusters else None)
-        shared = shapes(self.algorithm.shared(one, round_))
-        return most_up(self.wire, of_rank(shared, self.algorithm.rank(client)))
+        all_leaves = {**self.initial_state.adapter, **self.broadcast_leaves}
+        cluster_leaves = select_cluster(all_leaves, 0 if self.algorithm.clusters else None)
+        shared = shapes(self.algorithm.select_shared(cluster_leaves, round_))
+        return get_max_bytes_up(self.wire, get_rank_shapes(shared, self.algorithm.get_rank(client)))
 
-    def load(self, client: int, round_: int, steps: int) -> Load:
+    def compute_load(self, client: int, round_: int, steps: int) -> ClientLoad:
         """What a client is asked for; a model of its own takes as many steps again."""
-        twice = 2 if self.algorithm.beside else 1
-        return Load(twice * steps, self.down(client), self.up(client, round_))
+        num_models = 2 if self.algorithm.beside else 1
+        return ClientLoad(
+            num_models * steps, self.count_down_bytes(client), self.count_up_bytes(client, round_)
+        )
 
 
-def road(settings: Settings, algorithm: Algorithm, leaves: Shapes, clients: int) -> Road:
+def make_client_traffic(
+    settings: Settings, algorithm: Algorithm, leaves: Shapes, clients: int
+) -> ClientTraffic:
     """As settings say.
 
     Raises:
         MissingExtraError: zstd is not installed.
     """
-    told = Wire() if algorithm.pools else made(settings.uplink, settings.downlink, 0, {})
-    return Road(algorithm, told, leaves, clients - settings.federation.newcomers)
+    wire = Wire() if algorithm.pools_data else make_wire(settings.uplink, settings.downlink, 0, {})
+    return ClientTraffic(algorithm, wire, leaves, clients - settings.federation.newcomers)
 
 
-def rounds(settings: Settings, on: Road, clients: int, steps: int) -> Iterator[Round]:
+def estimate_rounds(
+    settings: Settings, client_traffic: ClientTraffic, clients: int, steps: int
+) -> Iterator[RoundTraffic]:
     """Every round of a run.
 
     Args:
         settings: of the run; its devices have speeds, or take no time.
-        on: what travels.
+        client_traffic: what travels.
         clients: in the federation.
         steps: of one client in a round.
     """
-    if on.algorithm.buffer:
-        yield from _commits(settings, on, clients, steps)
+    if client_traffic.algorithm.buffer:
+        yield from _estimate_commits(settings, client_traffic, clients, steps)
         return
     federation, devices = settings.federation, settings.devices
-    wanted = cohort_size(federation, clients)
+    target_size = cohort_size(federation, clients)
     for r in range(federation.rounds):
-        asked = sample(federation, clients, r, devices=devices)
-        loads = {c: on.load(c, r, steps) for c in asked}
-        if not schedule.take_time(devices):
-            groups = [group[0] for group in on.algorithm.groups(asked)] if asked else []
-            down, up = (sum(getattr(loads[c], way) for c in groups) for way in ("down", "up"))
-            yield Round(down, up, 0.0, len(asked), len(asked))
+        requested = sample_clients(federation, clients, r, devices=devices)
+        loads = {c: client_traffic.compute_load(c, r, steps) for c in requested}
+        if not schedule.uses_clock(devices):
+            groups = (
+                [group[0] for group in client_traffic.algorithm.groups(requested)]
+                if requested
+                else []
+            )
+            bytes_down, bytes_up = (
+                sum(getattr(loads[c], way) for c in groups) for way in ("down", "up")
+            )
+            yield RoundTraffic(bytes_down, bytes_up, 0.0, len(requested), len(requested))
             continue
-        draws = {c: schedule.luck(federation.seed, r, c) for c in asked}
-        stints = [schedule.stint(devices, c, loads[c], draws[c]) for c in asked]
-        done = schedule.race(stints, wanted, federation.deadline)
-        groups = [group[0] for group in on.algorithm.groups(done.cohort)] if done.cohort else []
-        down = sum(loads[c].down for c in (*groups, *done.dropped))
-        up = sum(loads[c].up for c in groups) + done.bytes_up
-        yield Round(down, up, done.seconds, len(asked), len(done.cohort))
+        device_draws = {c: schedule.draw_device(federation.seed, r, c) for c in requested}
+        timings = [
+            schedule.simulate_client(devices, c, loads[c], device_draws[c]) for c in requested
+        ]
+        outcome = schedule.simulate_round(timings, target_size, federation.deadline)
+        groups = (
+            [group[0] for group in client_traffic.algorithm.groups(outcome.cohort)]
+            if outcome.cohort
+            else []
+        )
+        bytes_down = sum(loads[c].down for c in (*groups, *outcome.dropped))
+        bytes_up = sum(loads[c].up for c in groups) + outcome.bytes_up
+        yield RoundTraffic(
+            bytes_down, bytes_up, outcome.seconds, len(requested), len(outcome.cohort)
+        )
 
 
-def _commits(settings: Settings, on: Road, clients: int, steps: int) -> Iterator[Round]:
+def _estimate_commits(
+    settings: Settings, client_traffic: ClientTraffic, clients: int, steps: int
+) -> Iterator[RoundTraffic]:
     """Those of a server that waits for so many updates, whosever they are."""
     federation, devices = settings.federation, settings.devices
-    at_once = cohort_size(federation, clients)
+    concurrency = cohort_size(federation, clients)
     queue = Queue()
 
-    def begun(version: int, client: int, draw: int, clock: float) -> Trip:
-        drawn = schedule.luck(federation.seed, draw, client)
-        work = schedule.stint(devices, client, on.load(client, version, steps), drawn)
-        return Trip(client, version, clock + work.ends, work.arrives, work.sent(work.ends))
+    def start_client(version: int, client: int, draw: int, clock: float) -> RoundTrip:
+        device_draw = schedule.draw_device(federation.seed, draw, client)
+        timing = schedule.simulate_client(
+            devices, client, client_traffic.compute_load(client, version, steps), device_draw
+        )
+        return RoundTrip(
+            client, version, clock + timing.end, timing.arrives, timing.count_sent_bytes(timing.end)
+        )
 
     for version in range(federation.rounds):
-        free = partial(present, federation, clients, devices)
-        found = schedule.gather(queue, on.algorithm.buffer, at_once, free, partial(begun, version))
-        up = sum(trip.sent for trip in (*found.buffer, *found.dropped))
-        seconds = found.queue.clock - queue.clock
-        down = found.started * on.down(0)
-        yield Round(down, up, seconds, found.started, len(found.buffer))
-        queue = found.queue
+        available_clients = partial(list_available, federation, clients, devices)
+        filled = schedule.fill_buffer(
+            queue,
+            client_traffic.algorithm.buffer,
+            concurrency,
+            available_clients,
+            partial(start_client, version),
+        )
+        bytes_up = sum(trip.bytes_sent for trip in (*filled.buffer, *filled.dropped))
+        seconds = filled.queue.clock - queue.clock
+        bytes_down = filled.started * client_traffic.count_down_bytes(0)
+        yield RoundTraffic(bytes_down, bytes_up, seconds, filled.started, len(filled.buffer))
+        queue = filled.queue
 
 
-def parts(devices: Devices, client: int, load: Load) -> Parts:
+def estimate_client_seconds(devices: Devices, client: int, load: ClientLoad) -> ClientSeconds:
     """What a client's round is made of, where nothing fails."""
     inf = float("inf")
-    return Parts(
-        load.down / schedule.of(devices.down, client, inf),
-        load.steps / schedule.of(devices.steps_per_second, client, inf),
-        load.up / schedule.of(devices.up, client, inf),
+    return ClientSeconds(
+        load.down / schedule.get_device_value(devices.down, client, inf),
+        load.steps / schedule.get_device_value(devices.steps_per_second, client, inf),
+        load.up / schedule.get_device_value(devices.up, client, inf),
     )
 
 
-def timed(devices: Devices, seconds: float | None) -> Devices:
+def set_step_time(devices: Devices, seconds: float | None) -> Devices:
     """The devices; where nobody said how fast they are, a step takes all so long."""
     if devices.steps_per_second or not seconds:
         return devices
     return replace(devices, steps_per_second=(1 / seconds,))
 
 
-def server_bytes(on: Road, cohort: int) -> dict[str, int]:
+def estimate_server_bytes(client_traffic: ClientTraffic, cohort: int) -> dict[str, int]:
     """What a server holds while it merges, by part.
 
     `adapter`, `state` (moments, variates: what the method's step keeps), `updates` (the cohort's
     changes as they came and as they are read), `checkpoint` (on its disk, in the same bytes as the
     first two). A method that multiplies factors out takes more for one layer at a time.
     """
-    shared = on.algorithm.shared(of(on.state.adapter, 0 if on.algorithm.clusters else None))
-    change: dict[str, Any] = {**on.state.adapter}
-    kept = on.algorithm.steps(on.state, change).memory
-    told = {k: v for k, v in on.received.items() if k not in on.state.adapter}
-    own = _bytes(on.state.adapter)
-    state = _bytes(kept) + _bytes(told)
-    updates = cohort * (_bytes(shared) + on.up(0, 0))
-    return {"adapter": own, "state": state, "updates": updates, "checkpoint": own + state}
+    shared = client_traffic.algorithm.select_shared(
+        select_cluster(
+            client_traffic.initial_state.adapter, 0 if client_traffic.algorithm.clusters else None
+        )
+    )
+    change: dict[str, Any] = {**client_traffic.initial_state.adapter}
+    server_memory = client_traffic.algorithm.steps(client_traffic.initial_state, change).memory
+    correction_state = {
+        k: v
+        for k, v in client_traffic.broadcast_leaves.items()
+        if k not in client_traffic.initial_state.adapter
+    }
+    adapter_bytes = _count_bytes(client_traffic.initial_state.adapter)
+    state_bytes = _count_bytes(server_memory) + _count_bytes(correction_state)
+    update_bytes = cohort * (_count_bytes(shared) + client_traffic.count_up_bytes(0, 0))
+    return {
+        "adapter": adapter_bytes,
+        "state": state_bytes,
+        "updates": update_bytes,
+        "checkpoint": adapter_bytes + state_bytes,
+    }
 
 
-def _bytes(values: Mapping[str, Any]) -> int:
+def _count_bytes(values: Mapping[str, Any]) -> int:
     tensors = (v for v in values.values() if isinstance(v, Tensor))
     return sum(v.numel() * v.element_size() for v in tensors)

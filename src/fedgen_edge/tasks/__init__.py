@@ -1,1 +1,1 @@
-"""What is being learnt?"""
+"""What is learned, and how is it judged?"""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Generator, nn
 
 from fedgen_edge import files
-from fedgen_edge.adapters import formats, peft_check
+from fedgen_edge.adapters import peft_check, peft_io
 from fedgen_edge.adapters.full import Full
 from fedgen_edge.adapters.lora import Lora, inject, merge
 from fedgen_edge.config import Adapter, Settings
@@ -24,7 +24,7 @@ from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedModel:
     """One backbone in memory, and where it came from."""
 
     network: nn.Module
@@ -49,7 +49,7 @@ class Adapted:
     """A short pass through the network, by which other readers of its adapters are compared."""
 
     @property
-    def stackable(self) -> bool:
+    def is_stackable(self) -> bool:
         """Whether clients' adapters can share one pass."""
         return isinstance(self.adapter, Lora)
 
@@ -63,17 +63,17 @@ class Adapted:
         return self._with_averages(self.initial or self.adapter.init(rng))
 
     def _with_averages(self, leaves: Leaves) -> Leaves:
-        followed = (k for k in leaves if k.startswith(self.averaged))
-        return {**leaves, **{AVERAGE + k: leaves[k].clone() for k in followed}}
+        averaged_names = (k for k in leaves if k.startswith(self.averaged))
+        return {**leaves, **{AVERAGE + k: leaves[k].clone() for k in averaged_names}}
 
-    def backbone(self) -> Leaves:
+    def get_backbone_leaves(self) -> Leaves:
         """The leaves under which the backbone is as it came."""
         return {} if isinstance(self.adapter, Lora) else self.adapter.init(Generator())
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every leaf of an adapter."""
-        own = self.adapter.shapes()
-        return own | {AVERAGE + k: v for k, v in own.items() if k.startswith(self.averaged)}
+        shapes = self.adapter.shapes()
+        return shapes | {AVERAGE + k: v for k, v in shapes.items() if k.startswith(self.averaged)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every weight of the backbone, tied ones once."""
@@ -91,19 +91,21 @@ class Adapted:
         if isinstance(self.adapter, Full):
             self._save_whole(folder, leaves, provenance)
             return
-        with _written(folder) as draft:
-            kept, rank = self.adapter.widened(served(leaves))
-            shape = formats.of_rank(settings.adapter, rank)
-            formats.write(
+        with _replace_folder(folder) as draft:
+            joined, rank = self.adapter.join_residuals(use_averages(leaves))
+            adapter_settings = peft_io.change_rank(settings.adapter, rank)
+            peft_io.write(
                 draft,
-                kept,
+                joined,
                 self.adapter,
-                shape,
+                adapter_settings,
                 backbone={"base_model_name_or_path": str(self.folder), **self.peft},
                 provenance=provenance,
             )
             if self.part:
-                formats.for_pipelines(draft, self.part, kept, self.adapter, shape)
+                peft_io.write_pipeline_weights(
+                    draft, self.part, joined, self.adapter, adapter_settings
+                )
 
     def check_peft(self, settings: Settings) -> None:
         """Refuse layers whose adapters PEFT reads as something else.
@@ -111,45 +113,49 @@ class Adapted:
         Raises:
             ConfigError: it does; the line names layers of which it reads the same.
         """
-        fault = self._reread(settings)
+        fault = self._find_reading_fault(settings)
         if fault is None or not isinstance(self.adapter, Lora):
             return
-        names = {name.rsplit(".", 1)[-1] for name in self.adapter.sites}
-        working = sorted(n for n in names if self._only(n)._reread(settings) is None)
-        if self._only(*working)._reread(settings) is not None:
+        names = {name.rsplit(".", 1)[-1] for name in self.adapter.layers}
+        working = sorted(
+            n for n in names if self._restrict_layers(n)._find_reading_fault(settings) is None
+        )
+        if self._restrict_layers(*working)._find_reading_fault(settings) is not None:
             working = []
-        chosen = list(self._only(*working).adapter.targets)  # pyright: ignore[reportAttributeAccessIssue]
-        way = f"adapter.target_modules={chosen} works" if working else "take another backbone"
+        chosen = list(self._restrict_layers(*working).adapter.targets)  # pyright: ignore[reportAttributeAccessIssue]
+        advice = f"adapter.target_modules={chosen} works" if working else "take another backbone"
         raise ConfigError(
             f"adapter.target_modules={list(settings.adapter.target_modules) or sorted(names)}: "
-            f"PEFT would read another adapter from what a run writes ({fault}): {way}"
+            f"PEFT would read another adapter from what a run writes ({fault}): {advice}"
         )
 
-    def _only(self, *names: str) -> "Adapted":
+    def _restrict_layers(self, *names: str) -> "AdaptedModel":
         """The same with adapters of the layers with these last names alone.
 
         Where the targets are no last names, they stand for fewer layers than their last names
         would: then the layers are named in full.
         """
         assert isinstance(self.adapter, Lora)
-        exact = {*self.adapter.targets} <= {k.rsplit(".", 1)[-1] for k in self.adapter.sites}
-        sites = {k: v for k, v in self.adapter.sites.items() if k.rsplit(".", 1)[-1] in names}
-        targets = names if exact else tuple(sites)
-        return replace(self, adapter=replace(self.adapter, sites=sites, targets=targets))
+        are_last_names = {*self.adapter.targets} <= {
+            k.rsplit(".", 1)[-1] for k in self.adapter.layers
+        }
+        layers = {k: v for k, v in self.adapter.layers.items() if k.rsplit(".", 1)[-1] in names}
+        targets = names if are_last_names else tuple(layers)
+        return replace(self, adapter=replace(self.adapter, layers=layers, targets=targets))
 
-    def _reread(self, settings: Settings) -> str | None:
+    def _find_reading_fault(self, settings: Settings) -> str | None:
         """What PEFT makes otherwise of a noisy adapter that is written and read; none if nothing.
 
         A fresh one would prove nothing: its update is zero.
         """
-        if self.forward is None or not isinstance(self.adapter, Lora) or not self.adapter.sites:
+        if self.forward is None or not isinstance(self.adapter, Lora) or not self.adapter.layers:
             return None
         leaves = peft_check.draw_noisy(self.adapter, generator("peft"))
         with TemporaryDirectory(prefix="fedgen-") as root:
             self.save(Path(root) / "adapter", leaves, settings, {})
-            return self._differs(Path(root) / "adapter", leaves)
+            return self._compare_with_peft(Path(root) / "adapter", leaves)
 
-    def _differs(self, folder: Path, leaves: Leaves) -> str | None:
+    def _compare_with_peft(self, folder: Path, leaves: Leaves) -> str | None:
         assert isinstance(self.adapter, Lora)
         assert self.forward is not None
         return peft_check.compare(folder, self.network, self.adapter, leaves, self.forward)
@@ -162,7 +168,7 @@ class Adapted:
         """
         if self.forward is None or not isinstance(self.adapter, Lora):
             return
-        if fault := self._differs(folder, served(leaves)):
+        if fault := self._compare_with_peft(folder, use_averages(leaves)):
             raise AdapterError(
                 f"{folder}: PEFT reads another adapter from it than was trained ({fault}): "
                 "the checkpoint stands: take the whole model instead, by `fedgen export --merge`, "
@@ -172,7 +178,7 @@ class Adapted:
     def load(self, folder: Path) -> Leaves:
         """What `save` wrote."""
         if isinstance(self.adapter, Lora):
-            return self._with_averages(formats.read(folder, self.adapter, any_rank=True))
+            return self._with_averages(peft_io.read(folder, self.adapter, any_rank=True))
         path = folder / self.weights
         try:
             weights = load_file(path)
@@ -181,56 +187,56 @@ class Adapted:
         _check_weights(path, weights, self.adapter.shapes())
         return self._with_averages(weights)
 
-    def merged(self, folder: Path, leaves: Leaves) -> None:
+    def save_merged(self, folder: Path, leaves: Leaves) -> None:
         """Write the backbone with an adapter merged into it; this model is spent afterwards."""
         if isinstance(self.adapter, Lora):
-            merge(self.network.float(), self.adapter, served(leaves))
+            merge(self.network.float(), self.adapter, use_averages(leaves))
             leaves = self.network.state_dict()
         self._save_whole(folder, leaves, {"backbone_sha256": self.sha256, "merged": True})
 
     def write_whole(self, folder: Path, leaves: Leaves) -> None:
         """Fill a folder with a whole model of these weights, as its library does."""
-        self.write(folder, served(leaves))
+        self.write(folder, use_averages(leaves))
 
     def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
-        with _written(folder) as draft:
-            (draft / formats.PROVENANCE).write_text(
+        with _replace_folder(folder) as draft:
+            (draft / peft_io.PROVENANCE).write_text(
                 json.dumps(provenance, indent=1, sort_keys=True)
             )
             self.write_whole(draft, leaves)
 
 
 @contextmanager
-def _written(folder: Path) -> Iterator[Path]:
+def _replace_folder(folder: Path) -> Iterator[Path]:
     """A draft folder, as `files.folder` has it.
 
     Raises:
         OSError: the disk is full or failing, of which safetensors has an error of its own.
     """
     try:
-        with files.folder(folder) as draft:
+        with files.replace_folder(folder) as draft:
             yield draft
     except SafetensorError as error:
         raise OSError(f"{folder} cannot be written: {error}") from None
 
 
-def trained(leaves: Leaves) -> Leaves:
+def drop_averages(leaves: Leaves) -> Leaves:
     """The leaves without moving averages."""
     return {k: v for k, v in leaves.items() if not k.removeprefix(RESIDUAL).startswith(AVERAGE)}
 
 
-def served(leaves: Leaves) -> Leaves:
+def use_averages(leaves: Leaves) -> Leaves:
     """What a model is used with: moving averages in the place of what they follow."""
-    return {k: leaves.get(_average(k), v) for k, v in trained(leaves).items()}
+    return {k: leaves.get(_name_average(k), v) for k, v in drop_averages(leaves).items()}
 
 
-def _average(name: str) -> str:
+def _name_average(name: str) -> str:
     """What follows a leaf, if anything does."""
-    own = name.removeprefix(RESIDUAL)
-    return f"{name.removesuffix(own)}{AVERAGE}{own}"
+    leaf_name = name.removeprefix(RESIDUAL)
+    return f"{name.removesuffix(leaf_name)}{AVERAGE}{leaf_name}"
 
 
-def follow(leaves: Leaves, decay: float) -> Leaves:
+def update_averages(leaves: Leaves, decay: float) -> Leaves:
     """The moving averages, each a step nearer to what it follows."""
     return {
         k: torch.lerp(leaves[k.removeprefix(AVERAGE)], average, decay)
@@ -241,7 +247,7 @@ def follow(leaves: Leaves, decay: float) -> Leaves:
 
 def adapt(
     network: nn.Module, settings: Adapter, targets: Sequence[str], *, full: bool, **where: Any
-) -> Adapted:
+) -> AdaptedModel:
     """Freeze a network, and give it an adapter or open all its weights.
 
     Args:
@@ -249,23 +255,23 @@ def adapt(
         settings: of the adapter, and where it begins.
         targets: the layers where the settings name none.
         full: train every weight instead.
-        where: what else an `Adapted` knows.
+        where: what else an `AdaptedModel` knows.
     """
     if full:
         network.requires_grad_(False)
-        return Adapted(network, Full(network), **where)
+        return AdaptedModel(network, Full(network), **where)
     if settings.initial:
-        formats.check_origin(settings.initial, where["sha256"])
+        peft_io.check_origin(settings.initial, where["sha256"])
     lora = inject(network, settings, targets)
-    initial = formats.read(settings.initial, lora) if settings.initial else None
-    return Adapted(network, lora, initial=initial, **where)
+    initial = peft_io.read(settings.initial, lora) if settings.initial else None
+    return AdaptedModel(network, lora, initial=initial, **where)
 
 
 def _check_weights(path: Path, weights: Leaves, shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuse a full model's file that has other weights than the model, or unusable ones."""
     for name in sorted({*shapes} ^ {*weights}):
-        which = "lacks" if name in shapes else "has another weight,"
-        raise AdapterError(f"{path} {which} {name}: it is not this backbone's: restore it")
+        problem = "lacks" if name in shapes else "has another weight,"
+        raise AdapterError(f"{path} {problem} {name}: it is not this backbone's: restore it")
     for name, shape in shapes.items():
         if tuple(weights[name].shape) != shape:
             sizes = f"{list(weights[name].shape)}, this backbone needs {list(shape)}"

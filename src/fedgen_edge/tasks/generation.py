@@ -35,7 +35,7 @@ class Generation(nn.Module):
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
         super().__init__()
         self.model = model
-        ends = end_marks(model, tokenizer)
+        ends = find_end_tokens(model, tokenizer)
         sampling = {
             "temperature": decoding.temperature,
             "top_p": decoding.top_p,
@@ -52,19 +52,24 @@ class Generation(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The tokens after these, `[1, new]` from `[1, length]`."""
-        before, self.model.generation_config = self.model.generation_config, GenerationConfig()
+        model_config, self.model.generation_config = (
+            self.model.generation_config,
+            GenerationConfig(),
+        )
         try:
-            whole = self.model.generate(ids, attention_mask=torch.ones_like(ids), **self.options)
+            all_tokens = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), **self.options
+            )
         finally:
-            self.model.generation_config = before
-        return whole[:, ids.shape[1] :]
+            self.model.generation_config = model_config
+        return all_tokens[:, ids.shape[1] :]
 
 
-def end_marks(model: Any, tokenizer: Any) -> list[int]:
+def find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """The tokens that end a text: the tokenizer's, and those of the model's generation_config."""
-    listed = model.generation_config.eos_token_id
-    several = listed if isinstance(listed, list) else [listed]
-    return sorted({mark for mark in (*several, tokenizer.eos_token_id) if mark is not None})
+    model_end_token = model.generation_config.eos_token_id
+    end_tokens = model_end_token if isinstance(model_end_token, list) else [model_end_token]
+    return sorted({mark for mark in (*end_tokens, tokenizer.eos_token_id) if mark is not None})
 
 
 def encode_chat(tokenizer: Any, prompt: str) -> list[int]:
@@ -79,7 +84,7 @@ def encode_chat(tokenizer: Any, prompt: str) -> list[int]:
         )
     try:
         return tokenizer.apply_chat_template(
-            _message(prompt), add_generation_prompt=True, return_dict=False
+            _make_messages(prompt), add_generation_prompt=True, return_dict=False
         )
     except (TemplateError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
@@ -88,18 +93,18 @@ def encode_chat(tokenizer: Any, prompt: str) -> list[int]:
         ) from None
 
 
-def holds_chats(tokenizer: Any, texts: Sequence[str]) -> bool:
+def is_chat_data(tokenizer: Any, texts: Sequence[str]) -> bool:
     """Whether most of these texts mark a user's message as the chat template does."""
     if not tokenizer.chat_template:
         return False
     try:
-        page = tokenizer.apply_chat_template(_message("{message}"), tokenize=False)
+        rendered = tokenizer.apply_chat_template(_make_messages("{message}"), tokenize=False)
     except (TemplateError, TypeError, ValueError):
         return False
-    before = page.partition("{message}")[0].replace(tokenizer.bos_token or "", "")
+    before = rendered.partition("{message}")[0].replace(tokenizer.bos_token or "", "")
     mark = before.strip().splitlines()[-1:]
     return bool(mark) and 2 * sum(mark[0] in text for text in texts) > len(texts)
 
 
-def _message(text: str) -> list[dict[str, str]]:
+def _make_messages(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]

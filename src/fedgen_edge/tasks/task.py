@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from fedgen_edge.config import Evaluation, Settings
 from fedgen_edge.data.corpus import Corpus
 from fedgen_edge.errors import ConfigError, MissingExtraError
-from fedgen_edge.measure import Measure
-from fedgen_edge.tasks import backbones
-from fedgen_edge.tasks.adapted import Adapted
+from fedgen_edge.tasks.adapted import AdaptedModel
+from fedgen_edge.tasks.backbones import pretrained
 from fedgen_edge.tasks.generation import Decoding
+from fedgen_edge.tasks.measure import Measure
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 
@@ -58,10 +58,10 @@ class Task(Protocol):
 
 
 @runtime_checkable
-class Ahead(Task, Protocol):
+class PrecomputableTask(Task, Protocol):
     """A task of which some work on examples is the same whenever they are met."""
 
-    def ahead(self, each: Iterable[Batch]) -> list[Batch] | None:
+    def precompute(self, client_examples: Iterable[Batch]) -> list[Batch] | None:
         """Clients' examples with that work done, `[rows, ...]` each; none, if there is none.
 
         Loss and evaluation are the same with it, and do it where examples come without.
@@ -75,16 +75,16 @@ class Sample(NamedTuple):
     prompt: str
     text: str = ""
     """Of a language model: the prompt and how it goes on."""
-    picture: Tensor | None = None
+    image: Tensor | None = None
     """uint8 `[channels, height, width]`."""
 
 
 @runtime_checkable
-class Learnt(Task, Protocol):
+class TrainableTask(Task, Protocol):
     """What a run needs of a task beside its training."""
 
     @property
-    def model(self) -> Adapted:
+    def model(self) -> AdaptedModel:
         """The backbone and its adapter."""
         ...
 
@@ -107,7 +107,7 @@ class Learnt(Task, Protocol):
 
 
 @runtime_checkable
-class Worded(Learnt, Protocol):
+class TextTask(TrainableTask, Protocol):
     """What generating text needs of a task."""
 
     def generate(
@@ -116,13 +116,13 @@ class Worded(Learnt, Protocol):
         """A prompt and how it goes on, or the answer to it."""
         ...
 
-    def holds_chats(self, texts: Sequence[str]) -> bool:
+    def is_chat_data(self, texts: Sequence[str]) -> bool:
         """Whether most texts are written by the backbone's chat template."""
         ...
 
 
 @runtime_checkable
-class Pictured(Learnt, Protocol):
+class ImageTask(TrainableTask, Protocol):
     """What judging by samples needs of a task."""
 
     @property
@@ -140,32 +140,42 @@ class Pictured(Learnt, Protocol):
         ...
 
 
-def _learnt(name: str, settings: Settings, *, full: bool, device: torch.device) -> Learnt:
+def _build_task(
+    name: str, settings: Settings, *, full: bool, device: torch.device
+) -> TrainableTask:
     if settings.backbone.autoencoder is not None and name != "diffusion":
         raise ConfigError(
             f"backbone.autoencoder={str(settings.backbone.autoencoder)!r} makes latents for "
             f"task='diffusion', and task={name!r} has none: leave it out"
         )
-    return _module(name).build(settings, full=full, device=device)
+    return _import_task(name).build(settings, full=full, device=device)
 
 
-def _module(name: str) -> Any:
+_HOMES = {
+    "language": "language.task",
+    "diffusion": "images.diffusion",
+    "gan": "images.gan",
+    "vae": "images.vae",
+}
+
+
+def _import_task(name: str) -> Any:
     try:
-        return import_module(f"fedgen_edge.tasks.{name}")
+        return import_module(f"fedgen_edge.tasks.{_HOMES[name]}")
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
         raise MissingExtraError(f"task={name!r}", "images") from None
 
 
-def shape_learnt(settings: Settings, picture: tuple[int, ...]) -> tuple[int, ...]:
+def get_network_shape(settings: Settings, image_shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of what a network of these settings works on, for pictures of this shape."""
     if settings.backbone.autoencoder is None or settings.task != "diffusion":
-        return picture
-    return _module(settings.task).worked_on(settings.backbone, picture)
+        return image_shape
+    return _import_task(settings.task).get_network_shape(settings.backbone, image_shape)
 
 
-def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Path:
+def make_untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Path:
     """A folder with a network of the task that has learnt nothing, equal on every machine.
 
     Args:
@@ -174,14 +184,14 @@ def untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Pat
         shape: of what it works on: channels, height and width.
         classes: how many it is to know.
     """
-    module = _module(name)
-    told = "x".join(map(str, shape))
+    module = _import_task(name)
+    shape_text = "x".join(map(str, shape))
     make = partial(module.fresh, size, shape, classes)
-    return backbones.cached(f"{name}-{size}-{told}-{classes}-2", make)
+    return pretrained.fill_cache(f"{name}-{size}-{shape_text}-{classes}-2", make)
 
 
-TASKS: dict[str, Callable[..., Learnt]] = {
-    name: partial(_learnt, name) for name in ("language", "diffusion", "gan", "vae")
+TASKS: dict[str, Callable[..., TrainableTask]] = {
+    name: partial(_build_task, name) for name in _HOMES
 }
 """How each task is built: from settings, `full` (train every weight instead of an adapter) and a
 device. Its libraries are imported then, and not before."""

@@ -1,0 +1,116 @@
+"""What a method asks of the other settings: a reason against them, or none."""
+
+from collections.abc import Callable
+
+from fedgen_edge.algorithms.algorithm import Algorithm
+from fedgen_edge.config import Downlink, Settings, Uplink
+
+PLAIN_SGD = {"optimiser": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0}
+"""Fields of `training` under which a step is the learning rate times the gradient."""
+
+
+def find_no_conflict(settings: Settings) -> str | None:
+    """Every setting will do."""
+    del settings
+    return None
+
+
+def find_downlink_conflict(settings: Settings) -> str | None:
+    """What is merged is what clients hold: what a downlink hides would be merged as lost."""
+    if settings.downlink.keep == "all":
+        return None
+    return (
+        "merges what clients hold, and cannot where they receive a part of it by "
+        f"downlink.keep={settings.downlink.keep!r}: say downlink.keep='all', and shorten by "
+        "downlink.values"
+    )
+
+
+def find_bases_conflict(settings: Settings) -> str | None:
+    """Bases are found in the first rounds, from a backbone alone; both sides hold the same."""
+    if settings.downlink != Downlink():
+        return "needs its bases as they are, and [downlink] changes them: leave it out"
+    if (settings.uplink.rank, settings.uplink.keep) != (0, "all"):
+        return (
+            "finds its bases in whole gradients, and uplink.rank and uplink.keep send a part: "
+            "leave them out, or say uplink.values='int8'"
+        )
+    if settings.adapter.initial is not None:
+        initial = str(settings.adapter.initial)
+        return f"seeks bases of its own, and cannot with adapter.initial={initial!r}: leave it out"
+    if (rounds := settings.federation.rounds) < 3:
+        return f"trains after two rounds, and federation.rounds={rounds}: set it to 3 or more"
+    absence_settings = {
+        "devices.available": settings.devices.available,
+        "devices.fails": settings.devices.fails,
+        "federation.deadline": settings.federation.deadline,
+    }
+    for name, value in absence_settings.items():
+        if value:
+            return (
+                f"finds its bases in the first two rounds, and with {name}={value} nobody may "
+                "finish one of them: leave it out"
+            )
+    return None
+
+
+def find_sgd_conflict(settings: Settings) -> str | None:
+    """A client's mean gradient must be what it moved by over rate and steps, as it was sent."""
+    if (settings.uplink, settings.downlink) != (Uplink(), Downlink()):
+        return (
+            "has both sides reckon with what was sent, and [uplink] and [downlink] change it: "
+            "leave them out"
+        )
+    values = {k: getattr(settings.training, k) for k in PLAIN_SGD}
+    conflicting = [k for k, value in values.items() if value != PLAIN_SGD[k]]
+    if not conflicting:
+        return None
+    current = ", ".join(f"training.{k}={values[k]!r}" for k in conflicting)
+    remedy = ", ".join(f"training.{k}={PLAIN_SGD[k]!r}" for k in conflicting)
+    return f"takes plain steps of SGD for gradients, and cannot with {current}: set {remedy}"
+
+
+def find_adapter_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
+    """Whole models are neither stacked nor begun from an adapter."""
+    if algorithm.adapts == "lora":
+        return None
+    if settings.engine.name == "stacked":
+        return (
+            "trains a whole model for each client, and engine.name='stacked' cannot carry it: say "
+            "serial, or auto"
+        )
+    if settings.adapter.initial is not None:
+        return (
+            f"trains every weight, and adapter.initial={str(settings.adapter.initial)!r} cannot "
+            "begin it: leave it out, or merge it into the backbone first"
+        )
+    return None
+
+
+def find_epochs_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
+    """Where what stays is trained in the first epochs, there must be others."""
+    t, head_epochs = settings.training, algorithm.head_epochs
+    if not head_epochs or (not t.steps and t.epochs > head_epochs):
+        return None
+    epoch_setting = f"training.steps={t.steps}" if t.steps else f"training.epochs={t.epochs}"
+    return (
+        f"trains what stays at the client for method.head_epochs={head_epochs}, and "
+        f"{epoch_setting} leaves no "
+        f"epoch for what is shared: say training.epochs={head_epochs + 1} or more, and no steps"
+    )
+
+
+def find_sums_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
+    """Workers add up what the server would."""
+    if algorithm.partial_aggregation or settings.engine.name != "ray" or not settings.engine.sums:
+        return None
+    return "needs each client's change by itself, and cannot with engine.sums=true: leave it out"
+
+
+Requirement = Callable[[Algorithm, Settings], str | None]
+COMMON_REQUIREMENTS: tuple[Requirement, ...] = (
+    find_adapter_conflict,
+    find_epochs_conflict,
+    find_sums_conflict,
+)
+"""What is asked of every method's settings."""

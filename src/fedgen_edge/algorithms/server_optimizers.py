@@ -1,0 +1,112 @@
+"""Slots about what the server does with the merged change.
+
+A moving average is not stepped: it follows what the rest has become, so its change is added.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from torch import Tensor
+
+from fedgen_edge import leaves
+from fedgen_edge.types import AVERAGE, Leaves, ServerState
+
+FIRST_MOMENT, SECOND_MOMENT = "first moment/", "second moment/"
+"""Begin, in the server's memory, the names of what a step keeps of a leaf."""
+
+
+def add(state: ServerState, change: Leaves) -> ServerState:
+    """Add it: FedAvg's step, of size one."""
+    return replace(state, adapter=leaves.add(state.adapter, change))
+
+
+def momentum(rate: float, decay: float) -> Callable[[ServerState, Leaves], ServerState]:
+    """Add `rate` times a running sum of the changes, m = decay m + change.
+
+    Source: Hsu et al. 2019, FedAvgM (arXiv:1909.06335).
+    """
+
+    def steps(state: ServerState, change: Leaves) -> ServerState:
+        trained, averages = _split_averages(change)
+        velocity = {
+            k: decay * state.memory[FIRST_MOMENT + k] + v if FIRST_MOMENT + k in state.memory else v
+            for k, v in trained.items()
+        }
+        server_step = leaves.scale(velocity, rate)
+        return _apply_change(
+            state, {**server_step, **averages}, {FIRST_MOMENT + k: v for k, v in velocity.items()}
+        )
+
+    return steps
+
+
+def adaptive(
+    second_moment: Callable[[Tensor, Tensor], Tensor],
+    learning_rate: float,
+    decay: float,
+    floor: float,
+) -> Callable[[ServerState, Leaves], ServerState]:
+    """Add rate * m / (sqrt(v) + floor), element by element.
+
+    m = decay m + (1 - decay) change, from 0; v is made of the squares of changes, not of m, and
+    begins at floor^2.
+
+    Args:
+        second_moment: the new v from the old one and the squared change: `adagrad`, `adam`,
+            `yogi`.
+        learning_rate: the server's learning rate.
+        decay: of m.
+        floor: keeps small changes small; the paper's tau.
+
+    Source: Reddi et al. 2021, Adaptive Federated Optimization (arXiv:2003.00295), algorithm 2.
+    """
+
+    def steps(state: ServerState, change: Leaves) -> ServerState:
+        trained, averages = _split_averages(change)
+        memory, server_step, moments = state.memory, {}, {}
+        for k, v in trained.items():
+            mean = (1 - decay) * v
+            if FIRST_MOMENT + k in memory:
+                mean = decay * memory[FIRST_MOMENT + k] + mean
+            square = v.square()
+            previous = (
+                memory[SECOND_MOMENT + k]
+                if SECOND_MOMENT + k in memory
+                else square.new_full((), floor**2)
+            )
+            moments[FIRST_MOMENT + k], moments[SECOND_MOMENT + k] = (
+                mean,
+                second_moment(previous, square),
+            )
+            server_step[k] = learning_rate * mean / (moments[SECOND_MOMENT + k].sqrt() + floor)
+        return _apply_change(state, {**server_step, **averages}, moments)
+
+    return steps
+
+
+def adagrad(previous: Tensor, square: Tensor) -> Tensor:
+    """The sum of all squares."""
+    return previous + square
+
+
+def adam(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Their mean, which forgets.
+
+    Differs: no correction of the first rounds' bias, which Flower's FedAdam adds to the paper.
+    """
+    return lambda before, square: decay * before + (1 - decay) * square
+
+
+def yogi(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
+    """Nearer to the last square by a share of it, however far away that is."""
+    return lambda before, square: before - (1 - decay) * square * (before - square).sign()
+
+
+def _split_averages(change: Leaves) -> tuple[Leaves, Leaves]:
+    """What is stepped, and moving averages."""
+    averages = leaves.select(change, lambda name: name.startswith(AVERAGE))
+    return {k: v for k, v in change.items() if k not in averages}, averages
+
+
+def _apply_change(state: ServerState, change: Leaves, memory: Leaves) -> ServerState:
+    return replace(add(state, change), memory={**state.memory, **memory})

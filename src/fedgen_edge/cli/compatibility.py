@@ -1,0 +1,131 @@
+"""Which method works with what: found by the same checks that refuse settings, never told twice."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+from fedgen_edge.algorithms.methods import METHODS, check
+from fedgen_edge.config import Devices, Downlink, Settings, Uplink
+from fedgen_edge.deploy.provision.kits import check_deployable
+from fedgen_edge.errors import ConfigError
+
+
+class Feature(NamedTuple):
+    """Something that settings can ask for beside a method."""
+
+    about: str
+    enable: Callable[[Settings], Settings]
+    """Settings that ask for it."""
+    validate: Callable[[Settings], None] = check
+    """What reads them."""
+
+
+def _check_sites(settings: Settings) -> None:
+    check_deployable(replace(settings, federation=replace(settings.federation, clients=2)), 2)
+
+
+FEATURES: dict[str, Feature] = {
+    "top-k": Feature(
+        "uplink.keep: top-k or random-k, with uplink.feedback",
+        lambda s: replace(s, uplink=Uplink(keep="top-k", feedback=True)),
+    ),
+    "bits": Feature(
+        "uplink.values: fp16, bf16, int8 or int4",
+        lambda s: replace(s, uplink=Uplink(values="int8")),
+    ),
+    "thin": Feature("uplink.rank", lambda s: replace(s, uplink=Uplink(rank=1))),
+    "down": Feature(
+        "downlink.values: fp16, bf16, int8 or int4",
+        lambda s: replace(s, downlink=Downlink(values="int8")),
+    ),
+    "down top-k": Feature(
+        "downlink.keep: top-k", lambda s: replace(s, downlink=Downlink(keep="top-k"))
+    ),
+    "ranks": Feature(
+        "adapter.ranks: clients of unequal rank",
+        lambda s: replace(s, adapter=replace(s.adapter, ranks=(4, 8))),
+    ),
+    "stacked": Feature(
+        "engine.name: stacked, many clients in one pass",
+        lambda s: replace(s, engine=replace(s.engine, name="stacked")),
+    ),
+    "devices": Feature(
+        "devices: a virtual clock",
+        lambda s: replace(s, devices=Devices(steps_per_second=(1.0,))),
+    ),
+    "mixing": Feature(
+        "personal.mixing: the tuned adapter and the global one mixed",
+        lambda s: replace(s, personal=replace(s.personal, mixing=(0.5, 1.0))),
+    ),
+    "sites": Feature("fedgen server and client: many machines", lambda s: s, _check_sites),
+}
+"""By the heading of a column."""
+
+
+def find_settings(name: str) -> Settings:
+    """Settings with which a method works, else the defaults.
+
+    Raises:
+        ConfigError: there are none; a method's needs and this table disagree.
+    """
+    defaults = Settings()
+    with_method = replace(defaults, method=replace(defaults.method, name=name))
+    sgd = replace(defaults.training, optimiser="sgd", clip=0.0)
+    two_epochs = replace(defaults.training, epochs=2)
+    for training in (defaults.training, sgd, two_epochs):
+        try:
+            check(candidate := replace(with_method, training=training))
+        except ConfigError:
+            continue
+        return candidate
+    raise ConfigError(f"method.name={name!r} works with none of the settings that were tried")
+
+
+def find_objection(name: str, feature: str) -> str | None:
+    """Why a method does not work with a feature, and what would; none where it does."""
+    requested = FEATURES[feature]
+    try:
+        requested.validate(requested.enable(find_settings(name)))
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def make_row(name: str) -> dict[str, str | None]:
+    """A method's objections, feature by feature; and what its parts say of those to come."""
+    entry = METHODS[name]
+    objections = {feature: find_objection(name, feature) for feature in FEATURES}
+    algorithm = entry.make(Settings().method)
+    sums_objection = None
+    if not entry.properties.sums:
+        sums_objection = "the server looks at each client's update by itself"
+    freezes_backbone = algorithm.adapts == "lora"
+    return {
+        **objections,
+        "secure sums": sums_objection,
+        "4-bit": None if freezes_backbone else "it trains the backbone's own weights",
+    }
+
+
+PLANNED = {
+    "secure sums": "secure summation, which is not built yet: the server needs sums alone",
+    "4-bit": "a quantised backbone, which is not built yet: the backbone stays frozen",
+}
+"""Columns that no setting asks for yet."""
+
+
+def format_mark(feature: str, objection: str | None) -> str:
+    """A table's entry for a method and a feature."""
+    if feature in PLANNED:
+        return "-"
+    return "no" if objection else "yes"
+
+
+def make_legend() -> dict[str, str]:
+    """What each column means."""
+    return {**{name: feature.about for name, feature in FEATURES.items()}, **PLANNED}
+
+
+def make_rows() -> dict[str, dict[str, str | None]]:
+    """Every method's."""
+    return {name: make_row(name) for name in METHODS}

@@ -1,0 +1,1 @@
+"""What does a folder of a deployment hold, before anything runs?"""

@@ -1,0 +1,1 @@
+"""What does the server's process do?"""

@@ -1,0 +1,1 @@
+"""What do a site's processes do?"""

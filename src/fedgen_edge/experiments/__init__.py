@@ -1,1 +1,0 @@
-"""What did we find: records, evaluation, checkpoints, diagnosis, report."""

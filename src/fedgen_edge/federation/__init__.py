@@ -1,0 +1,1 @@
+"""What do the server and its clients do in a round?"""

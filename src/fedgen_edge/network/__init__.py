@@ -1,0 +1,1 @@
+"""What do a server and a site say to each other?"""

@@ -1,0 +1,1 @@
+"""How does Flower carry the messages? Nothing else knows it."""

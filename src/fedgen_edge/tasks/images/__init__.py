@@ -1,0 +1,1 @@
+"""How do diffusion models, GANs and VAEs learn from images?"""

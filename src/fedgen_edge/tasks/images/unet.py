@@ -1,0 +1,195 @@
+"""diffusers' UNets as functions from noisy pictures to what is noise in them; their folders."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from torch import Tensor, nn
+
+from fedgen_edge.config import Backbone
+from fedgen_edge.errors import ConfigError
+from fedgen_edge.tasks.images import common, diffusers_io
+from fedgen_edge.types import Batch, Leaves
+
+KINDS: dict[str, Any] = {
+    "UNet2DModel": UNet2DModel,
+    "UNet2DConditionModel": UNet2DConditionModel,
+}
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a network may say of a noisy picture, as diffusers calls it."""
+UNSUPPORTED = ("class_embed_type", "addition_embed_type", "encoder_hid_dim")
+"""Settings of a UNet that ask for more than a class's number or its words."""
+
+
+class Denoiser(nn.Module):
+    """A UNet as a function from a drawn batch to each picture's squared error."""
+
+    alphas_cumprod: Tensor
+    """Share of a picture's variance that is left at each step, `[steps]`."""
+    text_embeddings: Tensor | None
+    """What the network is told of each class, `[classes, tokens, width]`."""
+
+    def __init__(self, model: Any, noise_schedule: Any, text_embeddings: Tensor | None) -> None:
+        super().__init__()
+        self.model = model
+        self.prediction_type = noise_schedule.config["prediction_type"]
+        self.register_buffer("alphas_cumprod", noise_schedule.alphas_cumprod.clone())
+        self.register_buffer("text_embeddings", text_embeddings)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what it denoises: channels, height and width."""
+        return common.get_image_shape(self.model.config)
+
+    @property
+    def num_classes(self) -> int:
+        """How many it tells apart; one that is unconditional knows one."""
+        num_classes = self.model.config.num_class_embeds
+        return num_classes or (1 if self.text_embeddings is None else len(self.text_embeddings))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Mean over a picture's values, float32 `[rows]`; `clean` is the picture's."""
+        clean, noise = batch["clean"], batch["noise"]
+        signal = self.alphas_cumprod[batch["step"].long()].view(-1, 1, 1, 1)
+        noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
+        prediction = self.predict(noisy, batch["step"], batch["label"])
+        if self.prediction_type == "v_prediction":
+            noise = signal.sqrt() * noise - (1 - signal).sqrt() * clean
+        return (prediction - noise).square().mean((-3, -2, -1))
+
+    def predict(self, noisy: Tensor, step: Tensor, label: Tensor) -> Tensor:
+        """What the network says of noisy pictures, in float32.
+
+        Of a network that learns its variance too, the first half of the channels, which is all that
+        L_simple sees (Nichol & Dhariwal 2021, arXiv:2102.09672).
+        """
+        dtype = next(self.model.parameters()).dtype
+        conditions: dict[str, Tensor] = {}
+        if self.model.config.num_class_embeds:
+            conditions["class_labels"] = label.long()
+        if takes_text(self.model):
+            conditions["encoder_hidden_states"] = self._get_text_embeddings(label).to(dtype)
+        output = self.model(noisy.to(dtype), step.long(), **conditions).sample
+        return output[:, : noisy.shape[1]].float()
+
+    def _get_text_embeddings(self, label: Tensor) -> Tensor:
+        """Each class's words; one token of zeros where the network knows numbers alone."""
+        if self.text_embeddings is not None:
+            return self.text_embeddings[label.long()]
+        return torch.zeros(
+            len(label), 1, self.model.config.cross_attention_dim, device=label.device
+        )
+
+
+class Prediction(nn.Module):
+    """The same network, asked for its prediction alone."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        super().__init__()
+        self.model, self.predict = denoiser.model, denoiser.predict
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Of `noisy` at `step`, for `label`."""
+        return self.predict(batch["noisy"], batch["step"], batch["label"])
+
+
+def load(settings: Backbone, device: torch.device) -> tuple[Any, Path, str]:
+    """A UNet, the folder that it came from, and the SHA-256 of its weights.
+
+    Raises:
+        ConfigError: there is none, or it is one that no class alone can condition.
+    """
+    config = diffusers_io.find_network_folder(settings) / "config.json"
+    try:
+        name = json.loads(config.read_text())["_class_name"] if config.is_file() else "UNet2DModel"
+    except (ValueError, KeyError, TypeError):
+        raise _make_error(
+            settings, "has a config.json that names no network: take another"
+        ) from None
+    if name not in KINDS:
+        raise _make_error(settings, f"is no {' or '.join(KINDS)} (it holds {name}): take another")
+    network, folder, digest = diffusers_io.load_network(settings, KINDS[name], device)
+    _check_config(settings, network.config)
+    return network, folder, digest
+
+
+def _check_config(settings: Backbone, config: Any) -> None:
+    if odd := [key for key in UNSUPPORTED if config.get(key) is not None]:
+        raise _make_error(
+            settings, f"is conditioned by {odd[0]}={config[odd[0]]!r}, not by a class's number or "
+            "words: take one without it"
+        )  # fmt: skip
+    if config["sample_size"] is None:
+        raise _make_error(settings, "does not say its sample_size: write it into its config.json")
+    if config["out_channels"] not in {config["in_channels"], 2 * config["in_channels"]}:
+        raise _make_error(
+            settings, f"makes {config['out_channels']} channels of "
+            f"{config['in_channels']}: take one "
+            "that makes as many, or twice as many where it learns its variance"
+        )  # fmt: skip
+
+
+def takes_text(network: Any) -> bool:
+    """Whether a network takes words."""
+    return isinstance(network, UNet2DConditionModel)
+
+
+def check_text_encoder(settings: Backbone, network: Any) -> None:
+    """Refuse a network that needs words where there is nothing that reads a class's name."""
+    config = network.config
+    if takes_text(network) and not (
+        config["num_class_embeds"] and isinstance(config["cross_attention_dim"], int)
+    ):
+        raise _make_error(
+            settings, "is conditioned by text, and no text_encoder is beside it: give the whole "
+            "pipeline's folder"
+        )  # fmt: skip
+
+
+def check_unquantized(settings: Backbone, folder: Path) -> None:
+    """Refuse a pipeline's UNet whose latents are a codebook's: they would pass for pictures."""
+    for name in ("vqvae", "movq"):
+        if (folder.parent / name).is_dir():
+            raise _make_error(
+                settings, f"works on the latents of its {name}, which is not read: take a pipeline "
+                "with a vae, or give backbone.autoencoder"
+            )  # fmt: skip
+
+
+def _make_error(settings: Backbone, problem: str) -> ConfigError:
+    return ConfigError(f"backbone.path={settings.path!r} {problem}")
+
+
+def find_pipeline(folder: Path) -> Path | None:
+    """The pipeline whose UNet lies in a folder, if it is one's."""
+    return folder.parent if (folder.parent / "model_index.json").is_file() else None
+
+
+def load_schedule(settings: Backbone, folder: Path, *, latent: bool) -> Any:
+    """How noise is added: what stands beside the network, else the paper's 1,000 linear steps.
+
+    Args:
+        settings: whose path an error names.
+        folder: of the network.
+        latent: the network works on latents: they have no bounds, so that none are cut off.
+    """
+    folders_found = [p for p in (folder, folder.parent / "scheduler")
+              if (p / "scheduler_config.json").is_file()]  # fmt: skip
+    scheduler: Any = (
+        DDPMScheduler.from_pretrained(folders_found[0]) if folders_found else DDPMScheduler()
+    )
+    if (target := scheduler.config["prediction_type"]) not in PREDICTIONS:
+        raise _make_error(
+            settings, f"predicts {target!r}: take one that predicts {' or '.join(PREDICTIONS)}"
+        )
+    return DDPMScheduler.from_config(scheduler.config, clip_sample=False) if latent else scheduler
+
+
+def write(network: Any, noise_schedule: Any, folder: Path, weights: Leaves) -> None:
+    """A folder that diffusers loads, its schedule beside it."""
+    noise_schedule.save_config(folder)
+    diffusers_io.write(network, folder, weights)
