@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fedgen_edge.report.summary import paired_interval
 from fedgen_edge.runs.formatting import number
 from fedgen_edge.tasks.measure import Measure, Number
-from items import Row, worded
+from items import Row, format_overrides
 
 Form = Callable[[Number], str]
 Lines = list[str]
@@ -28,7 +28,7 @@ class Shown(NamedTuple):
     """Whether it is federated, so that its bytes and rounds say something."""
 
 
-def of_item(item: Row) -> list[Shown]:
+def read_lines(item: Row) -> list[Shown]:
     """The lines that the item's file names."""
     return [Shown(**row) for row in item["rows"]]
 
@@ -37,21 +37,21 @@ SAMPLED = {"distance": "", "distance_of_clients": ", mean of clients"}
 """Measures of samples, and what is said beside the distance's name."""
 
 
-def called(measure: str, row: Row) -> str:
+def name_measure(measure: str, row: Row) -> str:
     """What a measure's number is."""
-    told = Measure(*row["measure"])
+    unit = Measure(*row["measure"])
     if measure in SAMPLED:
         return next(test["seen_by"] for test in row["test"].values()) + SAMPLED[measure]
-    per = f"{told.name} per {told.items.removesuffix('s')}" if told.exponential else told.name
+    per = f"{unit.name} per {unit.items.removesuffix('s')}" if unit.exponential else unit.name
     return {
-        "word": f"{told.name} per word",
+        "word": f"{unit.name} per word",
         "pooled": per,
         "mean": f"{per}, mean of clients",
         "worst_decile": f"{per}, worst tenth of clients",
     }[measure]
 
 
-def of(rows: Iterable[Row], variant: str) -> list[Row]:
+def select_variant(rows: Iterable[Row], variant: str) -> list[Row]:
     """A variant's records, a seed each."""
     return sorted((row for row in rows if row["variant"] == variant), key=lambda row: row["seed"])
 
@@ -82,19 +82,19 @@ def over(found: Sequence[float]) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def linked(text: str, item: Row, rows: Sequence[Row]) -> str:
+def link(text: str, item: Row, rows: Sequence[Row]) -> str:
     """The text as a link to the records' lines."""
     ends = sorted({row["line"] for row in rows})
     lines = f"#L{ends[0]}"
     if len(ends) > 1 and ends[-1] - ends[0] == len(ends) - 1:
         lines += f"-L{ends[-1]}"
-    return f"[{text}](../paper/results/{item['records']}-{item['scale']}.jsonl{lines})"
+    return f"[{text}](../../paper/results/{item['records']}-{item['scale']}.jsonl{lines})"
 
 
 def spread(found: Sequence[Number], form: Form = number) -> str:
     """The mean, and half its 95 % interval."""
     mean, low, _ = paired_interval(found)
-    return f"{form(mean)} ± {form(mean - low)}" if mean > low else form(mean)
+    return f"{form(mean)} ± {form(mean - low)}" if mean > low > -math.inf else form(mean)
 
 
 def between(found: Sequence[Number]) -> str:
@@ -103,18 +103,27 @@ def between(found: Sequence[Number]) -> str:
     return f"{mean} ({low} to {high})"
 
 
-def chosen(own: Sequence[Row]) -> str:
+def format_choice(own: Sequence[Row]) -> str:
     """What a variant's trials chose, as code; nothing without trials."""
-    return f"`{worded(own[0]['chosen'])}`" if own[0]["chosen"] else ""
+    return f"`{format_overrides(own[0]['chosen'])}`" if own[0]["chosen"] else ""
 
 
-def tabled(heads: Sequence[str], body: Iterable[Sequence[str]]) -> Lines:
-    """A table in Markdown."""
-    out = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    return out + [f"| {' | '.join(cells)} |" for cells in body]
+def make_table(
+    heads: Sequence[str], body: Iterable[Sequence[str]], narrow: Sequence[int] = ()
+) -> Lines:
+    """A table in Markdown; with the numbers of a few columns, these first and the rest folded."""
+    body = list(body)
+    if narrow and len(narrow) < len(heads):
+        few = make_table(
+            [heads[at] for at in narrow], [[cells[at] for at in narrow] for cells in body]
+        )
+        fold = ['<details markdown="1">', "<summary>All columns</summary>", ""]
+        return [*few, "", *fold, *make_table(heads, body), "", "</details>"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    return lines + [f"| {' | '.join(cells)} |" for cells in body]
 
 
-def divided(rows: Iterable[Row]) -> dict[str, list[Row]]:
+def group_by_division(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Records by their divisions."""
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -127,14 +136,14 @@ def each_division(view: View) -> View:
 
     def views(item: Row, rows: Sequence[Row]) -> Lines:
         out = []
-        for division, own in divided(rows).items():
+        for division, own in group_by_division(rows).items():
             out += ["", *([f"**{division}**", ""] if division else []), *view(item, own)]
         return out
 
     return views
 
 
-def reached(row: Row, loss: float) -> Row | None:
+def find_round(row: Row, loss: float) -> Row | None:
     """The first judged round at which a run's loss is that low: its number, and what it cost."""
     for at, up, down, *seconds, found in row["way"]:
         if found <= loss:
@@ -142,7 +151,7 @@ def reached(row: Row, loss: float) -> Row | None:
     return None
 
 
-def saved(own: Sequence[Row]) -> str:
+def format_saving(own: Sequence[Row]) -> str:
     found = [100 * (1 - row["bytes_up"] / row["bytes_full"]) for row in own]
     return f"{fmean(found):.2f}"
 

@@ -15,8 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from cells import called, divided, of, of_item, values
-from comparing import BEFORE, moves
+from cells import group_by_division, name_measure, read_lines, select_variant, values
+from comparing import BEFORE, get_moves
 from fedgen_edge.report.style import SERIES, STYLE, WIDTH, finish_figure, make_figure, to_svg
 from fedgen_edge.report.summary import paired_interval
 from fedgen_edge.runs.formatting import size
@@ -37,7 +37,7 @@ def path_of(item: Row) -> Path:
     return FIGURES / f"{item['name']}-{item['scale']}.svg"
 
 
-def drawn(item: Row, rows: Sequence[Row]) -> str:
+def draw_figure(item: Row, rows: Sequence[Row]) -> str:
     """An item's figure; its first line names the version that drew it."""
     with mpl.rc_context(CARD):
         figure = VIEWS[item["figure"]](item, rows)
@@ -60,11 +60,15 @@ def _seeds(item: Row) -> str:
     return f"mean and 95 % interval of {len(item['seeds'])} seeds"
 
 
-def _marked(
-    axes: Axes, found: Sequence[Sequence[float]], look: tuple, label: str, joined: Sequence[int]
+def _plot_points(
+    axes: Axes,
+    values_by_point: Sequence[Sequence[float]],
+    look: tuple,
+    label: str,
+    joined: Sequence[int],
 ) -> None:
     """Means with their intervals, side by side; a line through those that it joins."""
-    (means, halves), (colour, marker, dashes) = _means(found), look
+    (means, halves), (colour, marker, dashes) = _means(values_by_point), look
     axes.plot(joined, [means[at] for at in joined], color=colour, linestyle=dashes)
     axes.errorbar(
         range(len(means)), means, halves, label=label, color=colour, marker=marker,
@@ -81,24 +85,26 @@ def curve(item: Row, rows: Sequence[Row]) -> Figure:
     for division in divisions:
         own = [row for row in rows if row["division"] == division]
         for model in item["models"]:
-            found = [values(of(own, v), model, item["measures"][0]) for v in variants]
+            found = [values(select_variant(own, v), model, item["measures"][0]) for v in variants]
             label = f"{model}, {division}" if len(divisions) > 1 else model
             joined = [at for at, v in enumerate(variants) if v not in item.get("beside", ())]
-            _marked(axes, found, next(looks), label, joined)
+            _plot_points(axes, found, next(looks), label, joined)
     axes.set_xticks(range(len(variants)), variants)
-    name = called(item["measures"][0], rows[0])
+    name = name_measure(item["measures"][0], rows[0])
     return _whole(figure, axes, f"{item['axis']}\n({_seeds(item)})", f"test {name}")
 
 
 def grid(item: Row, rows: Sequence[Row]) -> Figure:
     """The first measure over divisions, a line a column."""
     figure, axes = make_figure()
-    held, measure = divided(rows), item["measures"][0]
-    for one, look in zip(columns(item, rows), _looks(), strict=False):
-        found = [values(of(own, one.variant), one.model, measure) for own in held.values()]
-        _marked(axes, found, look, one.name, range(len(held)))
+    held, measure = group_by_division(rows), item["measures"][0]
+    for line, look in zip(columns(item, rows), _looks(), strict=False):
+        found = [
+            values(select_variant(own, line.variant), line.model, measure) for own in held.values()
+        ]
+        _plot_points(axes, found, look, line.name, range(len(held)))
     axes.set_xticks(range(len(held)), list(held))
-    name = called(measure, rows[0])
+    name = name_measure(measure, rows[0])
     return _whole(figure, axes, f"{item['axis']}\n({_seeds(item)})", f"test {name}")
 
 
@@ -108,7 +114,7 @@ def clients(item: Row, rows: Sequence[Row]) -> Figure:
     variants = list(dict.fromkeys(row["variant"] for row in rows))
     for (division, held), look in zip(by_client(item, rows).items(), _looks(), strict=False):
         found = [[gain.mean for gain in held[variant]] for variant in variants]
-        _marked(axes, found, look, division, range(len(variants)))
+        _plot_points(axes, found, look, division, range(len(variants)))
     axes.set_xticks(range(len(variants)), variants)
     name = Measure(*rows[0]["measure"]).name
     axes.set_yscale("symlog", linthresh=1)  # one that trains alone may lose hundreds of times that
@@ -119,11 +125,17 @@ def clients(item: Row, rows: Sequence[Row]) -> Figure:
 def convergence(item: Row, rows: Sequence[Row]) -> Figure:
     """Validation against rounds, bytes and seconds."""
     figure = Figure(figsize=(WIDTH, 8.4), layout="constrained")
-    name = f"validation {called('pooled', rows[0])}"
+    name = f"validation {name_measure('pooled', rows[0])}"
     for panel, (x, column) in zip(figure.subplots(3), AXES.items(), strict=True):
-        for one, look in zip(of_item(item), _looks(), strict=False):
-            if one.costs or column != 1:
-                _way(panel, of(rows, one.variant), column, look, one.name if not column else "")
+        for line, look in zip(read_lines(item), _looks(), strict=False):
+            if line.costs or column != 1:
+                _way(
+                    panel,
+                    select_variant(rows, line.variant),
+                    column,
+                    look,
+                    line.name if not column else "",
+                )
         if column == 1:  # full models beside adapters
             panel.set_xscale("log")
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
@@ -135,19 +147,23 @@ AXES = {"round": 0, "sent by all clients, up": 1, "seconds of the rounds": 3}
 """Columns of a record's way."""
 
 
-def _way(axes: Axes, own: Sequence[Row], column: int, look: tuple, label: str) -> None:
+def _way(axes: Axes, records: Sequence[Row], column: int, look: tuple, label: str) -> None:
     """A line with its interval through the rounds that were judged."""
-    measure = Measure(*own[0]["measure"])
-    steps = list(zip(*(row["way"] for row in own), strict=True))
+    measure = Measure(*records[0]["measure"])
+    steps = list(zip(*(row["way"] for row in records), strict=True))
     found = [[measure.compute(way[-1], 1) for way in step] for step in steps]
     _through(axes, [fmean(way[column] for way in step) for step in steps], found, look, label)
 
 
 def _through(
-    axes: Axes, x: Sequence[float], found: Sequence[Sequence[float]], look: tuple, label: str
+    axes: Axes,
+    x: Sequence[float],
+    values_by_point: Sequence[Sequence[float]],
+    look: tuple,
+    label: str,
 ) -> None:
     """A line through means over seeds, with their intervals."""
-    (means, halves), (colour, marker, dashes) = _means(found), look
+    (means, halves), (colour, marker, dashes) = _means(values_by_point), look
     axes.plot(x, means, color=colour, marker=marker, linestyle=dashes, label=label or None)
     low, high = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
     axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
@@ -156,20 +172,20 @@ def _through(
 def drift(item: Row, rows: Sequence[Row]) -> Figure:
     """The cosine between clients over the rounds, a few together."""
     figure, axes = make_figure()
-    for one, look in zip(of_item(item), _looks(), strict=False):
-        points = [_cosines(row) for row in of(rows, one.variant)]
+    for line, look in zip(read_lines(item), _looks(), strict=False):
+        points = [_cosines(row) for row in select_variant(rows, line.variant)]
         x = sorted(set.intersection(*map(set, points)))
-        _through(axes, x, [[each[at] for each in points] for at in x], look, one.name)
+        _through(axes, x, [[each[at] for each in points] for at in x], look, line.name)
     return _whole(figure, axes, f"round ({_seeds(item)})", "cosine between clients' changes")
 
 
 def _cosines(row: Row) -> dict[int, float]:
     """Means over as many rounds as a table has, by the last of them."""
-    found: dict[int, list[float]] = {}
-    for number, *_, cosine in moves(row):
+    cosines: dict[int, list[float]] = {}
+    for number, *_, cosine in get_moves(row):
         if cosine is not None:
-            found.setdefault(math.ceil(number / BEFORE) * BEFORE, []).append(cosine)
-    return {last: fmean(each) for last, each in found.items()}
+            cosines.setdefault(math.ceil(number / BEFORE) * BEFORE, []).append(cosine)
+    return {last: fmean(each) for last, each in cosines.items()}
 
 
 def _whole(figure: Figure, axes: Axes, x: str, y: str, columns: int = 3) -> Figure:

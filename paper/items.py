@@ -17,10 +17,10 @@ from fedgen_edge.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
 ITEMS = Path(__file__).parent / "items"
-SCALES = ("small", "full")
+SCALES = ("small", "full", "recipe")
 """What pages show; an item may have others, to try it out."""
 LEAST = {"seeds": 3, "clients": 20, "rounds": 30}
-"""At those scales."""
+"""At the first two of those scales; `recipe` is a recipe as it is, whatever its size."""
 NEEDED = ("title", "recipe", "seeds", "reference", "measures", "variants")
 KEYS = {
     "title": "of the figure",
@@ -48,6 +48,7 @@ KEYS = {
     "paper": "the value that the paper finds best",
     "rows": "the models that are shown, where variants are methods: see cells.Shown",
     "failures": "what is provoked: its variant, and the diagnosis' findings that are right for it",
+    "differences": "pairs of rows, of which the second is subtracted from the first",
     "claims": "pairs of rows, of which the paper says that one is better, or what it saves",
 }
 """What an item's file may say, and each [scale.NAME] over it."""
@@ -83,19 +84,21 @@ class Case(NamedTuple):
     """What its variant's trials chose."""
 
     def __str__(self) -> str:
-        tried = f"trial {worded(self.trial)}" if self.trial is not None else ""
+        tried = f"trial {format_overrides(self.trial)}" if self.trial is not None else ""
         return ", ".join(filter(None, (self.division, self.variant, tried, f"seed {self.seed}")))
 
 
-def named(folder: Path = ITEMS) -> list[str]:
+def list_items(folder: Path = ITEMS) -> list[str]:
     """Every item that there is."""
     return sorted(path.stem for path in folder.glob("*.toml"))
 
 
-def shown(folder: Path = ITEMS) -> Iterator[tuple[str, str]]:
+def list_shown(folder: Path = ITEMS) -> Iterator[tuple[str, str]]:
     """Every item and scale that a page may show."""
-    for name in named(folder):
-        yield from ((name, scale) for scale in SCALES if scale in _told(name, folder)["scale"])
+    for name in list_items(folder):
+        yield from (
+            (name, scale) for scale in SCALES if scale in _read_tables(name, folder)["scale"]
+        )
 
 
 def read(name: str, scale: str, folder: Path = ITEMS) -> Row:
@@ -106,26 +109,26 @@ def read(name: str, scale: str, folder: Path = ITEMS) -> Row:
     Raises:
         ConfigError: there is no such item or scale, or it says what cannot be.
     """
-    told = _told(name, folder)
-    scales = told.pop("scale")
+    tables = _read_tables(name, folder)
+    scales = tables.pop("scale")
     if scale not in scales:
         there = ", ".join(scales) or "none"
         raise ConfigError(f"paper item {name!r} has no [scale.{scale}]: there are {there}")
-    item = merged(told, scales[scale])
+    item = merge(tables, scales[scale])
     _check(name, scale, item)
     return {**item, "name": name, "scale": scale, "records": item.get("of", name)}
 
 
-def _told(name: str, folder: Path) -> Row:
-    told = _parsed(name, folder)
-    other = _parsed(told["of"], folder) if "of" in told else {}
-    return merged({"scale": {}}, other, told)
+def _read_tables(name: str, folder: Path) -> Row:
+    told = _parse(name, folder)
+    other = _parse(told["of"], folder) if "of" in told else {}
+    return merge({"scale": {}}, other, told)
 
 
-def _parsed(name: str, folder: Path) -> Row:
+def _parse(name: str, folder: Path) -> Row:
     path = folder / f"{name}.toml"
     if not path.exists():
-        raise ConfigError(f"no paper item {name!r}: there are {', '.join(named(folder))}")
+        raise ConfigError(f"no paper item {name!r}: there are {', '.join(list_items(folder))}")
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except ValueError as error:
@@ -144,7 +147,7 @@ def _check(name: str, scale: str, item: Row) -> None:
         if told not in item["variants"]:
             raise ConfigError(f"{where} {told!r} is no variant: name one of them")
     _check_tuning(where, item)
-    if scale in SCALES:
+    if scale in ("small", "full"):
         _check_least(where, item)
 
 
@@ -160,16 +163,18 @@ def _check_tuning(where: str, item: Row) -> None:
             f"{where} tuning.seed={tuning['seed']} is one of seeds={item['seeds']}: claims and "
             "choices need different ones"
         )
-    numbers = {len(tried(item, variant)) for variant in item["variants"]} if tuning else {1}
+    numbers = {len(list_tried(item, variant)) for variant in item["variants"]} if tuning else {1}
     if 0 in numbers:
         raise ConfigError(f"{where} tuning.trials is missing, and some variant has none of its own")
     if len(numbers) > 1:
         raise ConfigError(f"{where} variants have unequal numbers of trials: give each as many")
     for variant, what in itertools.product(item["variants"], LISTS):
-        if wrong := [one for one in tried(item, variant, what) if tunes(one) == (what == "trials")]:
+        if wrong := [
+            one for one in list_tried(item, variant, what) if tunes(one) == (what == "trials")
+        ]:
             raise ConfigError(
-                f"{where} {what} of {variant!r} has {worded(wrong[0])}: settings of personal alone "
-                "are tunings, and all others trials"
+                f"{where} {what} of {variant!r} has {format_overrides(wrong[0])}: settings of "
+                "personal alone are tunings, and all others trials"
             )
 
 
@@ -195,21 +200,21 @@ def cases(claim: Row, chosen: Mapping[str, Row]) -> Iterator[Case]:
         for variant in claim["variants"]:
             for seed in claim["seeds"]:
                 own = chosen.get(variant, {})
-                overrides = merged(held, settled(claim, variant), own)
+                overrides = merge(held, get_overrides(claim, variant), own)
                 yield Case(division, variant, seed, overrides, chosen=own)
 
 
 def trials(claim: Row) -> Iterator[Case]:
     """What each variant tries, on the division that is named, or the first."""
     for variant in claim["variants"]:
-        for trial in tried(claim, variant):
+        for trial in list_tried(claim, variant):
             yield _trial(claim, variant, {}, trial)
 
 
 def tunings(claim: Row, chosen: Mapping[str, Row]) -> Iterator[Case]:
     """What each variant whose clients tune tries of that, with what its trials chose."""
     for variant in claim["variants"]:
-        for trial in tried(claim, variant, "tunings"):
+        for trial in list_tried(claim, variant, "tunings"):
             case = _trial(claim, variant, chosen.get(variant, {}), trial)
             if settings_of(claim, case).personal.epochs:
                 yield case
@@ -218,7 +223,7 @@ def tunings(claim: Row, chosen: Mapping[str, Row]) -> Iterator[Case]:
 def _trial(claim: Row, variant: str, chosen: Row, trial: Row) -> Case:
     told, divisions = claim["tuning"], claim.get("divisions", {"": {}})
     division = told.get("division", next(iter(divisions)))
-    overrides = merged(divisions[division], settled(claim, variant), chosen, trial)
+    overrides = merge(divisions[division], get_overrides(claim, variant), chosen, trial)
     return Case(division, variant, told["seed"], overrides, trial)
 
 
@@ -227,13 +232,13 @@ def tunes(trial: Row) -> bool:
     return trial.keys() == {"personal"}
 
 
-def tried(claim: Row, variant: str, what: str = "trials") -> list[Row]:
+def list_tried(claim: Row, variant: str, what: str = "trials") -> list[Row]:
     """A variant's own list of trials, or of tunings, or all variants'."""
     own, common = claim["variants"][variant].get(what), claim.get("tuning", {}).get(what)
     return own or common or []
 
 
-def settled(claim: Row, variant: str) -> Row:
+def get_overrides(claim: Row, variant: str) -> Row:
     """What a variant overrides, whatever its trials say."""
     return {part: told for part, told in claim["variants"][variant].items() if part not in LISTS}
 
@@ -251,31 +256,31 @@ def _loss(row: Row) -> float:
     return math.inf if loss is None or math.isnan(loss) else loss
 
 
-def merged(*tables: Mapping[str, Any]) -> Row:
+def merge(*tables: Mapping[str, Any]) -> Row:
     """Tables over tables, to any depth."""
-    found: Row = {}
+    result: Row = {}
     for table in tables:
         for key, value in table.items():
-            both = isinstance(value, dict) and isinstance(found.get(key), dict)
-            found[key] = merged(found[key], value) if both else value
-    return found
+            both = isinstance(value, dict) and isinstance(result.get(key), dict)
+            result[key] = merge(result[key], value) if both else value
+    return result
 
 
-def worded(trial: Row) -> str:
+def format_overrides(trial: Row) -> str:
     """Overrides as a command line has them."""
     each = ((f"{part}.{key}", value) for part, own in trial.items() for key, value in own.items())
     plain = (bool, str, list)
     return ", ".join(f"{k}={v}" if isinstance(v, plain) else f"{k}={v:g}" for k, v in each)
 
 
-def of_recipe(claim: Row, root: Path = ROOT) -> Settings:
+def of_recipe(claim: Row) -> Settings:
     """The claim's recipe, without what the claim unsets, and with what it overrides."""
-    table = tomllib.loads((root / claim["recipe"]).read_text())
+    table = tomllib.loads((ROOT / claim["recipe"]).read_text())
     for part, _, key in (name.partition(".") for name in claim.get("unset", ())):
         if key not in table.get(part, {}):
             raise ConfigError(f"unset: {claim['recipe']} does not set {part}.{key}: leave it out")
         del table[part][key]
-    return from_table(merged(table, claim.get("overrides", {})))
+    return from_table(merge(table, claim.get("overrides", {})))
 
 
 def settings_of(item: Row, case: Case, at: Places | None = None) -> Settings:
@@ -289,29 +294,29 @@ def settings_of(item: Row, case: Case, at: Places | None = None) -> Settings:
     """
     extra = {}
     if case.trial is not None:
-        extra = TRIAL if tunes(case.trial) else merged(TRIAL, SHARED)
-    settings = _placed(item, merged(item.get("overrides", {}), case.overrides, extra), at)
+        extra = TRIAL if tunes(case.trial) else merge(TRIAL, SHARED)
+    settings = _place(item, merge(item.get("overrides", {}), case.overrides, extra), at)
     settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
     if case.trial is not None and settings.judging.features:
         settings = replace(settings, judging=Judging())
-    return _founded(item, settings, at)
+    return _resolve_backbone(item, settings, at)
 
 
-def _placed(item: Row, overrides: Row, at: Places | None) -> Settings:
+def _place(item: Row, overrides: Row, at: Places | None) -> Settings:
     paths = {}
     for name, path in item.get("paths", {}).items():
         part, _, key = name.partition(".")
-        paths = merged(paths, {part: {key: str(at.data / path) if at else path}})
-    return of_recipe({**item, "overrides": merged({"engine": {"threads": 1}}, paths, overrides)})
+        paths = merge(paths, {part: {key: str(at.data / path) if at else path}})
+    return of_recipe({**item, "overrides": merge({"engine": {"threads": 1}}, paths, overrides)})
 
 
 def backbones(item: Row, at: Places) -> dict[Path, Settings]:
     """Settings of those that `fedgen pretrain` makes for an item, by their folders."""
     names = item.get("backbones", {})
-    return {_made(item, name, at): _backbone(item, name, at) for name in names}
+    return {_get_backbone_folder(item, name, at): _backbone(item, name, at) for name in names}
 
 
-def _founded(item: Row, settings: Settings, at: Places | None) -> Settings:
+def _resolve_backbone(item: Row, settings: Settings, at: Places | None) -> Settings:
     """The settings with the backbone that is made first in its place, if it is one.
 
     Where there are no places, it is known by the digest of what makes it.
@@ -322,22 +327,24 @@ def _founded(item: Row, settings: Settings, at: Places | None) -> Settings:
     name = path.removeprefix(MADE)
     if name not in item.get("backbones", {}):
         raise ConfigError(f"backbone.path={path!r} is no backbone of paper item {item['name']!r}")
-    told = str(_made(item, name, at)) if at else MADE + _digest(_backbone(item, name))
+    told = (
+        str(_get_backbone_folder(item, name, at)) if at else MADE + _digest(_backbone(item, name))
+    )
     return replace(settings, backbone=replace(settings.backbone, path=told))
 
 
-def _made(item: Row, name: str, at: Places) -> Path:
+def _get_backbone_folder(item: Row, name: str, at: Places) -> Path:
     """Where a backbone is made: other settings are another one."""
     return at.made / f"{name}-{_digest(_backbone(item, name))[:8]}"
 
 
 def _backbone(item: Row, name: str, at: Places | None = None) -> Settings:
     """What a backbone is made by; it may be trained on from another one."""
-    told = item["backbones"][name]
-    paths = {**item.get("paths", {}), **told.get("paths", {})}
+    recipe_table = item["backbones"][name]
+    paths = {**item.get("paths", {}), **recipe_table.get("paths", {})}
     bare = {key: value for key, value in item.items() if key != "unset"}
-    own = {**bare, "recipe": told["recipe"], "paths": paths}
-    return _founded(item, _placed(own, told.get("overrides", {}), at), at)
+    own = {**bare, "recipe": recipe_table["recipe"], "paths": paths}
+    return _resolve_backbone(item, _place(own, recipe_table.get("overrides", {}), at), at)
 
 
 def check_paths(item: Row, data: Path) -> None:
@@ -361,11 +368,11 @@ def digest(item: Row, case: Case) -> str:
 
 
 def _digest(settings: Settings) -> str:
-    told, usual = to_table(settings), to_table(Settings())
-    del told["engine"]
+    settings_table, usual = to_table(settings), to_table(Settings())
+    del settings_table["engine"]
     if (shape := ROOT / (settings.pretrain.config or "")).is_file():
-        told["pretrain"]["config"] = shape.read_text("utf-8")
-    kept = {part: _apart(held, usual[part]) for part, held in told.items()}
+        settings_table["pretrain"]["config"] = shape.read_text("utf-8")
+    kept = {part: _apart(held, usual[part]) for part, held in settings_table.items()}
     toml = tomli_w.dumps({part: held for part, held in kept.items() if held})
     return hashlib.sha256(toml.encode()).hexdigest()
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from fedgen_edge.config import to_table
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.runs.records import lines, write_lines
-from items import ROOT, Case, Row, best, cases, digest, key_of, merged, settings_of, trials, tunings
+from items import ROOT, Case, Row, best, cases, digest, key_of, merge, settings_of, trials, tunings
 
 RESULTS = ROOT / "paper" / "results"
 
@@ -24,7 +24,7 @@ def facts_of(item: Row, case: Case) -> Row:
     return {"item": item["records"], "scale": item["scale"], **own, "digest": digest(item, case)}
 
 
-def missing(item: Row, planned: Sequence[Case], results: Path = RESULTS) -> list[Case]:
+def find_missing(item: Row, planned: Sequence[Case], results: Path = RESULTS) -> list[Case]:
     """The cases that no record is of, or one of other settings."""
     rows = _by_key(path_of(item, results))
     return [case for case in planned if _wrong(item, case, rows.get(_key(case)))]
@@ -34,30 +34,30 @@ def add(item: Row, row: Row, results: Path = RESULTS) -> None:
     """Keep a record, in the place that the item's file gives it; in one step."""
     path = path_of(item, results)
     rows = {**_by_key(path), _row_key(row): row}
-    order = _known(item)
+    order = _list_keys(item)
     known = {key: rows[key] for key in order if key in rows}
     write_lines(path, {**known, **rows}.values())  # others are of a file that was changed since
 
 
-def shared(item: Row, results: Path = RESULTS) -> dict[str, Row]:
+def choose_shared(item: Row, results: Path = RESULTS) -> dict[str, Row]:
     """What each variant's trials chose by the shared model."""
     rows = _by_key(path_of(item, results))
     return best([rows[_key(case)] for case in trials(item)])
 
 
-def chosen(item: Row, results: Path = RESULTS) -> dict[str, Row]:
+def choose(item: Row, results: Path = RESULTS) -> dict[str, Row]:
     """What each variant's trials chose, those of tuning too."""
-    rows, first = _by_key(path_of(item, results)), shared(item, results)
+    rows, first = _by_key(path_of(item, results)), choose_shared(item, results)
     then = best([rows[_key(case)] for case in tunings(item, first)])
-    return {variant: merged(own, then.get(variant, {})) for variant, own in first.items()}
+    return {variant: merge(own, then.get(variant, {})) for variant, own in first.items()}
 
 
-def _known(item: Row) -> list[str]:
+def _list_keys(item: Row) -> list[str]:
     """Keys of all that an item's file asks for, in its order."""
     return [_key(case) for case in (*cases(item, {}), *trials(item), *tunings(item, {}))]
 
 
-def whole(item: Row, results: Path = RESULTS) -> list[Row]:
+def read_whole(item: Row, results: Path = RESULTS) -> list[Row]:
     """An item's records but for its trials', each with its line in the file.
 
     Raises:
@@ -71,7 +71,7 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
         raise FileNotFoundError(path)
     for planned in (trials(item), _tunings(item, results), _cases(item, results)):
         _check(item, planned, path)  # each asks what those before it chose, and is asked after them
-    known = {*_known(item)}
+    known = {*_list_keys(item)}
     rows = [{**row, "line": number} for number, row in enumerate(lines(path), 1)]
     for row in rows:
         if _row_key(row) not in known:
@@ -85,11 +85,11 @@ def whole(item: Row, results: Path = RESULTS) -> list[Row]:
 
 
 def _tunings(item: Row, results: Path) -> Iterator[Case]:
-    yield from tunings(item, shared(item, results))
+    yield from tunings(item, choose_shared(item, results))
 
 
 def _cases(item: Row, results: Path) -> Iterator[Case]:
-    yield from cases(item, chosen(item, results))
+    yield from cases(item, choose(item, results))
 
 
 def _check(item: Row, planned: Iterator[Case], path: Path) -> None:
@@ -113,7 +113,7 @@ def _check_alike(item: Row, rows: Sequence[Row], results: Path) -> None:
         for key, told in tables.items():
             row = of_key[key]
             first = seen.setdefault(json.dumps([told[part] for part in parts]), row)
-            if row[what] != first[what]:
+            if row.get(what) != first.get(what):  # records of before have neither
                 raise ConfigError(
                     f"{path_of(item, results).name}, lines {first['line']} and {row['line']}: "
                     f"{what} differs, and the settings do not: delete what is of older files, and "

@@ -30,7 +30,7 @@ from items import (
     backbones,
     cases,
     check_paths,
-    named,
+    list_items,
     read,
     settings_of,
     trials,
@@ -55,29 +55,32 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make(told: argparse.Namespace) -> None:
+def make(options: argparse.Namespace) -> None:
     """Every item, one after the other; then the pages.
 
     Raises:
         FedGenError: an item cannot be carried out, or some of its runs failed.
     """
-    found = [read(name, told.scale, told.folder) for name in told.items or named(told.folder)]
-    for item in found:
-        check_paths(item, told.data)
-    jobs = told.jobs or (1 if told.scale == "full" else len(os.sched_getaffinity(0)))
-    told.runs.mkdir(parents=True, exist_ok=True)
+    items_to_make = [
+        read(name, options.scale, options.folder)
+        for name in options.items or list_items(options.folder)
+    ]
+    for item in items_to_make:
+        check_paths(item, options.data)
+    jobs = options.jobs or (1 if options.scale == "full" else len(os.sched_getaffinity(0)))
+    options.runs.mkdir(parents=True, exist_ok=True)
     failed: list[str] = []
-    with lock_run(told.runs):
-        for item in found:
+    with lock_run(options.runs):
+        for item in items_to_make:
             with workers(min(jobs, item.get("jobs", jobs))) as pool:
-                failed += carried(item, told, pool)
+                failed += carry_out_item(item, options, pool)
     if failed:
         raise TrainingError("; ".join(failed))
-    if told.results == kept.RESULTS and told.folder == ITEMS:
+    if options.results == kept.RESULTS and options.folder == ITEMS:
         fill.main()
 
 
-def carried(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
+def carry_out_item(item: Row, options: argparse.Namespace, pool: Executor) -> list[str]:
     """Run what is missing of an item: its backbones, its trials, and then what they chose.
 
     Trials of tuning come after the others, which they rest on.
@@ -85,30 +88,30 @@ def carried(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
     Returns:
         A line for each run that failed.
     """
-    failed = prepare(item, told, pool) or carry_out(item, list(trials(item)), told, pool)
-    if not failed and (then := list(tunings(item, kept.shared(item, told.results)))):
-        failed = carry_out(item, then, told, pool)
+    failed = prepare(item, options, pool) or carry_out(item, list(trials(item)), options, pool)
+    if not failed and (then := list(tunings(item, kept.choose_shared(item, options.results)))):
+        failed = carry_out(item, then, options, pool)
     if failed:
         return failed
-    return carry_out(item, list(cases(item, kept.chosen(item, told.results))), told, pool)
+    return carry_out(item, list(cases(item, kept.choose(item, options.results))), options, pool)
 
 
-def places(told: argparse.Namespace) -> Places:
-    return Places(told.data, told.runs / "backbones")
+def places(options: argparse.Namespace) -> Places:
+    return Places(options.data, options.runs / "backbones")
 
 
-def prepare(item: Row, told: argparse.Namespace, pool: Executor) -> list[str]:
+def prepare(item: Row, options: argparse.Namespace, pool: Executor) -> list[str]:
     """Make the backbones that are missing; returns a line for each that failed."""
-    left = {out: own for out, own in backbones(item, places(told)).items() if not out.exists()}
+    left = {out: own for out, own in backbones(item, places(options)).items() if not out.exists()}
     failed: list[str] = []
     while left and not failed:  # some are trained on from others
         ready = [out for out, own in left.items() if Path(own.backbone.path) not in left]
-        begun = [pool.submit(pretrained, left.pop(out), out) for out in ready]
+        begun = [pool.submit(pretrain_backbone, left.pop(out), out) for out in ready]
         failed = sorted(filter(None, (future.result() for future in as_completed(begun))))
     return failed
 
 
-def pretrained(settings: Settings, out: Path) -> str:
+def pretrain_backbone(settings: Settings, out: Path) -> str:
     """Make a backbone, or go on with it; returns why it failed, if it did."""
     from fedgen_edge.runs.pretrain import begin, get_training_folder, train
 
@@ -124,12 +127,12 @@ def pretrained(settings: Settings, out: Path) -> str:
 
 
 def carry_out(
-    item: Row, planned: Sequence[Case], told: argparse.Namespace, pool: Executor
+    item: Row, planned: Sequence[Case], options: argparse.Namespace, pool: Executor
 ) -> list[str]:
     """Run the cases that have no record; returns a line for each that failed."""
-    left, failed, at = kept.missing(item, planned, told.results), [], places(told)
+    left, failed, at = kept.find_missing(item, planned, options.results), [], places(options)
     begun = {
-        pool.submit(work, settings_of(item, case, at), _folder(item, case, told.runs)): case
+        pool.submit(work, settings_of(item, case, at), _folder(item, case, options.runs)): case
         for case in reversed(left)  # the last values mostly cost most: no core waits long
     }
     for number, future in enumerate(as_completed(begun), len(planned) - len(left) + 1):
@@ -142,19 +145,19 @@ def carry_out(
         if "failed" in row and not (case.trial is not None and row["diverged"]):
             failed.append(f"{item['name']}, {case}: {row['failed']}")
             continue
-        kept.add(item, {**kept.facts_of(item, case), **_shown(case, row)}, told.results)
-        if told.discard:
+        kept.add(item, {**kept.facts_of(item, case), **_select_shown(case, row)}, options.results)
+        if options.discard:
             shutil.rmtree(folder, ignore_errors=True)  # one that failed may have none
     return sorted(failed)
 
 
 def work(settings: Settings, folder: Path) -> tuple[Row, Path]:
     """A run's record, or why there is none, and its folder."""
-    from running import done, folder_of, record
+    from running import folder_of, proceed_run, record
 
     folder, began = folder_of(settings, folder), time.perf_counter()
     try:
-        for _ in done(settings, folder):
+        for _ in proceed_run(settings, folder):
             pass
         row = record(folder)
     except FedGenError as error:
@@ -166,7 +169,7 @@ def _folder(item: Row, case: Case, runs: Path) -> Path:
     return runs / folder_name(f"{item['records']}-{item['scale']}-{case}")
 
 
-def _shown(case: Case, row: Row) -> Row:
+def _select_shown(case: Case, row: Row) -> Row:
     """Of a trial, what it is judged by: no test is looked at before the choice is made."""
     if case.trial is None:
         return row

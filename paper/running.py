@@ -2,7 +2,8 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
@@ -11,12 +12,26 @@ from fedgen_edge.config import Settings, to_toml
 from fedgen_edge.report.diagnose import diagnose
 from fedgen_edge.report.layers import agreement
 from fedgen_edge.report.sample_distances import distances
-from fedgen_edge.report.summary import RunFiles, by_client, by_model, read, tenth, uplink
+from fedgen_edge.report.summary import (
+    GLOBAL,
+    PERSONAL,
+    RunFiles,
+    by_client,
+    by_model,
+    read,
+    tenth,
+    uplink,
+)
 from fedgen_edge.runs.models import reopen
 from fedgen_edge.runs.records import read_json
 from fedgen_edge.runs.run import Event, create, proceed
 from items import Row
 
+SAMPLED = (
+    "kernel", "precision", "recall", "density", "coverage", "diversity", "misplaced", "worst",
+    "worst_client",
+)  # fmt: skip
+"""Numbers of a model's samples that a record keeps, besides its distances."""
 LIBRARIES = ("fedgen-edge", "torch", "transformers", "peft")
 
 
@@ -26,23 +41,15 @@ def folder_of(settings: Settings, folder: Path) -> Path:
     return folder.with_name(f"{folder.name}-{digest}")
 
 
-def done(settings: Settings, folder: Path) -> Iterator[Event]:
+def proceed_run(settings: Settings, folder: Path) -> Iterator[Event]:
     """Do what is left of the run in this folder: all of it, some, or nothing."""
-    told = folder / "run.json"
-    if told.exists() and read_json(told).get("finished"):
+    facts_file = folder / "run.json"
+    if facts_file.exists() and read_json(facts_file).get("finished"):
         return
-    if not told.exists():  # stopped before it began
+    if not facts_file.exists():  # stopped before it began
         shutil.rmtree(folder, ignore_errors=True)
-    experiment = reopen(folder) if told.exists() else create(settings, folder)
+    experiment = reopen(folder) if facts_file.exists() else create(settings, folder)
     yield from proceed(experiment, folder)
-
-
-def finished(settings: Settings, folder: Path) -> Path:
-    """A folder of a finished run of these settings; says how far it is."""
-    folder = folder_of(settings, folder)
-    for event in done(settings, folder):
-        print(f"{folder.name}: {event.stage} {event.completed}/{event.total}", flush=True)
-    return folder
 
 
 def record(folder: Path) -> Row:
@@ -54,21 +61,31 @@ def record(folder: Path) -> Row:
     changes.
     """
     run = read(folder)
-    told = run.facts
+    facts = run.facts
     return {
-        **{key: told[key] for key in ("hardware", "precision", "device", "threads", "data_sha256")},
-        "backbone_sha256": told["backbone"]["sha256"],
+        **{
+            key: facts[key] for key in ("hardware", "precision", "device", "threads", "data_sha256")
+        },
+        "backbone_sha256": facts["backbone"]["sha256"],
         "versions": {library: version(library) for library in LIBRARIES},
-        "measure": told["measure"],
-        "seconds": told["seconds"],
+        "measure": facts["measure"],
+        "seconds": facts["seconds"],
         "bytes_up": sum(row["bytes_up"] for row in run.rounds),
         "bytes_down": sum(row["bytes_down"] for row in run.rounds),
         "bytes_full": uplink(run).full,
         **{key: run.settings.get(f"federation.{key}") for key in ("clients", "rounds")},
         "cohort": max(len(row["cohort"]) for row in run.rounds),
         "examples": [row["train"] for row in run.clients if not row["newcomer"]],
-        "test": judged(run),
-        "tuned": tuned(run),
+        "peak_bytes": facts["peak_bytes"],
+        "parameters": facts["backbone"]["parameters"],
+        "adapter_parameters": facts["adapter_parameters"],
+        "training": {key: run.settings.get(f"training.{key}") for key in ("steps", "batch", "lr")},
+        "alpha": run.settings.get("partition.alpha"),
+        "unseen": run.settings.get("data.unseen"),
+        "sample_steps": run.settings.get("evaluation.sample_steps"),
+        "validation": average_validation(run),
+        "test": evaluate_models(run),
+        "tuned": average_tuning(run),
         "way": way(run),
         "moves": [_apart(row) for row in run.rounds if row["clients"]],
         "findings": {f.title: f.evidence for f in diagnose(run) if f.severity != "good"},
@@ -83,52 +100,90 @@ def _apart(row: Row) -> list[float | None]:
 
 def way(run: RunFiles) -> list[list[float]]:
     """Where a run stood after each judged round."""
-    found, up, down, seconds = [], 0, 0, 0.0
+    steps, up, down, seconds = [], 0, 0, 0.0
     for row in run.rounds:
         up, down = up + row["bytes_up"], down + row["bytes_down"]
         seconds += row["seconds"]
         if own := row["validation"]:
             loss = own["total"] / own["count"]
-            found.append([row["round"], up, down, round(seconds, 2), loss])
-    return found
+            steps.append([row["round"], up, down, round(seconds, 2), loss])
+    return steps
 
 
-def tuned(run: RunFiles) -> float | None:
+def average_tuning(run: RunFiles) -> float | None:
     """Mean over clients of the validation loss of what each keeps; none where nobody tuned."""
     kept = [row["validation"][row["chosen"]] for row in run.personal]
     return fmean(kept) if kept else None
 
 
-def judged(run: RunFiles) -> dict[str, Row]:
+def average_validation(run: RunFiles) -> dict[str, float]:
+    """Each trained model's last validation number, mean of clients."""
+
+    def average(losses: Iterable[float]) -> float:
+        return fmean(run.measure.compute(loss, 1) for loss in losses)
+
+    methods = {GLOBAL: run.rounds, **run.baselines}
+    last = {model: rounds[-1]["validation"] for model, rounds in methods.items() if rounds}
+    numbers = {model: average(row["clients"].values()) for model, row in last.items() if row}
+    if run.personal:
+        numbers[PERSONAL] = average(row["validation"][row["chosen"]] for row in run.personal)
+    return numbers
+
+
+def evaluate_models(run: RunFiles) -> dict[str, Row]:
     """The test of every model over all clients that may train, whether or not they were drawn.
 
     `each` is in the order of the clients, as `examples` is.
     """
-    each = [row["client"] for row in run.clients if not row["newcomer"]]
-    found = {
-        model: _test(run, {client: rows[client] for client in each})
+    clients = [row["client"] for row in run.clients if not row["newcomer"]]
+    tests = {
+        model: _test(run, {client: rows[client] for client in clients})
         for model, rows in by_model(run).items()
     }
     whole = {row["model"]: row for row in run.distances if row["client"] is None}
     for row in distances(run):
-        told = whole[row.model]
-        found[row.model] |= {
+        run_row = whole[row.model]
+        tests[row.model] |= {
             "distance": row.pooled,
             "distance_of_clients": row.own,
-            "seen_by": told["distance"],
-            **{key: told.get(key) for key in ("made", "real", "floor")},
+            "seen_by": run_row["distance"],
+            **{key: run_row.get(key) for key in ("made", "real", "floor")},
+            **{key: value for key, value in asdict(row).items() if key in SAMPLED},
+            **average_classes(run, run_row),
+            **measure_costs(run, row.model),
         }
-    return found
+    return tests
+
+
+def average_classes(run: RunFiles, row: Row) -> dict[str, float]:
+    """A model's mean distance over classes that its backbone knows, and over the others, if any."""
+    unseen = set(run.settings.get("data.unseen", ()))
+    distances_by_class = row.get("classes", {})
+    groups = {
+        "seen_classes": [d for name, d in distances_by_class.items() if name not in unseen],
+        "unseen_classes": [d for name, d in distances_by_class.items() if name in unseen],
+    }
+    return {name: fmean(group) for name, group in groups.items() if group}
+
+
+def measure_costs(run: RunFiles, model: str) -> Row:
+    """The bytes that clients sent, and the seconds of training, for one model."""
+    rounds = run.baselines.get(model, run.rounds if model in (GLOBAL, PERSONAL) else [])
+    tuning = run.facts["seconds"]["personal"] if model == PERSONAL else 0
+    return {
+        "bytes_up": sum(row["bytes_up"] for row in rounds),
+        "seconds": round(sum(row["seconds"] for row in rounds) + tuning, 1),
+    }
 
 
 def _test(run: RunFiles, rows: dict[str, Row]) -> Row:
-    measure, each = run.measure, by_client(run.measure, rows)
+    measure, per_client = run.measure, by_client(run.measure, rows)
     total, words = (sum(row.get(key, 0) for row in rows.values()) for key in ("total", "words"))
-    worst = sorted(each.values(), reverse=True)[: tenth(len(each))]
+    worst = sorted(per_client.values(), reverse=True)[: tenth(len(per_client))]
     return {
         "pooled": measure.compute(total, sum(row["count"] for row in rows.values())),
-        "mean": fmean(each.values()),
+        "mean": fmean(per_client.values()),
         "worst_decile": fmean(worst),
-        "each": [float(f"{value:.5g}") for value in each.values()],
+        "each": [float(f"{value:.5g}") for value in per_client.values()],
         **({"word": measure.compute(total, words)} if words else {}),
     }

@@ -7,22 +7,23 @@ from cells import (
     Lines,
     View,
     between,
-    called,
-    chosen,
-    divided,
     each_division,
+    format_choice,
     gains,
-    linked,
-    of,
+    group_by_division,
+    link,
+    make_table,
+    name_measure,
     range_of,
+    select_variant,
     spread,
-    tabled,
     values,
 )
 from comparing import convergence, drift, methods
 from fedgen_edge.report.gains import Gain
 from fedgen_edge.report.summary import paired_interval
-from items import LISTS, Row, merged, settled, tried, worded
+from items import LISTS, Row, format_overrides, get_overrides, list_tried, merge
+from recipe_views import samples, seeds, validation
 from varying import curve, grid
 
 
@@ -34,48 +35,60 @@ def table(item: Row, rows: Sequence[Row]) -> str:
 def caption(item: Row, rows: Sequence[Row]) -> str:
     """On what, at which scale, by whose records."""
     where = f"paper/items/{item['name']}.toml"
-    machines = {f"{row['hardware']}, {row['precision']}": 0 for row in rows}
-    versions = {", ".join(f"{k} {v}" for k, v in row["versions"].items()): 0 for row in rows}
+    machines = {
+        ", ".join(row[key] for key in ("hardware", "precision") if key in row): 0 for row in rows
+    }
+    versions = {
+        ", ".join(f"{k} {v}" for k, v in row.get("versions", {}).items()): 0 for row in rows
+    }
+    places = "; ".join(filter(None, [*machines, *versions]))
     out = (
-        f"{item['scale'].capitalize()} scale: `{item['recipe']}` as in [`{where}`](../{where}); "
+        f"{item['scale'].capitalize()} scale: `{item['recipe']}` as in [`{where}`](../../{where}); "
         f"{range_of(rows, 'clients')} clients, {range_of(rows, 'cohort')} a round, "
-        f"{range_of(rows, 'rounds')} rounds; seeds {', '.join(map(str, item['seeds']))}. "
-        f"{'; '.join(machines)}; {'; '.join(versions)}."
+        f"{range_of(rows, 'rounds')} rounds; "
+        f"seed{'s' * (len(item['seeds']) > 1)} {', '.join(map(str, item['seeds']))}."
     )
+    if places:
+        out += f" {places}."
     if tuning := item.get("tuning"):
-        each, then = (max(len(tried(item, v, what)) for v in item["variants"]) for what in LISTS)
+        trial_count, tuning_count = (
+            max(len(list_tried(item, v, what)) for v in item["variants"]) for what in LISTS
+        )
         out += (
-            f" Each variant has the best of {each} trials by validation, on seed "
+            f" Each variant has the best of {trial_count} trials by validation, on seed "
             f"{tuning['seed']}{f', {told}' if (told := tuning.get('division')) else ''}."
         )
-        if then:
+        if tuning_count:
             out += (
-                f" Then how clients tune has the best of {then}, by the mean validation loss "
-                "of what they keep."
+                f" Then how clients tune has the best of {tuning_count}, by the mean validation "
+                "loss of what they keep."
             )
-    out += _judged(rows)
+    out += _describe_samples(rows)
     if at_end := [variant for variant in item["variants"] if _chose_end(item, rows, variant)]:
         out += f" The choice is the end of what was tried: {', '.join(at_end)}."
     return out
 
 
-def _judged(rows: Sequence[Row]) -> str:
+def _describe_samples(rows: Sequence[Row]) -> str:
     """By how many samples models are judged, where any are, and what that number alone does."""
-    found = [test for row in rows for test in row["test"].values() if "seen_by" in test]
-    if not found:
+    tests = [t for row in rows for t in row.get("test", {}).values() if "seen_by" in t]
+    if not tests:
         return ""
-    made, real, floor = (range_of(found, key) for key in ("made", "real", "floor"))
+    made, real, floor = (range_of(tests, key) for key in ("made", "real", "floor"))
     return (
-        f" {found[0]['seen_by']}: {made} samples of a model against {real} test pictures, two "
+        f" {tests[0]['seen_by']}: {made} samples of a model against {real} test pictures, two "
         f"halves of which lie {floor} apart."
     )
 
 
 def _chose_end(item: Row, rows: Sequence[Row], variant: str) -> bool:
     """Whether more trials might do better: rates are tried in their order."""
-    own, lists = of(rows, variant)[0]["chosen"], (tried(item, variant, w) for w in LISTS)
+    choice, lists = (
+        select_variant(rows, variant)[0]["chosen"],
+        (list_tried(item, variant, w) for w in LISTS),
+    )
     ends = (end for told in lists if len(told) > 1 for end in (told[0], told[-1]))
-    return bool(own) and any(merged(own, end) == own for end in ends)
+    return bool(choice) and any(merge(choice, end) == choice for end in ends)
 
 
 def clients(item: Row, rows: Sequence[Row]) -> Lines:
@@ -84,7 +97,7 @@ def clients(item: Row, rows: Sequence[Row]) -> Lines:
     The first model is that of the first division, whatever the others did before their last one.
     """
     first, last = item["models"][0], item["models"][-1]
-    name = called("pooled", rows[0])
+    name = name_measure("pooled", rows[0])
     heads = [
         "",
         item["axis"],
@@ -95,25 +108,31 @@ def clients(item: Row, rows: Sequence[Row]) -> Lines:
         "clients that gain, %",
         "that are hurt, %",
     ]
-    body, told, base = [], [""], next(iter(divided(rows).values()))
+    body, verdicts, base = [], [""], next(iter(group_by_division(rows).values()))
     for division, held in by_client(item, rows).items():
-        for variant, found in held.items():
-            start, own = of(base, variant), of(divided(rows)[division], variant)
+        for variant, client_gains in held.items():
+            start, records = (
+                select_variant(base, variant),
+                select_variant(group_by_division(rows)[division], variant),
+            )
+            shares = (
+                [gain.share_gained for gain in client_gains],
+                [gain.share_lost for gain in client_gains],
+            )
             cells = [
-                linked(spread(values(start, first, "pooled")), item, start),
-                linked(spread(values(own, last, "pooled")), item, own),
-                linked(between([gain.mean for gain in found]), item, own),
-                *(linked(spread([100 * share for share in shares]), item, own)
-                  for shares in ([g.share_gained for g in found], [g.share_lost for g in found])),
-            ]  # fmt: skip
-            body.append([division, variant, chosen(own), *cells])
-        told.append(f"- {division}: {paying(held)}.")
-    return ["", *tabled(heads, body), *told]
+                link(spread(values(start, first, "pooled")), item, start),
+                link(spread(values(records, last, "pooled")), item, records),
+                link(between([gain.mean for gain in client_gains]), item, records),
+                *(link(spread([100 * s for s in share]), item, records) for share in shares),
+            ]
+            body.append([division, variant, format_choice(records), *cells])
+        verdicts.append(f"- {division}: {describe_gains(held)}.")
+    return ["", *make_table(heads, body, (0, 1, 5, 6, 7)), *verdicts]
 
 
 def by_client(item: Row, rows: Sequence[Row]) -> dict[str, dict[str, list[Gain]]]:
     """By division and variant, a seed each, what clients have over the first division's model."""
-    held, (first, *_, last) = divided(rows), item["models"]
+    held, (first, *_, last) = group_by_division(rows), item["models"]
     base = next(iter(held.values()))
 
     def gain(ours: Row, theirs: Row) -> Gain:
@@ -125,14 +144,14 @@ def by_client(item: Row, rows: Sequence[Row]) -> dict[str, dict[str, list[Gain]]
 
     return {
         division: {
-            variant: list(map(gain, of(own, variant), of(base, variant)))
+            variant: list(map(gain, select_variant(own, variant), select_variant(base, variant)))
             for variant in dict.fromkeys(row["variant"] for row in own)
         }
         for division, own in held.items()
     }
 
 
-def paying(held: dict[str, list[Gain]]) -> str:
+def describe_gains(held: dict[str, list[Gain]]) -> str:
     """Where the mean of the clients' gains is settled above zero, and where below."""
     ends = {v: paired_interval([gain.mean for gain in found])[1:] for v, found in held.items()}
     ways = {
@@ -148,25 +167,25 @@ def signatures(item: Row, rows: Sequence[Row]) -> Lines:
     heads = ["provoked", "by", "finding", "named", "where it was not provoked", "for example"]
     body = []
     for failure in item["failures"]:
-        ours = of(rows, failure["variant"])
+        provoked = select_variant(rows, failure["variant"])
         others = [row for row in rows if row["variant"] != failure["variant"]]
         for title in failure["findings"]:
-            told = [row for row in ours if title in row["findings"]]
-            cells = [counted(title, own, item) for own in (ours, others)]
-            by = worded(settled(item, failure["variant"]))
-            evidence = told[0]["findings"][title] if told else NONE
+            named = [row for row in provoked if title in row["findings"]]
+            cells = [count_findings(title, own, item) for own in (provoked, others)]
+            by = format_overrides(get_overrides(item, failure["variant"]))
+            evidence = named[0]["findings"][title] if named else NONE
             body.append([failure["name"], f"`{by}`", title, *cells, evidence])
     sound = [v for v in item["variants"] if v not in {f["variant"] for f in item["failures"]}]
-    healthy = [row for variant in sound for row in of(rows, variant)]
+    healthy = [row for variant in sound for row in select_variant(rows, variant)]
     found = dict.fromkeys(title for row in healthy for title in row["findings"])
-    alarms = "; ".join(f"{title} ({counted(title, healthy, item)})" for title in found)
+    alarms = "; ".join(f"{title} ({count_findings(title, healthy, item)})" for title in found)
     about = f"Where nothing was provoked, the diagnosis says: {alarms or 'nothing'}."
-    return ["", *tabled(heads, body), "", about]
+    return ["", *make_table(heads, body), "", about]
 
 
-def counted(title: str, rows: Sequence[Row], item: Row) -> str:
+def count_findings(title: str, rows: Sequence[Row], item: Row) -> str:
     """In how many of the runs a finding is named."""
-    return linked(f"{sum(title in row['findings'] for row in rows)} of {len(rows)}", item, rows)
+    return link(f"{sum(title in row['findings'] for row in rows)} of {len(rows)}", item, rows)
 
 
 VIEWS: dict[str, View] = {
@@ -177,5 +196,8 @@ VIEWS: dict[str, View] = {
     "grid": grid,
     "drift": each_division(drift),
     "signatures": signatures,
+    "seeds": seeds,
+    "validation": validation,
+    "samples": samples,
 }
 """Ways to show an item's records as a table."""

@@ -1,8 +1,5 @@
-import importlib.util
 import re
-import tomllib
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -10,58 +7,73 @@ import torch
 from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
+import benchmark_tables
+import fill
+import items
+import kept
+import quotes
+from fedgen_edge.errors import ConfigError
 from fedgen_edge.runs.records import lines
 
 ROOT = Path(__file__).parent.parent
+PAGES = list(fill.find_pages())
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
 
 
-def script(name: str) -> ModuleType:
-    """A script of `paper`, imported."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "paper" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_quote_what_the_records_say(page: Path) -> None:
+    assert fill.fill_page(page) == page.read_text()
 
 
-def test_pages_quote_what_the_records_say() -> None:
-    fill = script("fill")
-    for page in fill.PAGES:
-        above = page.parent == fill.ROOT
-        assert fill.filled(page.read_text(), above=above) == page.read_text()
+def test_a_mark_that_nothing_fills_is_one_line(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- quote:nothing -->1<!-- end -->")
+    with pytest.raises(ConfigError, match=r"page.md: nothing is called quote:nothing"):
+        fill.fill_page(page)
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
+def test_no_measured_number_of_a_finding_is_typed_by_hand(page: Path) -> None:
+    prose = fill.MARK.sub("", page.read_text())
+    prose = re.sub(r"`[^`]*`|95 %", "", prose)  # settings, and the confidence level
+    assert re.findall(r"\d+\.\d+|\d+ %", prose) == []
+
+
+def test_every_item_that_has_records_and_every_quote_is_on_a_page() -> None:
+    marks = {
+        m.groups()[:2] for page in fill.find_pages() for m in fill.MARK.finditer(page.read_text())
+    }
+    for name, scale in items.list_shown():
+        if kept.path_of(items.read(name, scale)).exists():
+            assert ("results", f"{name}-{scale}") in marks
+    assert {name for kind, name in marks if kind == "quote"} == {*quotes.read_quotes()}
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
+def test_links_of_the_results_lead_somewhere(page: Path) -> None:
+    for target, _, anchor in re.findall(r"\]\(([^)#]*)(#([^)]*))?\)", page.read_text()):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        if path.suffix == ".md" and anchor:
+            heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
+            assert anchor in {
+                re.sub(r"[^\w -]", "", head).lower().replace(" ", "-") for head in heads
+            }
 
 
 @pytest.mark.parametrize("kind", ["speed", "compiled", "memory", "peak"])
 def test_a_benchmarks_table_names_the_backbone_that_its_record_names(kind: str) -> None:
-    for label, record in script("fill")._benchmarks(kind).items():
+    for label, record in benchmark_tables.read_benchmarks(kind).items():
         backbone = label.removesuffix("-AMX").removesuffix("-EPYC").removesuffix("-no-kernels")
         # a folder of a GGUF file is called MODEL.TYPE-HASH
         assert record["backbone"].split(".")[0] == backbone
 
 
-@pytest.mark.parametrize("claim", ["quickstart", "local-only-tuned"])
-def test_a_claims_table_is_made_of_its_records(claim: str) -> None:
-    reproduce, results = script("reproduce"), ROOT / "paper" / "results"
-    told = tomllib.loads((ROOT / "paper" / f"{claim}.toml").read_text())
-    rows = lines(results / f"{claim}.jsonl")
-    assert reproduce.table(told, rows) == (results / f"{claim}.md").read_text()
-
-
-def test_the_table_of_trials_is_made_of_their_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "paper")
-    target = ROOT / "paper" / "results" / "quickstart-tuning"
-    rows = lines(target.with_suffix(".jsonl"))
-    assert script("tune").table(rows) == target.with_suffix(".md").read_text()
-
-
 @pytest.mark.parametrize("name", ["diffusion", "gan", "gan-skew", "vae"])
-def test_a_table_of_pictures_is_made_of_its_records(name: str) -> None:
-    target = ROOT / "paper" / "results" / f"cifar10-{name}"
-    rows = lines(target.with_suffix(".jsonl"))
-    assert script("pictures").table(rows) == target.with_suffix(".md").read_text().strip()
-    # no fewer than the paper's comparison may have
-    assert {row["made"] >= 2000 and row["clients"] >= 20 for row in rows} == {True}
+def test_samples_of_recipes_are_no_fewer_than_the_papers_comparison_may_have(name: str) -> None:
+    rows = lines(kept.RESULTS / f"cifar10-{name}-recipe.jsonl")
+    assert {row["clients"] >= 20 for row in rows} == {True}
+    assert {test["made"] >= 2000 for row in rows for test in row["test"].values()} == {True}
 
 
 def test_the_librarys_page_runs_and_its_adapter_is_served_as_the_readme_says(

@@ -78,7 +78,7 @@ def told(here: Path, **other: Any) -> argparse.Namespace:
 def carried(here: Path, **changes: Any) -> tuple[Here, list[str]]:
     """Carry the toy out; returns what ran, and what failed."""
     item, pool = items.read("toy", "try", write(here / "items", **changes)), Here()
-    return pool, make.carried(item, told(here), pool)
+    return pool, make.carry_out_item(item, told(here), pool)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,10 @@ def test_a_record_is_in_the_place_that_the_file_gives_it(done: Path) -> None:
         assert row["way"][-1][1] == row["bytes_up"]
         assert [moves[0] for moves in row["moves"]] == [1, 2]
         assert all(row["findings"].values())
+        # of the last round, and of what each client kept
+        assert row["validation"].keys() == {"global", "personal"}
+        assert row["peak_bytes"] > 0
+        assert row["training"]["steps"] == (1 if row["variant"] == "one" else 2)
         tried = [r for r in rows[4:] if r["variant"] == row["variant"]]
         assert row["chosen"] == min(tried, key=lambda r: r["validation"])["trial"]
     assert not any("test" in row for row in rows[4:])
@@ -170,7 +174,7 @@ def test_how_clients_tune_is_tried_with_what_the_trials_chose(tmp_path: Path) ->
     assert one["tuned"] > 0
     assert "personal" not in alone["chosen"]
     item = items.read("toy", "try", tmp_path / "items")
-    assert len(kept.whole(item, tmp_path / "results")) == 2
+    assert len(kept.read_whole(item, tmp_path / "results")) == 2
     assert "the best of 2, by the mean" in views.caption(item, rows[:2])
     pool, _ = carried(tmp_path, variants=variants, tuning=tuning, seeds=[0])
     assert pool.given == []
@@ -194,17 +198,17 @@ def test_only_what_is_missing_is_run(done: Path, tmp_path: Path) -> None:
 def test_a_missing_record_is_named(done: Path, tmp_path: Path) -> None:
     here = copied(done, tmp_path, lambda rows: rows[:2] + rows[3:])
     with pytest.raises(ConfigError, match=r"toy-try.jsonl: the record of two, seed 0 is missing"):
-        kept.whole(toy(here), here / "results")
+        kept.read_whole(toy(here), here / "results")
     with pytest.raises(FileNotFoundError):
-        kept.whole(toy(here), here / "nothing")
+        kept.read_whole(toy(here), here / "nothing")
 
 
 def test_a_record_of_other_settings_is_refused(done: Path) -> None:
     changed = {"one": {"training": {"steps": 1}}, "two": {"training": {"steps": 3}}}
     item = toy(done, variants=changed)
     with pytest.raises(ConfigError, match=r"of two, trial training.lr=0.001, seed 7 is of other"):
-        kept.whole(item, done / "results")
-    left = kept.missing(item, [*items.trials(item)], done / "results")
+        kept.read_whole(item, done / "results")
+    left = kept.find_missing(item, [*items.trials(item)], done / "results")
     assert {case.variant for case in left} == {"two"}
 
 
@@ -218,7 +222,7 @@ def test_records_of_other_data_or_backbones_are_not_shown_beside_each_other(
     # both variants have the data and the backbone of the recipe, at each seed
     here = copied(done, tmp_path, stale)
     with pytest.raises(ConfigError, match=f"lines 1 and 3: {what} differs, and the settings"):
-        kept.whole(toy(here), here / "results")
+        kept.read_whole(toy(here), here / "results")
 
 
 def test_a_record_of_another_choice_is_refused(done: Path, tmp_path: Path) -> None:
@@ -233,16 +237,16 @@ def test_a_record_of_another_choice_is_refused(done: Path, tmp_path: Path) -> No
 
     here = copied(done, tmp_path, swapped)
     with pytest.raises(ConfigError, match=r"the record of one, seed 0 is of other settings"):
-        kept.whole(toy(here), here / "results")
+        kept.read_whole(toy(here), here / "results")
 
 
 def test_a_record_of_another_scale_or_of_nothing_is_refused(done: Path, tmp_path: Path) -> None:
     here = copied(done, tmp_path, lambda rows: [{**rows[0], "scale": "full"}, *rows[1:]])
     with pytest.raises(ConfigError, match=r"the record of one, seed 0 is of scale 'full'"):
-        kept.whole(toy(here), here / "results")
+        kept.read_whole(toy(here), here / "results")
     copied(done, tmp_path, lambda rows: [*rows[:4], {**rows[3], "variant": "six"}, *rows[4:]])
     with pytest.raises(ConfigError, match=r"line 5: the item's file has no .*six"):
-        kept.whole(toy(here), here / "results")
+        kept.read_whole(toy(here), here / "results")
 
 
 def test_paths_and_the_engine_are_no_part_of_a_digest(tmp_path: Path) -> None:
@@ -288,7 +292,7 @@ def test_an_item_has_no_more_runs_at_once_than_it_says(
         yield Here()
 
     monkeypatch.setattr(make, "workers", few)
-    monkeypatch.setattr(make, "carried", lambda *_: [])
+    monkeypatch.setattr(make, "carry_out_item", lambda *_: [])
     folder = write(write(tmp_path / "items"), "large", jobs=2)
     make.make(told(tmp_path, items=["toy", "large"], scale="try", jobs=3, folder=folder))
     make.make(told(tmp_path, items=["large"], scale="try", jobs=1, folder=folder))
@@ -313,7 +317,7 @@ def test_a_run_that_fails_stops_no_other(tmp_path: Path, monkeypatch: pytest.Mon
             "way": [[2.5]],
         }
 
-    monkeypatch.setattr(running, "done", lambda *_: [])
+    monkeypatch.setattr(running, "proceed_run", lambda *_: [])
     monkeypatch.setattr(running, "record", refuses)
     _, failed = carried(tmp_path, tuning={**ITEM["tuning"], "seed": 2})
     assert failed == [f"toy, {v}, seed 1: its loss was nan" for v in ("one", "two")]
@@ -328,7 +332,7 @@ def test_a_trial_that_could_not_begin_is_no_trial(
     def refuses(*_: Any) -> list[Any]:
         raise ConfigError("no room")
 
-    monkeypatch.setattr(running, "done", refuses)
+    monkeypatch.setattr(running, "proceed_run", refuses)
     _, failed = carried(tmp_path)
     assert len(failed) == 4
     assert not (tmp_path / "results").exists()
@@ -339,15 +343,15 @@ def test_a_run_that_was_stopped_before_it_began_begins_again(tmp_path: Path) -> 
     settings = items.settings_of(item, next(items.cases(item, {})))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.toml").write_text("[data]")
-    events = running.done(settings, tmp_path / "run")
+    events = running.proceed_run(settings, tmp_path / "run")
     assert next(iter(events)).stage == "federation"
 
 
 def test_a_numbers_link_leads_to_its_records(done: Path) -> None:
     item = toy(done)
-    rows = kept.whole(item, done / "results")
+    rows = kept.read_whole(item, done / "results")
     table = views.table(item, rows)
-    found = re.findall(r"\]\(\.\./paper/results/toy-try\.jsonl#L(\d+)-L(\d+)\)", table)
+    found = re.findall(r"\]\(\.\./\.\./paper/results/toy-try\.jsonl#L(\d+)-L(\d+)\)", table)
     assert len(found) >= 2 * 5
     kept_rows = lines(done / "results" / "toy-try.jsonl")
     for line in table.splitlines():
@@ -359,9 +363,9 @@ def test_a_numbers_link_leads_to_its_records(done: Path) -> None:
 
 def test_a_figure_is_the_same_to_the_byte(done: Path) -> None:
     item = toy(done)
-    rows = kept.whole(item, done / "results")
-    first = figures.drawn(item, rows)
-    assert first == figures.drawn(item, rows)
+    rows = kept.read_whole(item, done / "results")
+    first = figures.draw_figure(item, rows)
+    assert first == figures.draw_figure(item, rows)
     assert "currentColor" not in first
     assert "#ffffff" in first
     assert "mean and 95 % interval of 2 seeds" in first
@@ -401,18 +405,18 @@ def test_pictures_have_a_backbone_that_is_made_first_and_are_judged_by_samples(
     assert {settings.backbone.path for settings in (trial, *cases)} == {str(out)}
     assert [settings.judging.features for settings in (trial, *cases)] == [None, "pixels", "pixels"]
     item = items.read("toy", "try", tmp_path / "items")
-    rows = kept.whole(item, tmp_path / "results")
+    rows = kept.read_whole(item, tmp_path / "results")
     table = views.table(item, rows)
     assert f"global: {rows[0]['test']['global']['seen_by']} | " in table
     assert rows[0]["test"]["global"]["made"] >= 20
     again, _ = carried(tmp_path, **PICTURES)
     assert not again.given
     other = {
-        "few": items.merged(PICTURES["backbones"]["few"], {"overrides": {"pretrain": {"steps": 3}}})
+        "few": items.merge(PICTURES["backbones"]["few"], {"overrides": {"pretrain": {"steps": 3}}})
     }
     write(tmp_path / "items", **{**PICTURES, "backbones": other})
     changed = items.read("toy", "try", tmp_path / "items")
-    assert len(kept.missing(changed, [*items.trials(changed)], tmp_path / "results")) == 1
+    assert len(kept.find_missing(changed, [*items.trials(changed)], tmp_path / "results")) == 1
 
 
 def test_a_backbone_is_trained_on_from_another_one_which_is_made_before_it(
@@ -424,10 +428,10 @@ def test_a_backbone_is_trained_on_from_another_one_which_is_made_before_it(
     at = make.places(told(tmp_path))
     first, second = items.backbones(own, at)
     assert items.backbones(own, at)[first].backbone.path == str(second)
-    other = items.merged(own, {"backbones": {"few": {"overrides": {"pretrain": {"steps": 9}}}}})
+    other = items.merge(own, {"backbones": {"few": {"overrides": {"pretrain": {"steps": 9}}}}})
     assert first not in items.backbones(other, at)  # made of another one, it is another one
     pool = Here()
-    monkeypatch.setattr(make, "pretrained", lambda _, out: "" if out == second else "broken")
+    monkeypatch.setattr(make, "pretrain_backbone", lambda _, out: "" if out == second else "broken")
     assert make.prepare(own, told(tmp_path), pool) == ["broken"]
     assert [given[1] for given in pool.given] == [second, first]
 
@@ -459,7 +463,7 @@ def test_a_mistake_in_an_items_file_is_told(
 
 
 def test_words_are_tried_as_they_are() -> None:
-    assert items.worded({"training": {"schedule": "cosine", "lr": 1e-3}}) == (
+    assert items.format_overrides({"training": {"schedule": "cosine", "lr": 1e-3}}) == (
         "training.schedule=cosine, training.lr=0.001"
     )
 
@@ -551,7 +555,7 @@ def test_ctrl_c_ends_at_once_and_loses_nothing(tmp_path: Path) -> None:
     assert case["way"][-1][0] == 240
 
 
-@pytest.mark.parametrize(("name", "scale"), [*items.shown()])
+@pytest.mark.parametrize(("name", "scale"), [*items.list_shown()])
 def test_an_items_file_says_what_can_be_run(name: str, scale: str) -> None:
     item = items.read(name, scale)
     assert item["table"] in views.VIEWS
@@ -561,8 +565,8 @@ def test_an_items_file_says_what_can_be_run(name: str, scale: str) -> None:
     assert json.dumps([items.digest(item, case) for case in items.cases(item, {})])
     figure = figures.path_of(item)
     try:
-        rows = kept.whole(item)
-        drawn = figures.drawn(item, rows) if "figure" in item else ""
+        rows = kept.read_whole(item)
+        drawn = figures.draw_figure(item, rows) if "figure" in item else ""
     except FileNotFoundError:
         pytest.skip("not measured yet")
     # by the same matplotlib

@@ -203,7 +203,9 @@ def count(root: Path, modules: dict[str, Scopes], offenders: list[Offender]) -> 
         "participle functions, %": round(100 * kinds["participle"] / functions, 2),
         "pronoun bindings, %": round(100 * kinds["pronoun"] / bindings, 2),
         "class names with two meanings": len({o.name for o in offenders if o.kind == "class"}),
-        "largest folder, files": max(n for folder, n in folders.items() if folder != "."),
+        "largest folder, files": max(
+            (n for folder, n in folders.items() if folder != "."), default=0
+        ),
         "loose modules": folders["."],
     }
 

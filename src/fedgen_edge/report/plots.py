@@ -129,13 +129,15 @@ def client_gains(run: RunFiles) -> Figure | None:
     tested = [
         row for row in make_client_rows(run) if any(map(math.isfinite, row.test_results.values()))
     ]
-    rows = _spread(sorted(tested, key=lambda row: min(row.tested.values())))
+    rows = _spread(sorted(tested, key=lambda row: min(row.test_results.values())))
     figure, axes = make_figure(len(rows))
     for y, row in enumerate(rows):
-        ends = min(row.tested.values()), max(row.tested.values())
+        ends = min(row.test_results.values()), max(row.test_results.values())
         axes.plot(ends, (y, y), color=INK, alpha=0.25, linewidth=1)
     for model, color in assign_colors(by_model(run)).items():
-        points = [(y, row.tested[model]) for y, row in enumerate(rows) if model in row.tested]
+        points = [
+            (y, row.test_results[model]) for y, row in enumerate(rows) if model in row.test_results
+        ]
         heights, values = [y for y, _ in points], [value for _, value in points]
         mark = MARKERS.get(model, "v")
         axes.plot(values, heights, mark, color=color, markersize=6.5, label=model)

@@ -19,10 +19,6 @@ Row = dict[str, Any]
 BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
 PIECES = 4
 """Most tokens a word, where tokens are parts of words: of bytes there are about six."""
-T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281)
-"""Student's t that 97.5 % lie below, for 1 to 10 degrees of freedom."""
-FISHER = (1.95996, 2.37227, 2.82250, 2.55585)
-"""Coefficients of 1, 1/f, 1/f^2 and 1/f^3 in the same quantile with f degrees of freedom."""
 
 
 @dataclass(frozen=True)
@@ -239,12 +235,13 @@ def validation(rounds: Sequence[Row]) -> list[tuple[int, Number]]:
 def paired_interval(differences: Sequence[Number]) -> tuple[float, float, float]:
     """Mean, and the 95 % t-interval around it; boundless for a single difference.
 
-    Source: Student 1908; beyond 10 degrees of freedom, Fisher's expansion of the quantile.
+    Source: Student 1908.
     """
     mean, freedom = fmean(differences), len(differences) - 1
     if not freedom:
         return mean, -math.inf, math.inf
-    expanded = sum(term / freedom**power for power, term in enumerate(FISHER))
-    t = T975[freedom - 1] if freedom <= len(T975) else expanded
-    half = t * stdev(differences) / math.sqrt(len(differences))
+    # imported here: most commands that read a run's files need no interval
+    from scipy.special import stdtrit
+
+    half = float(stdtrit(freedom, 0.975)) * stdev(differences) / math.sqrt(len(differences))
     return mean, mean - half, mean + half
