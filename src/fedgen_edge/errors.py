@@ -1,10 +1,10 @@
-"""Everything that a user can cause, as one tree: the command prints one line and exits with 2."""
+"""All errors that a user can cause, as one tree: the command prints one line and exits with 2."""
 
 from collections.abc import Iterable
 
 
 class FedGenError(Exception):
-    """A mistake that its user can mend; the message names what is wrong and the way out."""
+    """A mistake that the user can fix; the message says what is wrong and how to fix it."""
 
 
 class ConfigError(FedGenError):
@@ -12,7 +12,7 @@ class ConfigError(FedGenError):
 
 
 class DataError(FedGenError):
-    """The data are missing, empty, or not what the settings say."""
+    """The data are missing, empty, or do not match the settings."""
 
 
 class AdapterError(FedGenError):
@@ -24,11 +24,11 @@ class CheckpointError(FedGenError):
 
 
 class TrainingError(FedGenError):
-    """Training left the finite numbers."""
+    """Training produced values that are not finite."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether there was no room for a tensor, on a processor or an accelerator, or for anything."""
+    """Whether memory ran out: for a tensor, on the CPU or an accelerator, or for any object."""
     no_room = ("can't allocate memory", "out of memory")  # torch's words, in a RuntimeError
     return isinstance(error, MemoryError) or any(words in str(error) for words in no_room)
 
@@ -42,7 +42,7 @@ class MissingExtraError(FedGenError):
 
 
 class RefusedError(FedGenError):
-    """A message over a network is not what was agreed; the run goes on without it."""
+    """A message over a network breaks the protocol; the run goes on without it."""
 
     def __init__(self, code: str, reason: str) -> None:
         super().__init__(f"{code}: {reason}")
@@ -50,32 +50,32 @@ class RefusedError(FedGenError):
 
 
 class QuorumError(FedGenError):
-    """Too few sites answered a round in time; the model is as it was."""
+    """Too few sites answered a round in time; the model is unchanged."""
 
 
 class WorkerError(FedGenError):
-    """A simulation's workers were lost, more often than their work is done again."""
+    """A simulation's workers died more often than their work is retried."""
 
 
 class CarrierError(FedGenError):
-    """Messages cannot be carried: what carries them is away, refuses, or has given the run up."""
+    """Messages cannot be delivered: the carrier is unreachable, refuses, or gave the run up."""
 
 
 def find_nearest(name: str, known: Iterable[str]) -> str | None:
-    """The name among these that this one is near to; none where there is no such."""
+    """Return the known name closest to this one, or None if none is close."""
     import difflib
 
     return next(iter(difflib.get_close_matches(name, list(known), n=1)), None)
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """A question that names the nearest of these; empty where none is near."""
+    """Return a question that names the closest known name; empty if none is close."""
     suggestion = find_nearest(name, known)
     return f"did you mean {suggestion!r}?" if suggestion else ""
 
 
 def _requirements(extra: str) -> list[str]:
-    """The libraries of an extra, in quotes: our own name is at no index."""
+    """Return an extra's libraries, quoted: this package itself is on no index."""
     from importlib.metadata import requires
 
     from packaging.requirements import Requirement

@@ -1,4 +1,4 @@
-"""Writes that are whole or not there, whatever moment the machine stops at; and checked reads."""
+"""Atomic writes, which are complete or absent whenever the machine stops; and checked reads."""
 
 import hashlib
 import os
@@ -10,23 +10,23 @@ from pathlib import Path
 from typing import Any
 
 SHIPPED = ("recipes", "requirements-kit.lock")
-"""What a wheel of this package has inside it, and its sources beside them."""
+"""Files that lie inside a wheel of this package, and beside its sources in a checkout."""
 DRAFT = re.compile(r"\.(.+?)\.\d+(\.old)?")
-"""Name of a draft: the target's, and the process that writes it."""
+"""The name of a draft: the target's name and the writing process's id."""
 
 MAX_DEPTH = 50
-"""Levels of a file's lists and tables, at most: ours have six."""
+"""Maximum nesting of lists and tables in a file; ours have six levels."""
 MAX_INTEGER = 2**63 - 1
-"""Whole numbers beyond it TOML does not have, and no setting or record needs."""
+"""TOML has no larger integers, and no setting or record needs one."""
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace a file in one step, and see it on the disk before returning."""
+    """Replace a file atomically, and make sure that it is on the disk before returning."""
     write_parts(path, (content,))
 
 
 def write_parts(path: Path, parts: Iterable[bytes]) -> None:
-    """The same, of content that may be made as it is written."""
+    """Replace a file atomically with content that may be produced while it is written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -42,7 +42,7 @@ def write_parts(path: Path, parts: Iterable[bytes]) -> None:
 
 @contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A draft folder to fill; it takes the path's place when the block ends without an error."""
+    """Yield a draft folder; it replaces the path when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     old = draft.with_name(f"{draft.name}.old")
@@ -50,7 +50,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     draft.mkdir()
     try:
         yield draft
-        for file in draft.rglob("*.safetensors"):  # which safetensors makes its owner's alone
+        for file in draft.rglob("*.safetensors"):  # safetensors lets only the owner read them
             file.chmod(draft.stat().st_mode & 0o666)
         for file in [p for p in draft.rglob("*") if p.is_file()]:
             with file.open("rb") as opened:
@@ -68,9 +68,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
 
 
 def clean_drafts(root: Path) -> None:
-    """Put right what a killed process left below a folder: drafts go, a replaced folder comes back.
+    """Clean up after a killed process: delete drafts below a folder, and restore a replaced folder.
 
-    Only for who alone writes there.
+    Call it only where no other process writes.
     """
     for draft in sorted(root.rglob(".*")):
         match = DRAFT.fullmatch(draft.name)
@@ -85,14 +85,14 @@ def clean_drafts(root: Path) -> None:
 
 
 def parse(text: str | bytes, parser: Callable[[str], Any]) -> Any:
-    """The value of a text that may be damaged or hostile.
+    """Parse a text that may be damaged or hostile.
 
     Args:
         text: bytes must be UTF-8.
         parser: `json.loads` or `tomllib.loads`.
 
     Raises:
-        ValueError: in one sentence, why it has none, or none that we write.
+        ValueError: the text has no value, or none that we would write; says why in one sentence.
     """
     try:
         value = parser(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
@@ -107,7 +107,7 @@ def parse(text: str | bytes, parser: Callable[[str], Any]) -> Any:
 
 
 def _check_value(value: Any) -> None:
-    """Refuse what would fail later, in code that expects ordinary values."""
+    """Refuse values that would fail later, in code that expects ordinary ones."""
     level = [value]
     for _ in range(MAX_DEPTH):
         if any(isinstance(v, int) and abs(v) > MAX_INTEGER for v in level):
@@ -124,14 +124,14 @@ def _holds_others(value: Any) -> bool:
 
 
 def find_shipped(name: str) -> Path:
-    """Where a file or folder lies that is shipped with the package."""
+    """Return the path of a file or folder that is shipped with the package."""
     package = Path(__file__).parent
     inside = package / name
     return inside if inside.exists() else package.parents[1] / name
 
 
 def find_recipe(name: str) -> Path:
-    """The file of that name, or where there is none the one shipped as `recipes/NAME`."""
+    """Return the file of that name, or else the shipped `recipes/NAME`."""
     path, folder = Path(name), find_shipped("recipes")
     if not path.is_file() and path.parent.as_posix() in {".", "recipes"}:
         for shipped in (folder / path.name, folder / f"{path.name}.toml"):
@@ -141,7 +141,7 @@ def find_recipe(name: str) -> Path:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

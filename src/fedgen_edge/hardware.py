@@ -1,4 +1,4 @@
-"""What the machine at hand decides: its device, how many clients a stack holds, its memory."""
+"""What does this machine decide? The device, the threads, the clients in a stack, the memory."""
 
 import ctypes
 import os
@@ -21,23 +21,23 @@ from fedgen_edge.tasks.task import Task
 from fedgen_edge.types import Batch, Leaves
 
 CPU_TOKENS = 4096
-"""Tokens in one step beyond which a CPU gains nothing from a larger stack: with as many, a round of
-stories260K was 7 % quicker than with half, and one of SmolLM2 2 to 7 %."""
+"""Tokens in one step beyond which a CPU gains nothing from a larger stack: compared with half as
+many, a round of stories260K was 7 % quicker, and one of SmolLM2 2 to 7 %."""
 LARGE_STEP = 0.2
-"""Seconds of a step beyond which every thread has enough to do."""
+"""A step that takes more seconds than this gives every thread enough to do."""
 SPEEDUP_THRESHOLD = 0.85
-"""Part of the seconds with more threads that fewer must stay below to be preferred."""
+"""Fewer threads are preferred if a step takes less than this fraction of its time with more."""
 LOAD_SAMPLE = 0.3
-"""Seconds for which the load of other programs is watched."""
+"""Seconds over which the load of other programs is measured."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""glibc's names for them, in malloc.h."""
+"""Parameters of glibc's mallopt, from malloc.h."""
 
 
 def device(name: str) -> torch.device:
-    """The device of this name; `auto` is an accelerator where there is one.
+    """Return the device of this name; `auto` means an accelerator if there is one.
 
     Raises:
-        ConfigError: there is none such.
+        ConfigError: there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,20 +53,20 @@ def device(name: str) -> torch.device:
 
 @dataclass
 class Threads:
-    """The number of torch's threads, as others set it and as it is set here."""
+    """The number of torch's threads: the default, and the last number set here."""
 
     default: int
-    """What torch, OMP_NUM_THREADS or the program that uses this package says."""
+    """The number set by torch, OMP_NUM_THREADS or the program that uses this package."""
     last_set: int | None = None
-    """What was set here last."""
+    """The number set here most recently."""
 
     def set(self, number: int) -> None:
-        """Have torch compute with this many."""
+        """Make torch compute with this many threads."""
         torch.set_num_threads(number)
         self.last_set = number
 
     def get_default(self) -> int:
-        """The number that applied before anything was set here."""
+        """Return the number that applied before anything was set here."""
         if (now := torch.get_num_threads()) != self.last_set:
             self.default = now
         return self.default
@@ -76,27 +76,27 @@ THREADS = Threads(torch.get_num_threads())
 
 
 def set_threads(number: int | None) -> None:
-    """Have torch compute with this many threads; None: with every core that is to be had.
+    """Make torch compute with this many threads; None means every available core.
 
-    Those are what the process's affinity and its container's quota leave it, less what other
-    programs keep busy now.
+    Available are the cores that the process's affinity and its container's quota allow, less those
+    that other programs keep busy now.
     """
     max_threads = min(THREADS.get_default(), joblib.cpu_count())
     THREADS.set(number or (min(max_threads, _idle_cores()) if max_threads > 1 else max_threads))
 
 
 def choose_threads(task: Task, adapter: Leaves, batch: Batch, clients: int | None) -> None:
-    """Have torch compute with as many threads as training gains from, and no more than now.
+    """Make torch compute with as many threads as training benefits from, and no more than now.
 
-    Half as many are tried as long as a step is clearly quicker with them: small models lose to
-    waiting at every operation what they gain in it. A large step is not tried: it fills every
-    thread.
+    The number is halved as long as a step gets clearly quicker: in small models, threads that wait
+    for each other at every operation lose what they gain in it. A large step is not timed: it
+    keeps every thread busy.
 
     Args:
         task: whose loss is trained.
         adapter: one client's leaves, on the task's device.
         batch: one client's batch, there too.
-        clients: in one step; None for a task that takes no stack.
+        clients: number of clients in one step; None for a task that cannot be stacked.
     """
     max_threads = torch.get_num_threads()
     if max_threads == 1 or batch["mask"].device.type != "cpu":
@@ -108,7 +108,7 @@ def choose_threads(task: Task, adapter: Leaves, batch: Batch, clients: int | Non
 
 
 def choose_thread_count(seconds: Callable[[int], float], max_threads: int) -> int:
-    """Halve the number of threads as long as a step's seconds clearly fall."""
+    """Halve the number of threads as long as a step gets clearly quicker."""
     best, best_seconds = max_threads, seconds(max_threads)
     while best > 1 and (fewer_seconds := seconds(best // 2)) < SPEEDUP_THRESHOLD * best_seconds:
         best, best_seconds = best // 2, fewer_seconds
@@ -116,7 +116,7 @@ def choose_thread_count(seconds: Callable[[int], float], max_threads: int) -> in
 
 
 def _idle_cores() -> int:
-    """Cores of this process's affinity that no other program uses now; at least one."""
+    """Count the cores in this process's affinity that no other program uses now; at least one."""
     loads = psutil.cpu_percent(LOAD_SAMPLE, percpu=True)
     process = psutil.Process()
     cores = process.cpu_affinity() if hasattr(process, "cpu_affinity") else range(len(loads))
@@ -126,9 +126,9 @@ def _idle_cores() -> int:
 def _step_seconds(
     threads: int, task: Task, adapter: Leaves, batch: Batch, clients: int | None
 ) -> float:
-    """Seconds of a forward and a backward pass with this many threads: the best of three.
+    """Return the seconds of a forward and backward pass with this many threads: the best of three.
 
-    The first one, which also wakes the threads up, does not count unless it is a large one.
+    The first pass, which also starts the threads, counts only if the step is large.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -153,7 +153,7 @@ def _timed_step(task: Task, adapter: Leaves, batch: Batch, clients: int | None) 
 
 
 def stack_size(task: Task, adapter: Leaves, batch: Batch) -> int:
-    """Clients in one stack: what half of the free memory holds, measured on one client's batch.
+    """Count the clients whose stack fits in half of the free memory, measured on one batch.
 
     Args:
         task: whose loss is trained.
@@ -175,7 +175,7 @@ def stack_size(task: Task, adapter: Leaves, batch: Batch) -> int:
 
 
 def saved_bytes(task: Task, adapter: Leaves, batch: Batch, clients: int) -> int:
-    """Bytes that the forward pass of a stack keeps for its backward pass, frozen weights too."""
+    """Count the bytes that a stack's forward pass saves for backward, frozen weights included."""
     storage_bytes: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -192,10 +192,10 @@ def saved_bytes(task: Task, adapter: Leaves, batch: Batch, clients: int) -> int:
 
 
 def steady_allocations() -> None:
-    """Have glibc keep freed memory instead of giving it back after each step.
+    """Make glibc keep freed memory instead of returning it to the system after each step.
 
-    Activations of many megabytes are else mapped and unmapped, and their pages zeroed, at every
-    step. Where there is no glibc, nothing happens.
+    Otherwise activations of many megabytes are mapped and unmapped, and their pages zeroed, at
+    every step. Without glibc, this does nothing.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
@@ -206,7 +206,7 @@ def steady_allocations() -> None:
 
 
 def trim_memory() -> None:
-    """Have glibc return what is free now: the next stage's shapes would not fit its holes."""
+    """Make glibc return free memory: the next stage's tensors would not fit into its holes."""
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
     except (OSError, AttributeError):
@@ -214,7 +214,7 @@ def trim_memory() -> None:
 
 
 def peak_memory() -> int:
-    """Most bytes that this process ever had in memory; 0 where the system does not say."""
+    """Return the process's peak memory in bytes; 0 if the system does not report it."""
     status_file = Path("/proc/self/status")
     match = (
         re.search(r"VmHWM:\s+(\d+) kB", status_file.read_text()) if status_file.exists() else None
@@ -223,7 +223,7 @@ def peak_memory() -> int:
 
 
 def describe_hardware(device: torch.device) -> str:
-    """The processor, in words."""
+    """Describe the processor in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")

@@ -1,4 +1,4 @@
-"""Arithmetic on leaves: with it, the algebra of federated learning is a few lines a method."""
+"""Arithmetic on leaves, with which the algebra of a federated method takes a few lines."""
 
 from collections.abc import Callable, Sequence
 
@@ -10,22 +10,22 @@ from fedgen_edge.types import Leaves
 
 
 def add(left: Leaves, right: Leaves) -> Leaves:
-    """Leaf by leaf; a leaf that `right` lacks is kept as it is."""
+    """Add leaf by leaf; a leaf that `right` lacks stays unchanged."""
     return {k: v + right[k] if k in right else v for k, v in left.items()}
 
 
 def subtract(left: Leaves, right: Leaves) -> Leaves:
-    """Leaf by leaf; both have the same names."""
+    """Subtract leaf by leaf; both must have the same names."""
     return {k: left[k] - right[k] for k in left}
 
 
 def scale(leaves: Leaves, factor: float) -> Leaves:
-    """Every leaf times the factor."""
+    """Multiply every leaf by the factor."""
     return {k: v * factor for k, v in leaves.items()}
 
 
 def mean(members: Sequence[Leaves], weights: Float[Tensor, " clients"]) -> Leaves:
-    """Weighted mean, in the members' order; the weights need not sum to one.
+    """Return the weighted mean, summed in the members' order; the weights need not sum to one.
 
     Raises:
         ValueError: the weights sum to zero, or there are no members.
@@ -41,19 +41,19 @@ def mean(members: Sequence[Leaves], weights: Float[Tensor, " clients"]) -> Leave
 
 
 def norm(leaves: Leaves, axes: int = 0) -> Float[Tensor, "*clients"]:
-    """Euclidean norm over all leaves together; the first `axes` dimensions are kept."""
+    """Return the Euclidean norm over all leaves together; the first `axes` dimensions remain."""
     squares = [v.square().flatten(axes).sum(-1) for v in leaves.values()]
     return torch.stack(squares).sum(0).sqrt()
 
 
 def max_magnitude(leaf: Tensor) -> float:
-    """The largest magnitude; one that is no number is larger than all."""
+    """Return the largest magnitude; a NaN counts as larger than any number."""
     low, high = torch.aminmax(leaf)
     return float("inf") if low.isnan() else max(-float(low), float(high))
 
 
 def flatten(leaves: Leaves) -> Float[Tensor, " values"]:
-    """All values in a row, float64."""
+    """Concatenate all values into one float64 vector."""
     return torch.cat([v.flatten().double() for v in leaves.values()])
 
 
@@ -63,21 +63,21 @@ def stack(members: Sequence[Leaves]) -> Leaves:
 
 
 def fill_missing(members: Sequence[Leaves]) -> list[Leaves]:
-    """The same members with the same names: what one of them lacks is zero."""
+    """Give all members the same names: a leaf that one of them lacks becomes zeros."""
     shapes = {k: v for member in members for k, v in member.items()}
     return [{k: m.get(k, torch.zeros_like(v)) for k, v in shapes.items()} for m in members]
 
 
 def shapes(leaves: Leaves) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf."""
+    """Return the shape of every leaf."""
     return {k: tuple(v.shape) for k, v in leaves.items()}
 
 
 def row(leaves: Leaves, index: int) -> Leaves:
-    """One client's leaves out of a stack."""
+    """Return one client's leaves from a stack."""
     return {k: v[index] for k, v in leaves.items()}
 
 
 def select(leaves: Leaves, keep: Callable[[str], bool]) -> Leaves:
-    """The leaves whose names pass."""
+    """Return the leaves whose names satisfy the predicate."""
     return {k: v for k, v in leaves.items() if keep(k)}

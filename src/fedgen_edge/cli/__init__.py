@@ -1,1 +1,1 @@
-"""What did the user ask for? Parse, call, print."""
+"""What does the user want to run? Parse, call, print."""

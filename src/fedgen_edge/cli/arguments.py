@@ -1,4 +1,4 @@
-"""From a command's arguments to what they ask for; every mistake is one line."""
+"""Parse a command's arguments; every mistake becomes one line."""
 
 import contextlib
 import io
@@ -17,13 +17,13 @@ from fedgen_edge.files import find_recipe
 CommandT = TypeVar("CommandT")
 
 TAKE_SETTINGS = frozenset(("run", "pretrain", "plan", "deploy init"))
-"""Commands that every setting of a run can be given to."""
+"""Commands that accept every setting of a run."""
 
 
 def parse(
     kind: type[CommandT], args: list[str], name: str, default: CommandT | None = None
 ) -> CommandT:
-    """Read arguments with tyro, whose page-long complaints become one line."""
+    """Parse arguments with tyro, whose page-long errors become one line."""
     captured = io.StringIO()
     run_tyro = partial(tyro.cli, kind, args=args, prog=f"fedgen {name}")
     if default is not None:
@@ -44,7 +44,7 @@ def parse(
 
 @contextlib.contextmanager
 def _widen_terminal() -> Iterator[None]:
-    """No line breaks in what is read back."""
+    """Prevent line breaks in the output that is parsed."""
     before = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "5000"
     try:
@@ -91,6 +91,6 @@ def _describe_unrecognized(word: str, command: str, options: list[str]) -> str:
 
 
 def pop_recipe(args: list[str]) -> tuple[str | None, Settings]:
-    """The recipe that comes first, taken off the arguments, and its settings."""
+    """Remove a leading recipe from the arguments, and return it with its settings."""
     name = args.pop(0) if args and not args[0].startswith("-") else None
     return name, load(find_recipe(name)) if name else Settings()

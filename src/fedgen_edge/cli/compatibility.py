@@ -1,4 +1,4 @@
-"""Which method works with what: found by the same checks that refuse settings, never told twice."""
+"""Compute which method works with which feature, using the checks that refuse settings."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,13 +11,13 @@ from fedgen_edge.errors import ConfigError
 
 
 class Feature(NamedTuple):
-    """Something that settings can ask for beside a method."""
+    """A feature that settings can enable in addition to a method."""
 
     about: str
     enable: Callable[[Settings], Settings]
-    """Settings that ask for it."""
+    """Returns the settings with the feature enabled."""
     validate: Callable[[Settings], None] = check
-    """What reads them."""
+    """Checks the settings."""
 
 
 def _check_sites(settings: Settings) -> None:
@@ -59,14 +59,14 @@ FEATURES: dict[str, Feature] = {
     ),
     "sites": Feature("fedgen server and client: many machines", lambda s: s, _check_sites),
 }
-"""By the heading of a column."""
+"""Features by the heading of a column."""
 
 
 def find_settings(name: str) -> Settings:
-    """Settings with which a method works, else the defaults.
+    """Return settings with which a method works, the defaults if possible.
 
     Raises:
-        ConfigError: there are none; a method's needs and this table disagree.
+        ConfigError: there are none; the method's requirements and this table disagree.
     """
     defaults = Settings()
     with_method = replace(defaults, method=replace(defaults.method, name=name))
@@ -82,7 +82,7 @@ def find_settings(name: str) -> Settings:
 
 
 def find_objection(name: str, feature: str) -> str | None:
-    """Why a method does not work with a feature, and what would; none where it does."""
+    """Say why a method does not work with a feature, and what would; None if it does."""
     requested = FEATURES[feature]
     try:
         requested.validate(requested.enable(find_settings(name)))
@@ -92,7 +92,7 @@ def find_objection(name: str, feature: str) -> str | None:
 
 
 def make_row(name: str) -> dict[str, str | None]:
-    """A method's objections, feature by feature; and what its parts say of those to come."""
+    """Return a method's objections by feature, including features that no setting enables yet."""
     entry = METHODS[name]
     objections = {feature: find_objection(name, feature) for feature in FEATURES}
     algorithm = entry.make(Settings().method)
@@ -111,21 +111,21 @@ PLANNED = {
     "secure sums": "secure summation, which is not built yet: the server needs sums alone",
     "4-bit": "a quantised backbone, which is not built yet: the backbone stays frozen",
 }
-"""Columns that no setting asks for yet."""
+"""Columns of features that no setting enables yet."""
 
 
 def format_mark(feature: str, objection: str | None) -> str:
-    """A table's entry for a method and a feature."""
+    """Format the table's entry for a method and a feature."""
     if feature in PLANNED:
         return "-"
     return "no" if objection else "yes"
 
 
 def make_legend() -> dict[str, str]:
-    """What each column means."""
+    """Return the meaning of each column."""
     return {**{name: feature.about for name, feature in FEATURES.items()}, **PLANNED}
 
 
 def make_rows() -> dict[str, dict[str, str | None]]:
-    """Every method's."""
+    """Return every method's row."""
     return {name: make_row(name) for name in METHODS}

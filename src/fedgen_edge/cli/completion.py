@@ -1,4 +1,4 @@
-"""A shell's completion of `fedgen`, by tyro."""
+"""Shell completion of `fedgen`, by tyro."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Union
@@ -15,11 +15,11 @@ def print_completion(commands: Mapping[str, Any], shell: str) -> None:
     """Print the script that completes these commands' names and options.
 
     Args:
-        commands: a class for each, an instance that has its defaults, or its own commands.
+        commands: for each name a class, an instance with its defaults, or subcommands.
         shell: bash, zsh or fish.
 
     Raises:
-        ConfigError: it is another.
+        ConfigError: it is another shell.
     """
     if shell not in SHELLS:
         raise ConfigError(f"{FLAG}={shell!r} is none of {', '.join(SHELLS)}: name one of them")

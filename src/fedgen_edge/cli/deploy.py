@@ -154,7 +154,7 @@ def server(options: Server) -> None:
     from fedgen_edge.runs.progress import follow
 
     home = prepare_server(options.folder)
-    # What it has started is ended with it, as by ctrl-c.
+    # Stop what it started along with it, as ctrl-c does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         follow(run_server(home), home, describe_federation(home))

@@ -1,4 +1,4 @@
-"""Heavy libraries: imported quickly, and asked for by name where they are missing."""
+"""Import heavy libraries quickly, and name the package to install if one is missing."""
 
 import gc
 import sys
@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PACKAGES = {"PIL": "pillow", "sklearn": "scikit-learn", "flwr": "flwr==1.41.0"}
-"""What pip installs, where a module has another name than its package."""
+"""Packages whose names for pip differ from their modules' names."""
 
 
 @contextmanager
 def speed_up_imports() -> Iterator[None]:
-    """Import heavy libraries without looking through what they leave for cycles, then or later.
+    """Import heavy libraries without garbage collection of their objects, then or later.
 
-    Once they are there, nothing is done.
+    If they are already imported, this does nothing.
     """
     if "torch" in sys.modules:
         yield

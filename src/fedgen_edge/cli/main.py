@@ -113,7 +113,7 @@ class Methods:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command."""
     args = list(sys.argv[1:] if arguments is None else arguments)
-    atexit.register(gc.freeze)  # an ending process need not look for cycles: most of a second
+    atexit.register(gc.freeze)  # skips a garbage collection at exit: most of a second
     try:
         _check_text(args)
         _dispatch(args)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _check_text(args: list[str]) -> None:
-    """Refuse bytes that are not text: they could be written into no file of a run."""
+    """Refuse bytes that are not text, since a run's files could not hold them."""
     for at, arg in enumerate(args, 1):
         if any("\ud800" <= letter <= "\udfff" for letter in arg):
             raise ConfigError(f"argument {at}, {arg!a}, is not UTF-8: write it in that encoding")
@@ -170,7 +170,7 @@ def _dispatch(args: list[str]) -> None:
 
 
 def _list_completions() -> dict[str, object]:
-    """What a shell completes: the commands, those with settings by their defaults."""
+    """Return the commands for shell completion, with default settings."""
     settings = Settings()
     return {
         "run": Run(settings),

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedgen_edge.types import Leaves
 
 MIN_SCALE, MAX_SCALE = 1e-3, 1e3
-"""Of what logits are divided or multiplied by: beyond, they leave the finite numbers."""
+"""Range of factors and divisors of logits: beyond it, logits become infinite."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def _format_option(options: Generate, name: str) -> str:
 
 
 def _check_material(options: Generate, *, images: bool) -> None:
-    """Refuse what is of pictures where a model writes text, and the other way round."""
+    """Refuse options of images for a text model, and the other way around."""
     if not images and options.kind is not None:
         raise ConfigError(
             f"--class={options.kind!r} is for pictures, and this run learns text: say --prompt"

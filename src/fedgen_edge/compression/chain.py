@@ -1,9 +1,9 @@
-"""A change in fewer bytes: all its leaves as one vector, through a chain of stages.
+"""Compress an update: a chain of stages encodes all its leaves as one vector.
 
-The vector has the leaves in the order of names. A chain may put thin factors in the place of
-matrices (low-rank), keep some of the values (top-k or random-k), write them in fewer bits (fp16,
-bf16, int8 or int4), and have zstd shorten the file. All of the file but its values follows from the
-chain and the shapes of the leaves, so a receiver knows it beforehand, and refuses anything else.
+The vector holds the leaves in the order of their names. A chain may replace matrices by low-rank
+factors, keep some of the values (top-k or random-k), write them in fewer bits (fp16, bf16, int8 or
+int4), and compress the file with zstd. Everything in the file except its values follows from the
+chain and the shapes of the leaves, so a receiver knows it beforehand and refuses anything else.
 """
 
 import math
@@ -24,12 +24,12 @@ from fedgen_edge.leaves import add, scale, shapes
 from fedgen_edge.types import Leaves
 
 STAGE_ORDER = ((LowRank,), (TopK, RandomK), (Cast, Quantize), (Zstd,))
-"""Of these one at most from each, in this order."""
+"""A chain has at most one stage from each group, in this order."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What an update passes on its way; no stages leave it float32.
+    """The stages that encode an update; without stages it stays float32.
 
     Raises:
         ConfigError: two stages of one kind, or an order that cannot be undone.
@@ -51,49 +51,49 @@ class Chain:
 
     @property
     def low_rank(self) -> LowRank | None:
-        """What makes matrices thin."""
+        """The low-rank stage, if there is one."""
         return next((s for s in self.stages if isinstance(s, LowRank)), None)
 
     @property
     def sparsifier(self) -> Sparsifier | None:
-        """What keeps some values only."""
+        """The stage that keeps only some values, if there is one."""
         return next((s for s in self.stages if isinstance(s, TopK | RandomK)), None)
 
     @property
     def value_encoder(self) -> ValueEncoder:
-        """What writes values; as they are where no stage does."""
+        """The stage that writes values; without one they are written as float32."""
         return next((s for s in self.stages if isinstance(s, Cast | Quantize)), Cast("fp32"))
 
     @property
     def zstd(self) -> Zstd | None:
-        """What shortens the file."""
+        """The zstd stage, if there is one."""
         return next((s for s in self.stages if isinstance(s, Zstd)), None)
 
     def get_sent_shapes(self, schema: Schema) -> Schema:
-        """Shapes of the leaves that become one vector."""
+        """Return the shapes of the leaves that become one vector."""
         return self.low_rank.get_sent_shapes(schema) if self.low_rank else schema
 
     def count_kept(self, count: int) -> int:
-        """How many of `count` values are sent."""
+        """Count how many of `count` values are sent."""
         return self.sparsifier.count_kept(count) if self.sparsifier else count
 
     def get_form(self, count: int) -> Form:
-        """The parts of a file of `count` values, before zstd."""
+        """Return the parts of a file of `count` values, before zstd."""
         position_form = self.sparsifier.get_form(count) if self.sparsifier else {}
         return {**position_form, **self.value_encoder.get_form(self.count_kept(count))}
 
 
 def compress(chain: Chain, leaves: Leaves, rng: Generator, seed: int) -> bytes:
-    """The leaves as they travel; no values take no bytes.
+    """Encode leaves as a payload; without values it is empty.
 
     Args:
-        chain: what they pass.
-        leaves: one client's, finite.
-        rng: draws how int8 and int4 round; only the sender has it.
-        seed: draws random-k's places; both sides have it.
+        chain: stages that encode them.
+        leaves: one client's leaves, finite.
+        rng: rounds int8 and int4 stochastically; only the sender has it.
+        seed: draws random-k's positions; both sides have it.
 
     Raises:
-        TrainingError: a value is not finite, or larger than its type can hold.
+        TrainingError: a value is not finite, or too large for its type.
     """
     if not any(leaf.numel() for leaf in leaves.values()):
         return b""
@@ -110,16 +110,16 @@ def compress(chain: Chain, leaves: Leaves, rng: Generator, seed: int) -> bytes:
 
 
 def decompress(chain: Chain, payload: bytes, schema: Schema, seed: int) -> Leaves:
-    """The leaves of a payload that may be hostile, in the order of names.
+    """Decode a payload that may be hostile; the leaves are in the order of their names.
 
     Args:
-        chain: what they passed.
-        payload: of any length; one longer than `longest` is refused at once.
-        schema: shapes of all leaves; they do not travel.
-        seed: draws random-k's places; both sides have it.
+        chain: stages that encoded them.
+        payload: of any length; one longer than `get_max_bytes` is refused at once.
+        schema: shapes of all leaves; they are not sent.
+        seed: draws random-k's positions; both sides have it.
 
     Raises:
-        RefusedError: the payload is not what this chain makes of such leaves. The codes are
+        RefusedError: this chain cannot produce the payload from such leaves. The codes are
             `wrong-length`, `bad-header`, `bad-frame`, `bad-positions`, `bad-values`, `not-finite`.
     """
     sent_shapes = chain.get_sent_shapes(schema)
@@ -149,23 +149,23 @@ def decompress(chain: Chain, payload: bytes, schema: Schema, seed: int) -> Leave
 def compress_with_feedback(
     chain: Chain, delta: Leaves, residual: Leaves, decay: float, rng: Generator, seed: int
 ) -> tuple[bytes, Leaves]:
-    """A change with what earlier payloads of its client left out: u = delta + decay * residual.
+    """Compress an update with error feedback: u = delta + decay * residual.
 
     Args:
-        chain: what it passes.
-        delta: the round's change.
-        residual: what the last call returned; nothing at first.
-        decay: 1 forgets nothing; below 1 where a client may miss many rounds, since what it left
-            out grows stale.
-        rng: draws how int8 and int4 round.
-        seed: draws random-k's places.
+        chain: stages that encode it.
+        delta: the update of this round.
+        residual: what the previous call returned; empty at first.
+        decay: 1 forgets nothing; use less than 1 if a client may miss many rounds, since its
+            residual grows stale.
+        rng: rounds int8 and int4 stochastically.
+        seed: draws random-k's positions.
 
     Returns:
-        The payload, and the next residual: u less what the receiver decodes.
+        The payload, and the next residual: u minus what the receiver decodes.
 
     Raises:
-        ConfigError: the chain multiplies what it keeps, and the residual would grow for ever.
-        TrainingError: as `compress`.
+        ConfigError: the chain scales the values it keeps, so the residual would grow without bound.
+        TrainingError: as in `compress`.
 
     Source: Karimireddy et al. 2019, EF-SGD (arXiv:1901.09847).
     """
@@ -178,10 +178,10 @@ def compress_with_feedback(
 
 
 def count_part_bytes(chain: Chain, schema: Schema) -> dict[str, int]:
-    """Bytes of a payload by what they are for: `header`, and each part; zstd not counted.
+    """Count a payload's bytes by purpose: `header`, and each part; before zstd.
 
-    The header is the file's metadata, names, types and shapes of the parts, and 8 bytes for its
-    own length. Their sum is the payload's length.
+    The header holds the file's metadata, the names, types and shapes of the parts, and 8 bytes for
+    its own length. The sum is the payload's length.
     """
     count = count_values(chain.get_sent_shapes(schema))
     if not count:
@@ -192,7 +192,7 @@ def count_part_bytes(chain: Chain, schema: Schema) -> dict[str, int]:
 
 
 def get_max_bytes(chain: Chain, schema: Schema) -> int:
-    """The most bytes that an honest payload has; without zstd each has exactly so many."""
+    """Return the maximum bytes of an honest payload; without zstd, its exact length."""
     payload_bytes = sum(count_part_bytes(chain, schema).values())
     return (
         chain.zstd.get_max_bytes(payload_bytes) if chain.zstd and payload_bytes else payload_bytes
@@ -200,10 +200,10 @@ def get_max_bytes(chain: Chain, schema: Schema) -> int:
 
 
 def count_bits_per_value(length: int, schema: Schema) -> float:
-    """Bits that a payload of so many bytes takes for each value, sent or not."""
+    """Return a payload's bits per value, given its bytes and counting values that are not sent."""
     return 8 * length / count_values(schema)
 
 
 def count_values(schema: Schema) -> int:
-    """Values of all leaves together."""
+    """Count the values of all leaves together."""
     return sum(math.prod(shape) for shape in schema.values())

@@ -1,4 +1,4 @@
-"""A stage that sends a matrix as two thin ones whose product is near it."""
+"""A stage that sends a matrix as two low-rank factors whose product approximates it."""
 
 import math
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from fedgen_edge.compression.serialize import Schema
 from fedgen_edge.types import Leaves
 
 LEFT, RIGHT = "/left", "/right"
-"""End the names of the two thin matrices of a leaf."""
+"""Suffixes of the names of a leaf's two factors."""
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The closest product of a rank to each leaf, where its factors have fewer values than it has.
+    """The best low-rank approximation of each leaf whose factors have fewer values than the leaf.
 
-    A leaf is taken as a matrix of its first axis by all others. Singular values are split evenly
-    between both factors, so that they are of one size.
+    A leaf is viewed as a matrix of its first axis by all others. Singular values are split evenly
+    between both factors, so that they have the same scale.
 
     Source: Konečný et al. 2016 (arXiv:1610.05492), its structured updates.
-    Differs: the closest product of all, where theirs draws one factor and trains the other.
+    Differs: we take the best approximation; they draw one factor and train the other.
     """
 
     rank: int
@@ -28,7 +28,7 @@ class LowRank:
     name = "low-rank"
 
     def get_sent_shapes(self, schema: Schema) -> dict[str, tuple[int, ...]]:
-        """Shapes of what is sent of leaves of these shapes."""
+        """Return the shapes that are sent for leaves of these shapes."""
         sent_shapes: dict[str, tuple[int, ...]] = {}
         for name, shape in schema.items():
             if self._is_factorized(shape):
@@ -39,7 +39,7 @@ class LowRank:
         return sent_shapes
 
     def encode(self, leaves: Leaves) -> Leaves:
-        """The factors of each leaf that has some, and the other leaves."""
+        """Return the factors of each leaf that is factorized, and the other leaves."""
         encoded: Leaves = {}
         for name, leaf in leaves.items():
             if self._is_factorized(leaf.shape):
@@ -52,7 +52,7 @@ class LowRank:
         return encoded
 
     def decode(self, encoded: Leaves, schema: Schema) -> Leaves:
-        """The leaves of this schema."""
+        """Restore the leaves of this schema."""
         return {
             name: (encoded[name + LEFT] @ encoded[name + RIGHT]).reshape(shape)
             if self._is_factorized(shape)

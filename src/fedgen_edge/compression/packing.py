@@ -1,6 +1,6 @@
-"""Of a form that both sides know: places as bits, codes of four bits, and the file around them.
+"""Payloads of a form that both sides know: positions as bits, four-bit codes, and the file.
 
-The receiver computes the form from its settings; what differs from it in one byte is refused.
+The receiver computes the form from its settings, and refuses a file that differs in one byte.
 """
 
 import importlib.util
@@ -18,10 +18,10 @@ from torch import Tensor
 from fedgen_edge.errors import ConfigError, MissingExtraError, RefusedError
 
 Parts = dict[str, Tensor]
-"""What a payload is made of: vectors by name."""
+"""The parts of a payload: vectors by name."""
 
 Form = Mapping[str, tuple[torch.dtype, int]]
-"""What parts must be: type and number of elements, by name."""
+"""What the parts must look like: type and number of elements, by name."""
 
 DTYPE_NAMES = {
     torch.float32: "F32",
@@ -30,11 +30,11 @@ DTYPE_NAMES = {
     torch.int8: "I8",
     torch.uint8: "U8",
 }
-"""safetensors' names, in the order in which it lays out types."""
+"""safetensors' names of types, in the order in which it lays them out."""
 
 
 def make_header(form: Form) -> bytes:
-    """What `save` puts before the values of such parts: a length of 8 bytes, and text."""
+    """Return what `save` writes before the values of such parts: an 8-byte length, and text."""
     order = list(DTYPE_NAMES)
     entries: dict[str, dict[str, object]] = {}
     offset = 0
@@ -52,22 +52,22 @@ def make_header(form: Form) -> bytes:
 
 
 def count_file_bytes(form: Form) -> int:
-    """Bytes of a file of such parts."""
+    """Count the bytes of a file of such parts."""
     return len(make_header(form)) + sum(dtype.itemsize * count for dtype, count in form.values())
 
 
 def pack_parts(parts: Parts) -> bytes:
-    """One safetensors file."""
+    """Write the parts as one safetensors file."""
     return save({k: v.contiguous() for k, v in parts.items()})
 
 
 def unpack_parts(payload: bytes, form: Form) -> Parts:
-    """The parts of a file that is of this form, byte for byte up to its values.
+    """Return the parts of a file that has exactly this form, byte for byte up to its values.
 
     The header is compared before a library reads it.
 
     Raises:
-        RefusedError: another length (`wrong-length`) or another header (`bad-header`).
+        RefusedError: the length differs (`wrong-length`), or the header does (`bad-header`).
     """
     expected_length, expected_header = count_file_bytes(form), make_header(form)
     if len(payload) != expected_length:
@@ -81,11 +81,11 @@ def unpack_parts(payload: bytes, form: Form) -> Parts:
 
 
 def mask_largest(values: Float[Tensor, " count"], num_kept: int) -> Bool[Tensor, " count"]:
-    """Where the largest values are; of equal ones, those that come first.
+    """Return a mask of the largest values; among equal ones, the first win.
 
     Args:
         values: finite.
-        num_kept: how many, from 1 to all.
+        num_kept: how many to select, from 1 to all.
     """
     threshold = torch.kthvalue(values, values.numel() - num_kept + 1).values
     above, tied = values > threshold, values == threshold
@@ -93,28 +93,28 @@ def mask_largest(values: Float[Tensor, " count"], num_kept: int) -> Bool[Tensor,
 
 
 def uses_gaps(count: int, num_kept: int) -> bool:
-    """Whether places are shorter as gaps than as a bitmap: below about a quarter of all."""
+    """Whether gaps are shorter than a bitmap: true below a density of about a quarter."""
     return _count_gap_bytes(count, num_kept) < _count_bytes(count)
 
 
 def get_position_form(count: int, num_kept: int) -> dict[str, tuple[torch.dtype, int]]:
-    """How `kept` places of `count` are told, which their number alone decides."""
+    """Return the form of `num_kept` positions among `count`; only the two numbers decide it."""
     if uses_gaps(count, num_kept):
         return {"gaps": (torch.uint8, _count_gap_bytes(count, num_kept))}
     return {"bitmap": (torch.uint8, _count_bytes(count))}
 
 
 def encode_positions(mask: Bool[Tensor, " count"]) -> Parts:
-    """Where a mask is true, in as many bytes as `get_position_form` says: a bitmap, or gaps.
+    """Encode where a mask is true, in the form of `get_position_form`: a bitmap, or gaps.
 
-    A place is cut in two. Its low bits are written as they are, and of its high bits the gap to
-    those of the place before: as many zeros, then a one. With low bits of floor(log2(count / kept))
-    a place takes about 2 + log2(count / kept) bits, and the whole has one length whatever the
-    places are.
+    A position is split in two. Its low bits are written as they are; its high bits are written as
+    the gap to those of the previous position: that many zeros, then a one. With
+    floor(log2(count / kept)) low bits, a position takes about 2 + log2(count / kept) bits, and the
+    total length does not depend on the positions.
 
     Source: Elias-Fano coding, as in Vigna 2012 (arXiv:1206.4300).
-    Differs: sparse updates are usually told by Golomb's code of gaps (Sattler et al. 2019,
-    arXiv:1903.02891), which is a little shorter, but of a length that only the sender knows.
+    Differs: sparse updates usually use a Golomb code of the gaps (Sattler et al. 2019,
+    arXiv:1903.02891), which is a little shorter, but whose length only the sender knows.
     """
     positions = mask.nonzero().flatten().numpy()
     count, num_kept = mask.numel(), len(positions)
@@ -128,10 +128,10 @@ def encode_positions(mask: Bool[Tensor, " count"]) -> Parts:
 
 
 def decode_positions(parts: Parts, count: int, num_kept: int) -> Bool[Tensor, " count"]:
-    """The mask whose places were told.
+    """Decode the mask of the encoded positions.
 
     Raises:
-        RefusedError: they are not `kept` places that rise and stay below `count`
+        RefusedError: they are not `num_kept` increasing positions below `count`
             (`bad-positions`).
     """
     if not uses_gaps(count, num_kept):
@@ -158,17 +158,17 @@ def decode_positions(parts: Parts, count: int, num_kept: int) -> Bool[Tensor, " 
 
 
 def pack_nibbles(codes: Int8[Tensor, " count"]) -> UInt8[Tensor, " half"]:
-    """Codes from -8 to 7, two in a byte: the first of a pair is the low half."""
+    """Pack codes from -8 to 7, two per byte: the first of a pair is the low half."""
     pairs = torch.cat([codes, codes.new_zeros(codes.numel() % 2)]).reshape(-1, 2)
     low, high = (pairs & 15).to(torch.uint8).unbind(1)
     return low | (high << 4)
 
 
 def unpack_nibbles(packed_codes: UInt8[Tensor, " half"], count: int) -> Int8[Tensor, " count"]:
-    """The codes.
+    """Unpack the codes.
 
     Raises:
-        RefusedError: a last half that no code has is not zero (`bad-values`).
+        RefusedError: an unused last half is not zero (`bad-values`).
     """
     halves = torch.stack([packed_codes & 15, packed_codes >> 4], 1).flatten()
     if halves[count:].any():
@@ -178,10 +178,10 @@ def unpack_nibbles(packed_codes: UInt8[Tensor, " half"], count: int) -> Int8[Ten
 
 @dataclass(frozen=True)
 class Zstd:
-    """The finished file, shortened without loss (extra: compress)."""
+    """Lossless compression of the finished file (extra: compress)."""
 
     level: int = 3
-    """From 1, quick, to 19, short."""
+    """From 1, the fastest, to 19, the smallest."""
 
     name = "zstd"
 
@@ -192,17 +192,17 @@ class Zstd:
             raise MissingExtraError("compression by zstd", "compress")
 
     def get_max_bytes(self, length: int) -> int:
-        """Bytes at most of what is made of so many: zstd's own bound, and a checksum."""
+        """Return the maximum compressed bytes for this length: zstd's own bound, and a checksum."""
         return length + length // 256 + 64 + 4
 
     def encode(self, payload: bytes) -> bytes:
-        """One frame, which says its length, with a checksum."""
+        """Compress into one frame, which states its length and has a checksum."""
         import zstandard
 
         return zstandard.ZstdCompressor(level=self.level, write_checksum=True).compress(payload)
 
     def decode(self, payload: bytes, length: int) -> bytes:
-        """The file, of this length: a frame that says another is refused unopened."""
+        """Restore the file; a frame that states another length is refused unopened."""
         import zstandard
 
         if len(payload) > self.get_max_bytes(length):

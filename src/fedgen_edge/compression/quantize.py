@@ -11,7 +11,7 @@ from fedgen_edge.compression.packing import Form, Parts, pack_nibbles, unpack_ni
 from fedgen_edge.errors import ConfigError, RefusedError, TrainingError
 
 SMALLEST_FP16 = 2.0**-24
-"""The smallest fp16 above zero."""
+"""The smallest positive fp16."""
 
 
 @runtime_checkable
@@ -20,25 +20,25 @@ class ValueEncoder(Protocol):
 
     @property
     def name(self) -> str:
-        """As settings and errors call it."""
+        """Its name in settings and errors."""
         ...
 
     def get_form(self, count: int) -> Form:
-        """The parts that so many values become."""
+        """Return the form of the parts that encode this many values."""
         ...
 
-    def encode(self, values: Float[Tensor, " count"], rng: Generator) -> Parts:
-        """The parts of finite values."""
+    def encode(self, values: Float[Tensor, " count"], rng: Generator, /) -> Parts:
+        """Encode finite values as parts."""
         ...
 
-    def decode(self, parts: Parts, count: int) -> Float[Tensor, " count"]:
-        """The values as float32."""
+    def decode(self, parts: Parts, count: int, /) -> Float[Tensor, " count"]:
+        """Decode the values as float32."""
         ...
 
 
 @dataclass(frozen=True)
 class Cast:
-    """Each value in a shorter type, rounded to the nearest."""
+    """Cast each value to a shorter type, rounding to nearest."""
 
     to: Literal["fp32", "fp16", "bf16"]
     """fp16: 11 bits of precision up to 65504; bf16: 8 bits, and float32's range; fp32: as it is."""
@@ -54,42 +54,39 @@ class Cast:
         return types[self.to]
 
     def get_form(self, count: int) -> Form:
-        """The values."""
+        """Return the form of the cast values."""
         return {"values": (self._dtype, count)}
 
-    def encode(self, values: Float[Tensor, " count"], rng: Generator) -> Parts:
-        """The values; TrainingError where the type cannot hold one."""
-        del rng
+    def encode(self, values: Float[Tensor, " count"], _rng: Generator) -> Parts:
+        """Cast the values; raises TrainingError if the type cannot hold one."""
         cast_values = values.to(self._dtype)
         _check_range(cast_values, values, self.name)
         return {"values": cast_values}
 
-    def decode(self, parts: Parts, count: int) -> Float[Tensor, " count"]:
-        """The values as float32."""
-        del count
+    def decode(self, parts: Parts, _count: int) -> Float[Tensor, " count"]:
+        """Decode the values as float32."""
         return parts["values"].float()
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Each value as a multiple of its block's scale over L, rounded up or down at random.
+    """Stochastic quantization: each value is a multiple of its block's scale over L.
 
-    L is 127 for int8 and 7 for int4. The scale is the block's largest magnitude, as the next fp16
-    that is not below it: no value is clipped, so the mean over draws is the value itself. A value
-    is off by less than scale / L. With 16 bits for each block's scale a value takes
-    bits + 16 / block.
+    L is 127 for int8 and 7 for int4. The scale is the block's largest magnitude, rounded up to
+    fp16: no value is clipped, so the mean over draws is the value itself. The error of a value is
+    less than scale / L. With 16 bits for each block's scale, a value takes bits + 16 / block.
 
-    An error is on average smaller than what was coded, which error feedback needs, where a block is
-    shorter than 8 L^2: 392 for int4.
+    Error feedback needs errors that are on average smaller than the encoded vector; they are if a
+    block is shorter than 8 L^2: 392 for int4.
 
     Source: Alistarh et al. 2017, QSGD (arXiv:1610.02132); blocks: Dettmers et al. 2021
     (arXiv:2110.02861).
-    Differs: QSGD's scale is a Euclidean norm, and ours the largest magnitude, which wastes no
-    levels; a scale below fp16's least, 2^-24, is 2^-24.
+    Differs: QSGD's scale is a Euclidean norm; ours is the largest magnitude, which wastes no
+    levels. A scale below the smallest fp16, 2^-24, becomes 2^-24.
     """
 
     bits: Literal[8, 4] = 8
-    """Bits of a value; of four, two values share a byte."""
+    """Bits per value; with 4, two values share a byte."""
     block: int = 128
     """Values that share a scale."""
 
@@ -104,23 +101,23 @@ class Quantize:
 
     @property
     def levels(self) -> int:
-        """L: codes go from -L to L."""
+        """L: codes range from -L to L."""
         return 2 ** (self.bits - 1) - 1
 
     def get_form(self, count: int) -> Form:
-        """A scale for each block, and the codes."""
+        """Return the form of the blocks' scales and the codes."""
         scales = (torch.float16, -(-count // self.block))
         if self.bits == 8:
             return {"scales": scales, "values": (torch.int8, count)}
         return {"scales": scales, "values": (torch.uint8, -(-count // 2))}
 
     def encode(self, values: Float[Tensor, " count"], rng: Generator) -> Parts:
-        """Scales and codes; TrainingError where fp16 cannot hold a scale."""
+        """Encode as scales and codes; raises TrainingError if fp16 cannot hold a scale."""
         blocks = self._split_blocks(values)
         largest = blocks.abs().amax(1)
         scales = _round_up_to_fp16(largest)
         _check_range(scales, largest, self.name)
-        # zeros over zero would be NaN, which as an integer is anything
+        # zero over zero would be NaN, whose conversion to an integer is undefined
         exact = blocks / scales.float().clamp(min=SMALLEST_FP16)[:, None] * self.levels
         below = exact.floor()
         random_values = torch.rand(blocks.shape, generator=rng)
@@ -128,7 +125,7 @@ class Quantize:
         return {"scales": scales, "values": codes if self.bits == 8 else pack_nibbles(codes)}
 
     def decode(self, parts: Parts, count: int) -> Float[Tensor, " count"]:
-        """The values; scales and codes that no sender makes are refused (`bad-values`)."""
+        """Decode the values; impossible scales and codes are refused (`bad-values`)."""
         scales, codes = parts["scales"].float(), parts["values"]
         if not ((scales >= 0) & scales.isfinite()).all():
             raise RefusedError("bad-values", f"a scale of {self.name} is negative or not finite")
@@ -144,7 +141,7 @@ class Quantize:
 
 
 def _round_up_to_fp16(values: Tensor) -> Tensor:
-    """The nearest fp16 that is not below; infinite beyond 65504."""
+    """Round up to fp16; infinite beyond 65504."""
     nearest = values.to(torch.float16)
     return (nearest.view(torch.int16) + (nearest.float() < values)).view(torch.float16)
 

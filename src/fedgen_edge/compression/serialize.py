@@ -1,6 +1,6 @@
-"""From leaves to the bytes that travel, and back: every engine runs both, both ways.
+"""Serialize leaves and read them back: every engine does both, in both directions.
 
-So bytes and rounding are the same wherever clients run, and a count is a length, never a formula.
+So bytes and rounding are the same wherever clients run, and bytes are measured, not estimated.
 """
 
 import json
@@ -16,21 +16,21 @@ Schema = Mapping[str, tuple[int, ...]]
 
 
 def encode(leaves: Leaves) -> bytes:
-    """One safetensors file: names, shapes, types and values; nothing to send takes no bytes."""
+    """Write one safetensors file of names, shapes, types and values; no leaves give no bytes."""
     if not leaves:
         return b""
     return save({k: v.detach().contiguous().cpu() for k, v in sorted(leaves.items())})
 
 
 def decode(payload: bytes) -> Leaves:
-    """The leaves of a payload, in the order of names, which sums over leaves depend on."""
+    """Read a payload's leaves, in the order of their names, which sums over leaves depend on."""
     return dict(sorted(load(payload).items())) if payload else {}
 
 
 def count_encoded_bytes(shapes: Mapping[str, Sequence[int]]) -> int:
-    """Bytes of `encode` for float32 leaves of these shapes, without making them.
+    """Count the bytes of `encode` for float32 leaves of these shapes, without creating them.
 
-    For what was not sent (a full model's update); what was sent is measured.
+    This is for what was not sent (a full model's update); what was sent is measured.
     """
     if not shapes:
         return 0

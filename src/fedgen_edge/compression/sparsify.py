@@ -1,4 +1,4 @@
-"""Stages that keep some values of a vector, and tell which."""
+"""Stages that keep some values of a vector, and encode which ones."""
 
 import math
 from dataclasses import dataclass
@@ -23,37 +23,37 @@ from fedgen_edge.seeds import uniform
 
 @runtime_checkable
 class Sparsifier(Protocol):
-    """Keeps some values of a vector, and tells which."""
+    """Keeps some values of a vector, and encodes which ones."""
 
     @property
     def name(self) -> str:
-        """As settings and errors call it."""
+        """Its name in settings and errors."""
         ...
 
     def count_kept(self, count: int) -> int:
-        """How many of `count` values pass."""
+        """Count how many of `count` values are kept."""
         ...
 
-    def get_form(self, count: int) -> Form:
-        """The parts that tell which."""
+    def get_form(self, count: int, /) -> Form:
+        """Return the form of the parts that say which."""
         ...
 
     def encode(
-        self, values: Float[Tensor, " count"], seed: int
+        self, values: Float[Tensor, " count"], seed: int, /
     ) -> tuple[Float[Tensor, " kept"], Parts]:
-        """The values kept, in the order of their places, and the parts."""
+        """Return the kept values, in the order of their positions, and the parts."""
         ...
 
     def decode(
-        self, values: Float[Tensor, " kept"], parts: Parts, count: int, seed: int
+        self, values: Float[Tensor, " kept"], parts: Parts, count: int, seed: int, /
     ) -> Float[Tensor, " count"]:
-        """The vector, with zeros for what was not kept."""
+        """Restore the vector, with zeros where values were not kept."""
         ...
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The values of largest magnitude, over all leaves together; of equal ones, the first.
+    """Keep the values of largest magnitude over all leaves together; among equal ones, the first.
 
     Source: Stich et al. 2018, sparsified SGD with memory (arXiv:1809.07599).
     """
@@ -71,28 +71,26 @@ class TopK:
         return _count_kept(self.density, count)
 
     def get_form(self, count: int) -> Form:
-        """A bitmap, or gaps, whichever is shorter for this density."""
+        """Return the form of a bitmap or of gaps, whichever is shorter at this density."""
         return get_position_form(count, self.count_kept(count))
 
     def encode(
-        self, values: Float[Tensor, " count"], seed: int
+        self, values: Float[Tensor, " count"], _seed: int
     ) -> tuple[Float[Tensor, " kept"], Parts]:
-        """The values kept, in the order of their places, and their places."""
-        del seed
+        """Return the kept values, in the order of their positions, and their positions."""
         mask = mask_largest(values.abs(), self.count_kept(values.numel()))
         return values[mask], encode_positions(mask)
 
     def decode(
-        self, values: Float[Tensor, " kept"], parts: Parts, count: int, seed: int
+        self, values: Float[Tensor, " kept"], parts: Parts, count: int, _seed: int
     ) -> Float[Tensor, " count"]:
-        """The vector; places that cannot be are refused (`bad-positions`)."""
-        del seed
+        """Restore the vector; impossible positions are refused (`bad-positions`)."""
         return _scatter(values, decode_positions(parts, count, len(values)))
 
 
 @dataclass(frozen=True)
 class RandomK:
-    """Values at places that both sides draw from one seed, so that no places are sent.
+    """Keep values at positions that both sides draw from one seed, so that none are sent.
 
     Source: Konečný et al. 2016 (arXiv:1610.05492), its random masks.
     """
@@ -101,7 +99,7 @@ class RandomK:
     """Share of the values that is kept: above 0, at most 1."""
     scaled: bool = True
     """Whether the receiver multiplies by count / kept, so that the mean over seeds is the vector
-    itself. Then the error can be larger than the vector, which error feedback does not survive."""
+    itself. The error can then be larger than the vector, so that error feedback diverges."""
 
     name = "random-k"
 
@@ -112,22 +110,20 @@ class RandomK:
         """ceil(density * count), at least one."""
         return _count_kept(self.density, count)
 
-    def get_form(self, count: int) -> Form:
-        """Nothing: the seed tells."""
-        del count
+    def get_form(self, _count: int) -> Form:
+        """Return an empty form: the seed determines the positions."""
         return {}
 
     def encode(
         self, values: Float[Tensor, " count"], seed: int
     ) -> tuple[Float[Tensor, " kept"], Parts]:
-        """The values kept, in the order of their places."""
+        """Return the kept values, in the order of their positions."""
         return values[self._draw_mask(values.numel(), seed)], {}
 
     def decode(
-        self, values: Float[Tensor, " kept"], parts: Parts, count: int, seed: int
+        self, values: Float[Tensor, " kept"], _parts: Parts, count: int, seed: int
     ) -> Float[Tensor, " count"]:
-        """The vector, scaled or not."""
-        del parts
+        """Restore the vector, scaled or not."""
         factor = count / len(values) if self.scaled else 1.0
         return _scatter(values * factor, self._draw_mask(count, seed))
 
@@ -141,7 +137,7 @@ def _check_density(density: float) -> None:
 
 
 def _count_kept(density: float, count: int) -> int:
-    # of the decimal number that was set: as floats 0.07 * 100 is a little over 7
+    # use the decimal number of the setting: in floats, 0.07 * 100 is a little over 7
     return math.ceil(Fraction(str(density)) * count)
 
 

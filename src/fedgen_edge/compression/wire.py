@@ -1,7 +1,7 @@
-"""How leaves travel in a round, in both directions: what is made of them, and what arrives.
+"""Encode and decode the leaves that server and clients exchange in a round, in both directions.
 
-Without a chain they go as they are, each under its name. With one, what goes down is the adapter's
-change since before the first round, which every client can make for itself.
+Without a chain, leaves are sent unchanged, each under its name. With one, the server broadcasts the
+adapter's change since before the first round, and every client can compute that starting adapter.
 """
 
 from dataclasses import dataclass, field
@@ -27,36 +27,36 @@ from fedgen_edge.seeds import generator, seed
 from fedgen_edge.types import Leaves
 
 RESIDUAL_PREFIX = "left:"
-"""Prefix, in a client's memory, of what its payloads have left out."""
+"""Prefix, in a client's memory, of its error-feedback residual."""
 LAST_ROUND_KEY = "since:left"
-"""In a client's memory: the round of its last payload."""
+"""Key, in a client's memory, of the round of its last payload."""
 NO_COMPRESSION = Chain()
-"""Leaves go as they are, each under its name."""
+"""Leaves are sent unchanged, each under its name."""
 
 
 @dataclass(frozen=True)
 class Wire:
-    """What both sides of a run know of how leaves travel."""
+    """How a run encodes the leaves it sends, as both sides know it."""
 
     down: Chain = NO_COMPRESSION
     up: Chain = NO_COMPRESSION
     feedback: bool = False
-    """Whether a client adds what its payloads left out to its next change."""
+    """Whether a client adds its residual to its next update (error feedback)."""
     decay: float = 1.0
-    """Share of that which stays, for each round that the client missed since."""
+    """Fraction of the residual that remains for each round that the client missed since."""
     seed: int = 0
     base: Leaves = field(default_factory=dict)
-    """The adapter before the first round; needed only where `down` has stages."""
+    """The adapter before the first round; needed only if `down` has stages."""
 
 
 def make_wire(up: Uplink, down: Downlink, seed_: int, base: Leaves) -> Wire:
-    """As settings say.
+    """Make the wire that the settings describe.
 
     Raises:
         MissingExtraError: zstd is not installed.
     """
     low_rank = [LowRank(up.rank)] if up.rank else []
-    # scaled, what is kept would be more than what there was, and feedback would never settle
+    # scaled values would be larger than the originals, and error feedback would diverge
     random_k = [RandomK(up.density, scaled=not up.feedback)] if up.keep == "random-k" else []
     return Wire(
         Chain(_make_stages(down)),
@@ -85,7 +85,7 @@ def _make_stages(settings: Uplink | Downlink) -> tuple[TopK | Cast | Quantize | 
 
 
 def encode_broadcast(wire: Wire, leaves: Leaves, round_: int) -> bytes:
-    """What travels to the clients of a round."""
+    """Encode what the server sends to the clients of a round."""
     if not wire.down.stages:
         return encode(leaves)
     change = add(leaves, scale(_select_base(wire, leaves), -1.0))
@@ -93,10 +93,10 @@ def encode_broadcast(wire: Wire, leaves: Leaves, round_: int) -> bytes:
 
 
 def decode_broadcast(wire: Wire, payload: bytes, schema: Schema) -> Leaves:
-    """What a client makes of it.
+    """Decode what a client received.
 
     Raises:
-        RefusedError: it is not of these leaves.
+        RefusedError: the payload does not hold these leaves.
     """
     if not wire.down.stages:
         return decode(payload)
@@ -107,17 +107,17 @@ def decode_broadcast(wire: Wire, payload: bytes, schema: Schema) -> Leaves:
 def encode_update(
     wire: Wire, delta: Leaves, memory: Leaves, round_: int, client: int
 ) -> tuple[bytes, Leaves]:
-    """What travels to the server, and what the client remembers of it if it counts.
+    """Encode a client's update, and return what the client remembers if the update counts.
 
     Args:
-        wire: the run's.
-        delta: the change that the client shares.
-        memory: what it remembers.
+        wire: the wire of the run.
+        delta: the update that the client shares.
+        memory: the client's memory.
         round_: counted from 0.
-        client: its number; with the round it draws how values are rounded, and which are sent.
+        client: its number; with the round, it seeds the rounding and the choice of values.
 
     Raises:
-        TrainingError: the change is not finite, or too large for its type.
+        TrainingError: the update is not finite, or too large for its type.
     """
     rng, position_seed = (
         generator(wire.seed, "rounding", round_, client),
@@ -141,10 +141,11 @@ def encode_update(
 
 
 def decode_update(wire: Wire, payload: bytes, schema: Schema, round_: int, client: int) -> Leaves:
-    """What the server makes of it.
+    """Decode a client's update at the server.
 
     Raises:
-        RefusedError: it is not of these leaves; without a chain, see `engines.payload`.
+        RefusedError: the payload does not hold these leaves; without a chain, see
+            `network.payload`.
     """
     if not wire.up.stages:
         return decode(payload)
@@ -152,21 +153,22 @@ def decode_update(wire: Wire, payload: bytes, schema: Schema, round_: int, clien
 
 
 def get_max_bytes_up(wire: Wire, schema: Schema) -> int:
-    """Bytes of a client's payload, at most."""
+    """Return the maximum bytes of a client's payload."""
     return get_max_bytes(wire.up, schema) if wire.up.stages else count_encoded_bytes(schema)
 
 
 def get_max_bytes_down(wire: Wire, schema: Schema) -> int:
-    """Bytes of what travels to a client, at most."""
+    """Return the maximum bytes that the server sends to a client."""
     return get_max_bytes(wire.down, schema) if wire.down.stages else count_encoded_bytes(schema)
 
 
 def get_error_factor(wire: Wire) -> float:
-    """How many times as far as training moved, an honest payload may seem to have moved.
+    """Bound how many times larger than the trained change an honest decoded update may be.
 
-    Of the largest element, and of the norm of all: a rounded value is off by less than a level of
-    its block's largest, and scaled random-k multiplies. With feedback it is of all the rounds that
-    were. Of low-rank, and of coarse values that feedback may add up, no bound is known.
+    The bound holds for the largest element and for the norm: a rounded value is off by less than
+    one level of its block's largest value, and scaled random-k multiplies. With error feedback it
+    covers all rounds so far. For low-rank, and for coarse values that feedback may accumulate, no
+    bound is known.
     """
     value_encoder = wire.up.value_encoder
     relative_error = (
@@ -180,13 +182,13 @@ def get_error_factor(wire: Wire) -> float:
 
 
 def get_error_margin(wire: Wire, round_: int) -> float:
-    """How much farther still any value may seem to have moved, however little training moved.
+    """Bound how much farther any decoded value may be off, however little training moved it.
 
-    Near zero fp16 has steps of 2^-24, and the scales of int8 and int4 are fp16: the error is no
-    share of the value there. Scaled random-k multiplies it; with feedback each round adds one.
+    Near zero, fp16 has steps of 2^-24, and the scales of int8 and int4 are fp16: there the error is
+    not proportional to the value. Scaled random-k multiplies it; with feedback each round adds one.
 
     Args:
-        wire: the run's.
+        wire: the wire of the run.
         round_: counted from 0.
     """
     uses_fp16 = isinstance(wire.up.value_encoder, Quantize) or wire.up.value_encoder.name == "fp16"
@@ -198,13 +200,13 @@ def get_error_margin(wire: Wire, round_: int) -> float:
 
 
 def _get_max_scale(wire: Wire) -> float:
-    """What the receiver multiplies values by, at most."""
+    """Return the largest factor by which the receiver multiplies values."""
     sparsifier = wire.up.sparsifier
     return 1 / sparsifier.density if isinstance(sparsifier, RandomK) and sparsifier.scaled else 1.0
 
 
 def _select_base(wire: Wire, leaves: Leaves) -> Leaves:
-    """These leaves before the first round, those that there were, cut to the ranks of these."""
+    """Return the leaves that existed before the first round, truncated to the ranks of these."""
     return {
         k: wire.base[k][tuple(slice(n) for n in v.shape)]
         for k, v in leaves.items()

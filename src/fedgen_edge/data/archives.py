@@ -1,6 +1,6 @@
-"""Arrays in .npz files and pickles, read after what they claim is checked against their size.
+"""Read arrays from .npz files and pickles, after checking the sizes they claim.
 
-Of a pickle nothing is called: arrays in it become `PickledArray`, which holds bytes of the file.
+Nothing in a pickle is called: its arrays become `PickledArray`, which holds bytes of the file.
 """
 
 import math
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy
 
 MAX_EXPANSION = 1032
-"""Bytes that one byte of a zip file can unfold to, by its method."""
+"""Maximum bytes that one byte of a zip file can expand to, given its method."""
 INTEGER_DTYPES = {f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8)}
 
 
@@ -23,7 +23,7 @@ def check_npz(path: Path) -> None:
     """Check that each array of an .npz file claims no more bytes than the file can hold.
 
     Raises:
-        ValueError: an array claims more; zipfile's own errors where the file is none.
+        ValueError: an array claims more; zipfile raises its own errors if the file is not a zip.
     """
     max_bytes = path.stat().st_size * MAX_EXPANSION
     with zipfile.ZipFile(path) as archive:
@@ -40,19 +40,19 @@ def check_npz(path: Path) -> None:
 
 
 class PickledArray:
-    """What a pickle says of an array."""
+    """An array as a pickle describes it."""
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, self.shape, self.kind, by_column, self.raw = state
         self.order: Any = "F" if by_column else "C"
 
     def read(self) -> np.ndarray:
-        """The array, of exactly the bytes that the pickle has for it."""
+        """Return the array, made of exactly the bytes that the pickle has for it."""
         return np.frombuffer(self.raw, self.kind.name).reshape(self.shape, order=self.order).copy()
 
 
 class _PickledDtype:
-    """What a pickle says of an array's type."""
+    """An array's type as a pickle describes it."""
 
     def __init__(self, name: Any, *_: Any) -> None:
         self.name = name.decode() if isinstance(name, bytes) else name
@@ -81,7 +81,7 @@ STAND_INS = {
     ("numpy", "dtype"): _PickledDtype,
     ("_codecs", "encode"): _encode,
 }
-"""What stands for all that a pickle of arrays calls."""
+"""Substitutes for everything that a pickle of arrays calls."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -94,10 +94,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickle(path: Path) -> Any:
-    """Lists, numbers and arrays of a pickle, whose claims are checked against the file first.
+    """Read the lists, numbers and arrays of a pickle, after checking its claims against the file.
 
     Raises:
-        UnpicklingError: it asks for anything else, or claims more than the file has.
+        UnpicklingError: the pickle asks for anything else, or claims more than the file has.
     """
     raw = path.read_bytes()
     for code, claim, _ in pickletools.genops(raw):

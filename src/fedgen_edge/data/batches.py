@@ -1,6 +1,6 @@
-"""Pack documents into blocks, and deal one client's blocks out in batches.
+"""Pack documents into blocks, and draw one client's batches from its blocks.
 
-Randomness comes from `(seed, round, client)` alone, so two methods in one table meet the same
+Randomness comes from `(seed, round, client)` alone, so two methods in one table train on the same
 batches in the same order, and so do two engines.
 """
 
@@ -18,14 +18,14 @@ from fedgen_edge.types import Batch
 
 FIELDS = ("tokens", "labels", "mask", "segment", "position")
 MARKS = ("epoch", "last")
-"""Where a batch stands in its client's work: read by the loop, and not by a model."""
+"""Fields with a batch's position in its client's work: for the training loop, not the model."""
 SHARDS_PER_TABLE = 64
-"""Clients whose examples lie in one table."""
+"""Clients whose examples are stored in one table."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's examples, packed: `[rows, ...]` each."""
+    """One client's packed examples: `[rows, ...]` each."""
 
     name: str
     train: Batch
@@ -34,18 +34,18 @@ class Shard:
 
     @property
     def weight(self) -> float:
-        """Training examples, for averaging."""
+        """Number of training examples, the weight in averages."""
         return float(count_rows(self.train))
 
 
 class Shards(Sequence[Shard]):
-    """Every client's examples in a few tables, so that a client costs its rows and little else.
+    """Every client's examples in a few tables, so that a client costs little more than its rows.
 
-    One table that grew would be moved again and again, and leave holes behind that nothing fits.
+    One growing table would be moved again and again, and fragment the memory.
     """
 
     def __init__(self, shards: Iterable[Shard]) -> None:
-        """Copy the shards in, some at a time: they may be made as they are asked for."""
+        """Copy the shards in, some at a time: the iterable may produce them lazily."""
         self._names: list[str] = []
         self._ends: list[list[int]] = []
         self._tables: list[Batch] = []
@@ -84,20 +84,20 @@ class Budget:
     """Examples in a step."""
     epochs: int = 1
     steps: int | None = None
-    """Steps in an epoch; none is one pass over the client's examples."""
+    """Steps in an epoch; None means one pass over the client's examples."""
 
     def count_epoch_steps(self, examples: Batch) -> int:
-        """Steps in an epoch on these examples."""
+        """Count the steps in an epoch on these examples."""
         return self.steps or -(-count_rows(examples) // self.batch)
 
 
 def count_rows(examples: Batch) -> int:
-    """Examples in a batch without an axis of clients."""
+    """Count the examples in a batch without a client axis."""
     return len(next(iter(examples.values())))
 
 
 def subsample_evenly(examples: Batch, max_rows: int) -> Batch:
-    """At most so many examples, evenly spaced; 0 is all of them."""
+    """Return at most `max_rows` evenly spaced examples; 0 means all."""
     count = count_rows(examples)
     if not max_rows or max_rows >= count:
         return examples
@@ -106,7 +106,7 @@ def subsample_evenly(examples: Batch, max_rows: int) -> Batch:
 
 
 def split_rows(examples: Batch, axis: int, max_rows: int) -> Iterator[Batch]:
-    """All the examples, at most so many at once, along their axis."""
+    """Yield all the examples, at most `max_rows` at a time, along this axis."""
     count = next(iter(examples.values())).shape[axis]
     for at in range(0, count, max_rows):
         yield {k: v.narrow(axis, at, min(max_rows, count - at)) for k, v in examples.items()}
@@ -118,17 +118,17 @@ def pack(
     """Cut token streams into blocks in which every token but each document's first is predicted.
 
     Args:
-        documents: token numbers of each, start and end marks included.
-        words: of each document; shared out over its tokens, so that a part of it counts a part.
+        documents: token ids of each, including start and end tokens.
+        words: words of each document, divided over its tokens so that a part counts in proportion.
         length: tokens in a block.
-        vocabulary: above every token's number.
+        vocabulary: larger than every token id.
 
     Returns:
         `tokens`, `labels` (the next token), `mask` (where there is one), `segment` (the document
-        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, of as few
-        bits as hold them, since every client's are in memory; `words`, `[rows]`. Documents are laid
-        end to end; one that reaches over a block's end goes on in the next block without what came
-        before.
+        within its block, from 1; 0 is padding) and `position`, `[rows, length]` each, in
+        the smallest integer types, since every client's are in memory; `words`, `[rows]`. Documents
+        are concatenated; one that crosses a block's end continues in the next block without its
+        earlier context.
     """
     counts = torch.tensor([len(ids) - 1 for ids in documents], dtype=torch.int64)
     all_tokens = torch.from_numpy(np.fromiter(chain.from_iterable(documents), np.int32))
@@ -174,16 +174,16 @@ def _choose_dtype(highest: int) -> torch.dtype:
 
 
 def make_batches(examples: Batch, budget: Budget, *key: int | str) -> Iterator[Batch]:
-    """One client's batches of one round, shuffled anew in each pass over its examples.
+    """Yield one client's batches of one round, reshuffled in each pass over its examples.
 
     Args:
         examples: `[rows, ...]` each.
-        budget: epochs, and their steps.
+        budget: epochs, and steps in each.
         key: seeds the order.
 
     Yields:
-        Batches with two more fields, the `MARKS`, scalars: `epoch`, from 0, and `last`, true at its
-        end.
+        Batches with two more scalar fields, the `MARKS`: `epoch`, from 0, and `last`, true for an
+        epoch's last batch.
     """
     steps_per_epoch = budget.count_epoch_steps(examples)
     chosen_rows = islice(
@@ -198,31 +198,31 @@ def make_batches(examples: Batch, budget: Budget, *key: int | str) -> Iterator[B
 
 
 def _shuffle_passes(count: int, batch: int, *key: int | str) -> Iterator[torch.Tensor]:
-    """Positions of batch after batch, without end."""
+    """Yield the row indices of batch after batch, without end."""
     for number in itertools.count():
         order = torch.randperm(count, generator=generator(*key, number))
         yield from order.split(batch)
 
 
 def count_steps(examples: Batch, budget: Budget) -> int:
-    """How many batches `make_batches` makes."""
+    """Count the batches that `make_batches` yields."""
     return budget.epochs * budget.count_epoch_steps(examples)
 
 
 def interleave(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
-    """One batch of each stream in turn, until all have ended: how pooled data are met."""
+    """Yield one batch of each stream in turn, until all have ended: the order for pooled data."""
     for turn in zip_longest(*streams):
         yield from (batch for batch in turn if batch is not None)
 
 
 def stack(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
-    """Batches of several clients as one, for as many clients as still have some.
+    """Combine the batches of several clients, for as many clients as still have some.
 
     Args:
-        streams: of each client; none longer than the one before it.
+        streams: one of each client; none longer than the one before it.
 
     Yields:
-        `[clients, ...]` each; shorter batches are filled with zeros, which count for nothing.
+        `[clients, ...]` each; shorter batches are padded with zeros, which are not counted.
     """
     for turn in zip_longest(*streams):
         members = [batch for batch in turn if batch is not None]
@@ -232,7 +232,7 @@ def stack(streams: Sequence[Iterator[Batch]]) -> Iterator[Batch]:
 
 
 def stack_examples(members: Sequence[Batch]) -> Batch:
-    """Examples of several clients with a first axis of clients; zeros fill the shorter ones."""
+    """Stack examples of several clients on a first client axis; zeros pad the shorter ones."""
     return {k: _pad_and_stack([m[k] for m in members]) for k in members[0]}
 
 

@@ -1,4 +1,4 @@
-"""The examples of a whole federation, before anybody holds them."""
+"""The examples of a whole federation, before they are divided among clients."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ from fedgen_edge.seeds import generator
 
 @dataclass(frozen=True)
 class Texts:
-    """One example each, no two equal."""
+    """Texts, one per example, no two equal."""
 
     texts: list[str]
     words: list[int]
-    """Whitespace words and end marks of each: one mark an example, and in PTB one a line."""
+    """Words of each text, by whitespace, plus end marks: one per example, in PTB one per line."""
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -31,12 +31,12 @@ class Texts:
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures of one size, no two equal."""
+    """Images of one size, no two equal."""
 
     pixels: Tensor
     """uint8 `[images, channels, height, width]`."""
     classes: tuple[str, ...]
-    """Names, in the order of their numbers."""
+    """Names, in the order of the class numbers."""
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -48,19 +48,19 @@ class Images:
 
 @dataclass(frozen=True)
 class Corpus:
-    """All the examples; every list is as long as they are many."""
+    """All the examples; every list has one entry per example."""
 
     examples: Texts | Images
     groups: list[str] | None
-    """Natural client of each."""
+    """Natural client of each example."""
     labels: list[str] | None
-    """Label of each; of a picture, its class."""
+    """Label of each example; an image's label is its class."""
     splits: list[str] | None
-    """`train`, `validation` or `test`, where the source fixes them."""
+    """`train`, `validation` or `test`, if the source fixes them."""
     duplicates: int
-    """Identical examples left out."""
+    """Number of identical examples dropped."""
     blanks: int = 0
-    """Examples without text, left out."""
+    """Number of examples without text, dropped."""
 
     @cached_property
     def fixed_splits(self) -> frozenset[str]:
@@ -74,13 +74,13 @@ def select_part(
     labels: Sequence[str | None],
     splits: Sequence[str | None],
 ) -> list[int]:
-    """Of these examples the public ones, or all the others: drawn label by label, never of a test.
+    """Select the public examples, or all the others: drawn label by label, never from a test split.
 
     Args:
-        settings: the share that is public, of which labels nothing is, and which part is meant.
-        candidates: places of the examples to choose from.
-        labels: of each place.
-        splits: of each place, where the source fixes them.
+        settings: the public share, the labels without public examples, and the part to select.
+        candidates: indices of the examples to choose from.
+        labels: label at each index.
+        splits: split at each index, if the source fixes it.
     """
     public: set[int] = set()
     for name in sorted({labels[at] or "" for at in candidates} - set(settings.unseen)):

@@ -1,6 +1,6 @@
-"""Which files and folders of a user's folder count, and which folders are splits.
+"""List the data files of a user's folder, and the folders that are splits.
 
-Hidden files and folders, and folders that begin with two underscores, are those of tools
+Hidden files and folders, and folders whose names begin with two underscores, belong to tools
 (`.ipynb_checkpoints`, `.git`, `__MACOSX`): nothing in them is data.
 """
 
@@ -15,15 +15,15 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "train": ("train", "training"),
 }
-"""Names of each split, as Hugging Face `datasets` knows them. The test comes first: of equal
-examples the first is kept, so what a test scores stays whole."""
+"""Names of each split, as Hugging Face `datasets` knows them. The test split comes first: among
+equal examples the first is kept, so that the test split stays complete."""
 SPLIT_OF = {name: split for split, names in SPLITS.items() for name in names}
 
 
 def iterate_files(folder: Path, endings: Collection[str]) -> Iterator[Path]:
-    """Visible files below a folder that end so, in any case; sorted within each folder.
+    """Yield the visible files below a folder with these endings, in any case, sorted by folder.
 
-    Links to folders are not followed: they can go in circles.
+    Links to folders are not followed: they can form cycles.
     """
     for path in list_entries(folder):
         if path.is_dir() and not path.is_symlink():
@@ -33,13 +33,13 @@ def iterate_files(folder: Path, endings: Collection[str]) -> Iterator[Path]:
 
 
 def list_folders(root: Path, endings: Collection[str]) -> list[Path]:
-    """Visible folders in a folder that hold a file that ends so, sorted."""
+    """List the visible folders in a folder that hold a file with such an ending, sorted."""
     folders = [path for path in list_entries(root) if path.is_dir()]
     return [path for path in folders if any(iterate_files(path, endings))]
 
 
 def list_entries(folder: Path) -> list[Path]:
-    """What lies in a folder and is the user's, and not a tool's, sorted.
+    """List the entries of a folder that belong to the user and not to a tool, sorted.
 
     Raises:
         DataError: the folder cannot be read.
@@ -57,10 +57,10 @@ def _is_tool_file(path: Path) -> bool:
 def list_splits(
     settings: config.Data, root: Path, endings: Collection[str]
 ) -> list[tuple[Path, str | None]]:
-    """Folders of splits with the split of each, tests first; or the root, if it has none.
+    """List the folders of splits with their splits, tests first; or the root, if it has none.
 
     Raises:
-        DataError: something else lies beside the folder of a split.
+        DataError: something else lies beside a split's folder.
     """
     folders = list_folders(root, endings)
     files = [path for path in list_entries(root) if path.suffix.lower() in endings]

@@ -1,6 +1,6 @@
-"""Pictures from where they lie: one size, one number of channels, each with its class.
+"""Read images from files: one size, one number of channels, each with its class.
 
-Nothing is unpickled but arrays, lists and numbers: a file that asks for more is refused unread.
+Only arrays, lists and numbers are unpickled: a file that asks for more is refused unread.
 """
 
 import hashlib
@@ -29,43 +29,43 @@ CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
 )  # fmt: skip
 SIDES = (4, 1024)
-"""Least and most pixels of a side."""
+"""Minimum and maximum pixels of a side."""
 MODES = ("L", "RGB")
-"""What Pillow calls 8-bit pictures, grey and in colour."""
+"""Pillow's names for 8-bit images, in gray and in color."""
 ENDINGS = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif"}
 DAMAGED = (
     *(OSError, EOFError, KeyError, IndexError, TypeError, ValueError, RuntimeError),
     *(zipfile.BadZipFile, zlib.error, Image.DecompressionBombError),
 )
-"""What an archive of arrays raises that is cut, altered, or none."""
+"""Errors of an archive of arrays that is truncated, altered, or not an archive."""
 
 
 class SplitImages(NamedTuple):
-    """Pictures of one split, or of all where the source has none."""
+    """Images of one split, or all images if the source has no splits."""
 
     pixels: Tensor
     """uint8 `[images, channels, height, width]`."""
     class_numbers: Tensor
-    """Class of each."""
+    """Class number of each image."""
     split: str | None = None
 
 
 class ImageSource(NamedTuple):
-    """What a source holds."""
+    """The images of a source, and the names of their classes."""
 
     parts: list[SplitImages]
     classes: tuple[str, ...]
 
 
 def read(settings: config.Data) -> Corpus:
-    """The pictures that the settings name; of identical ones the first is kept.
+    """Read the images that the settings name; among identical ones the first is kept.
 
     Args:
-        settings: of the data.
+        settings: settings of the data.
 
     Raises:
-        DataError: the pictures are missing, damaged, or not of one kind; names the file.
-        ConfigError: a class that is not there.
+        DataError: the images are missing, damaged, or of different kinds; names the file.
+        ConfigError: the settings name an unknown class.
     """
     source = SOURCES[settings.source](settings)
     names = settings.names or source.classes
@@ -98,18 +98,17 @@ def read(settings: config.Data) -> Corpus:
     )
 
 
-def read_digits(settings: config.Data) -> ImageSource:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey pixels."""
+def read_digits(_settings: config.Data) -> ImageSource:
+    """Read scikit-learn's 1,797 handwritten digits, 8 x 8 gray pixels."""
     from sklearn.datasets import load_digits
 
-    del settings
     dataset: Any = load_digits()
     pixels = torch.from_numpy(np.round(dataset.images * 255 / 16).astype(np.uint8)).unsqueeze(1)
     return ImageSource([SplitImages(pixels, torch.from_numpy(dataset.target))], tuple("0123456789"))
 
 
 def read_cifar10(settings: config.Data) -> ImageSource:
-    """CIFAR-10: packed as lossless WebP, or the authors' pickles or binaries (Krizhevsky 2009)."""
+    """Read CIFAR-10: lossless WebP, or the authors' pickles or binaries (Krizhevsky 2009)."""
     root = _get_root_folder(settings)
     for layout in (_read_webp_archives, _read_pickles, _read_binaries):
         parts = list(layout(settings, root))
@@ -123,7 +122,7 @@ def read_cifar10(settings: config.Data) -> ImageSource:
 
 
 def _resize_images(settings: config.Data, part: SplitImages) -> SplitImages:
-    """The same pictures, scaled to `data.size` if it is given."""
+    """Scale the images to `data.size` if it is given."""
     side = settings.size
     if side is None or side == part.pixels.shape[-1]:
         return part
@@ -145,7 +144,7 @@ def _read_webp_archives(settings: config.Data, root: Path) -> Iterator[SplitImag
 
 
 def _decode_webp_archive(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures, `[images, height, width, 3]`, and their numbers."""
+    """Return images, `[images, height, width, 3]`, and their class numbers."""
     check_npz(path)
     with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         blob, ends = archive["webp"].tobytes(), archive["offsets"]
@@ -214,9 +213,9 @@ def _make_part(
 
 
 def read_folder(settings: config.Data) -> ImageSource:
-    """Pictures in a folder for each class, cut to squares of `data.size` if it is given.
+    """Read a folder of images for each class, cropped to squares of `data.size` if it is given.
 
-    Folders of splits may lie above the classes'. A folder without pictures is no class.
+    Folders of splits may contain the class folders. A folder without images is not a class.
     """
     root = _get_root_folder(settings)
     tops = list_splits(settings, root, ENDINGS)
@@ -261,9 +260,9 @@ def _read_class_folders(
 
 
 def _read_image(settings: config.Data, path: Path) -> np.ndarray:
-    """One picture, `[channels, height, width]`.
+    """Read one image, `[channels, height, width]`.
 
-    Its kind is read before its pixels are, so that none unfolds to more than it may.
+    Its header is checked before its pixels are read, so that none expands beyond the limits.
     """
     low, high = SIDES
     try:

@@ -1,6 +1,6 @@
-"""Who holds which examples: a way to divide them, then train, validation and test in each client.
+"""Divide the examples among clients, then split each client into train, validation and test.
 
-The ways return positions, one list a client, and know nothing of text.
+The partitioners return indices, one list per client, and know nothing about text.
 """
 
 import warnings
@@ -16,13 +16,13 @@ from fedgen_edge import config, seeds
 from fedgen_edge.data.corpus import Corpus, Texts
 from fedgen_edge.errors import ConfigError, DataError
 
-MAX_DRAWS = 100  # draws of a Dirichlet partition before it is given up
-DEFAULT_CLIENTS = 10  # where neither the settings nor the data say how many
+MAX_DRAWS = 100  # maximum draws of a Dirichlet partition
+DEFAULT_CLIENTS = 10  # if neither the settings nor the data give a number
 
 
 @dataclass(frozen=True)
 class ClientSplits:
-    """What one client holds: indices into the corpus, each in one list only, ascending."""
+    """One client's examples: ascending indices into the corpus, each in only one list."""
 
     name: str
     """Its natural group, or `client-000`."""
@@ -38,18 +38,19 @@ def partition(
     clients: int | None,
     seed: int,
 ) -> list[ClientSplits]:
-    """What each client holds, sorted by its name.
+    """Return each client's examples, sorted by its name.
 
     Args:
-        corpus: the examples, `labelled`.
-        data: shares of validation and test, where the source fixes no split, and their seed.
-        settings: the way to divide.
-        clients: how many; none is every natural group, or one for each of `sizes`, or else 10.
-        seed: of the whole run.
+        corpus: the examples, with labels from `assign_labels`.
+        data: validation and test shares, if the source fixes no split, and their seed.
+        settings: the partition.
+        clients: number of clients; None means every natural group, or one per entry of `sizes`,
+            or else 10.
+        seed: seed of the whole run.
 
     Raises:
         ConfigError: the settings cannot be carried out on these data.
-        DataError: a client would be left with too little, or with none of a split.
+        DataError: a client would be left with too little, or an empty split.
     """
     by_client = divide(corpus, settings, clients, seed)
     for name, examples in sorted(by_client.items()):
@@ -69,10 +70,10 @@ def partition(
 def divide(
     corpus: Corpus, settings: config.Partition, clients: int | None, seed: int
 ) -> dict[str, list[int]]:
-    """The examples of each client by its name, before they are split."""
+    """Return the examples of each client by name, before they are split."""
     if settings.by == "group":
         return divide_by_group(corpus.groups, clients)
-    _check_enough(corpus, settings, clients or 1)  # before anything is made for so many
+    _check_enough(corpus, settings, clients or 1)  # before allocating anything for so many
     sizes = _get_sizes(settings, clients)
     _check_enough(corpus, settings, len(sizes))
     rng = np.random.default_rng(seeds.seed(seed, "partition"))
@@ -104,7 +105,7 @@ def _check_enough(corpus: Corpus, settings: config.Partition, clients: int) -> N
 
 
 def _get_sizes(settings: config.Partition, clients: int | None) -> Sequence[float]:
-    """Relative sizes of the clients; a Dirichlet partition takes only their number."""
+    """Return the clients' relative sizes; a Dirichlet partition uses only their number."""
     if settings.by == "pooled" and clients not in {None, 1}:
         raise ConfigError(
             f"federation.clients={clients} with partition.by='pooled', where one client has "
@@ -124,7 +125,7 @@ def _get_sizes(settings: config.Partition, clients: int | None) -> Sequence[floa
 
 
 def assign_labels(corpus: Corpus, settings: config.Partition, seed: int) -> Corpus:
-    """The corpus, with topics for its labels where the settings ask for them."""
+    """Return the corpus, with topics as its labels if the settings ask for them."""
     if settings.labels == "label":
         return corpus
     if not isinstance(corpus.examples, Texts):
@@ -136,7 +137,7 @@ def assign_labels(corpus: Corpus, settings: config.Partition, seed: int) -> Corp
 
 
 def divide_by_group(groups: Sequence[str] | None, clients: int | None) -> dict[str, list[int]]:
-    """The natural clients: all, or the largest so many, of equal ones the first by name."""
+    """Return the natural clients: all, or the largest `clients`; ties go by name."""
     if groups is None:
         raise ConfigError(
             "partition.by='group', but the data have no natural clients: set partition.by='iid', "
@@ -157,7 +158,7 @@ def divide_by_group(groups: Sequence[str] | None, clients: int | None) -> dict[s
 
 
 def divide_by_size(count: int, sizes: Sequence[int | float]) -> list[list[int]]:
-    """Consecutive runs in proportion to the sizes, rounded so that nothing is left over."""
+    """Return consecutive runs proportional to the sizes, rounded so that nothing is left over."""
     ends = [0, *(np.cumsum(sizes) * count / np.sum(sizes)).astype(int)[:-1].tolist(), count]
     return [list(range(*bounds)) for bounds in pairwise(ends)]
 
@@ -165,9 +166,9 @@ def divide_by_size(count: int, sizes: Sequence[int | float]) -> list[list[int]]:
 def dirichlet(
     labels: Sequence[str], clients: int, alpha: float, minimum: int, rng: np.random.Generator
 ) -> list[list[int]]:
-    """Each label's examples, cut in proportions drawn from Dirichlet(alpha) over the clients.
+    """Divide each label's examples in proportions drawn from Dirichlet(alpha) over the clients.
 
-    Drawn anew until every client has the minimum.
+    The draw is repeated until every client has the minimum.
 
     Raises:
         ConfigError: no draw gave every client its minimum.
@@ -197,10 +198,10 @@ def dirichlet(
 def find_topics(
     texts: Sequence[str], count: int, seed: int, splits: Sequence[str] | None = None
 ) -> list[str]:
-    """A topic of each text, named by its number and its three heaviest words.
+    """Return a topic for each text, named by its number and its three heaviest words.
 
-    TF-IDF and k-means, fit on training texts only where there are splits. On one thread: sums
-    over more come in any order, and a partition must come out the same again.
+    TF-IDF and k-means, fit only on training texts if there are splits. It runs on one thread: sums
+    over several threads vary in order, and a partition must be reproducible.
     """
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -211,7 +212,7 @@ def find_topics(
     vectorizer = TfidfVectorizer(
         stop_words="english", sublinear_tf=True, max_df=0.8, max_features=10_000
     )
-    # n_init is a number too; scikit-learn's annotation is read off its default, "auto".
+    # n_init may be a number; scikit-learn's annotation is inferred from its default, "auto".
     kmeans = KMeans(count, n_init=cast(Any, 4), random_state=seeds.seed(seed, "topics") % 2**32)
     try:
         with threadpool_limits(1), warnings.catch_warnings():
@@ -231,7 +232,7 @@ def find_topics(
 
 
 def stratify(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
-    """Reorder so that any run of it holds each stratum about in its share of the whole."""
+    """Reorder so that any run holds each stratum in about its share of the whole."""
     sizes, seen_counts = Counter(strata), Counter()
     place: dict[int, float] = {}
     for index in order:
@@ -241,10 +242,10 @@ def stratify(order: Sequence[int], strata: Sequence[Hashable]) -> list[int]:
 
 
 def split_client(name: str, examples: list[int], corpus: Corpus, data: config.Data) -> ClientSplits:
-    """Split a client's examples as the source does; what it does not fix is cut from training.
+    """Split a client's examples as the source does; other splits are cut from training.
 
-    A share above 0 is at least one example. The cut does not go by the run's seed: else one seed
-    would train, and be tuned, on what another is tested on.
+    A share above 0 gives at least one example. The cut does not depend on the run's seed:
+    otherwise one seed would train, and be tuned, on another seed's test examples.
     """
     rng = np.random.default_rng(seeds.seed(data.split_seed, "held out", name))
     by_split: dict[str, list[int]] = {"train": [], "validation": [], "test": []}

@@ -1,6 +1,6 @@
-"""Text from where it lies: one example each, with its client, label and split where it has them.
+"""Read text: one example per row, with its client, label and split if it has them.
 
-A source is a function from settings to rows, in an order that is always the same.
+A source is a function from settings to rows, in a fixed order.
 """
 
 import ast
@@ -23,20 +23,20 @@ SHORTEST_DOCSTRING = 5  # words
 PATHLESS = {"docstrings", "digits"}
 TEST_FOLDERS = {"test", "tests", "idle_test"}
 
-# Tests come first: of equal texts the first is kept, so what a test scores stays whole.
+# Tests come first: among equal texts the first is kept, so the test split stays complete.
 PTB_SPLITS = {"test": "test", "valid": "validation", "train": "train"}
 
 
 def read(settings: config.Data) -> Corpus:
-    """The corpus that the settings name.
+    """Read the corpus that the settings name.
 
-    Blank texts are skipped, and of identical ones the first is kept. A limit takes examples evenly
+    Blank texts are skipped; among identical ones the first is kept. A limit takes examples evenly
     from the whole, so that clients and splits keep their shares.
 
     Raises:
         DataError: the data are missing, empty or not text; names the file and the line.
-        ConfigError: no such package, or no path.
-        MissingExtraError: a hub data set or Parquet, without the extra that reads it.
+        ConfigError: there is no such package, or no path.
+        MissingExtraError: the extra that reads hub data sets or Parquet is not installed.
     """
     if settings.path is None and settings.source not in PATHLESS:
         raise ConfigError(
@@ -74,7 +74,7 @@ def read(settings: config.Data) -> Corpus:
     limit = min(settings.limit or len(part_rows), len(part_rows))
     limited = [part_rows[i * len(part_rows) // limit] for i in range(limit)]
     lost_groups = {row.group for row in rows} - {row.group for row in limited}
-    if lost_groups and settings.part == "private":  # what is public belongs to nobody
+    if lost_groups and settings.part == "private":  # public examples belong to no client
         is_limited = limit < len(part_rows)
         cause = f"limit={limit}" if is_limited else f"public={settings.public}"
         raise ConfigError(
@@ -86,7 +86,7 @@ def read(settings: config.Data) -> Corpus:
 
 
 def _select_rows(settings: config.Data, rows: list[TextRow]) -> list[TextRow]:
-    """The public ones, or those that clients hold."""
+    """Return the public rows, or those that clients hold."""
     if settings.part == "private" and not settings.public:
         return rows
     labels, splits = [row.label for row in rows], [row.split for row in rows]
@@ -114,20 +114,20 @@ def _corpus(rows: list[TextRow], duplicates: int, blanks: int) -> Corpus:
 
 
 def _get_complete_column(column: list[str | None]) -> list[str] | None:
-    """A column that no row lacks."""
+    """Return the column if no row lacks its value."""
     values = [value for value in column if value is not None]
     return values if len(values) == len(column) else None
 
 
 def read_docstrings(settings: config.Data) -> Iterator[TextRow]:
-    """Docstrings of the standard library, read from its source and never imported."""
+    """Read docstrings of the standard library from its source, without importing it."""
     for package in settings.packages:
         texts = [text for path in list_modules(package) for text in _extract_docstrings(path)]
         yield from (TextRow(text, group=package) for text in texts or [""])
 
 
 def list_modules(package: str) -> list[Path]:
-    """Source files of a package of the standard library, sorted, without its tests."""
+    """List the source files of a standard-library package, sorted, without its tests."""
     library = Path(sysconfig.get_path("stdlib"))
     if package.isidentifier():
         paths = [library / f"{package}.py", *sorted((library / package).rglob("*.py"))]
@@ -150,7 +150,7 @@ def _extract_docstrings(path: Path) -> Iterator[str]:
 
 
 def read_ptb(settings: config.Data) -> Iterator[TextRow]:
-    """The Penn Treebank in Mikolov's three files, which are its splits."""
+    """Read the Penn Treebank from Mikolov's three files, which are its splits."""
     root = get_data_path(settings)
     for name, split in PTB_SPLITS.items():
         path = root / f"ptb.{name}.txt"
@@ -160,7 +160,7 @@ def read_ptb(settings: config.Data) -> Iterator[TextRow]:
 
 
 def read_brown(settings: config.Data) -> Iterator[TextRow]:
-    """The Brown corpus in NLTK's layout, zipped or not; a genre is a client and a label."""
+    """Read the Brown corpus in NLTK's layout, zipped or not; a genre is a client and a label."""
     root = _find_brown_root(settings)
     for number, line in enumerate(read_lines(settings, root / "cats.txt"), start=1):
         match line.split():
@@ -184,7 +184,7 @@ def _find_brown_root(settings: config.Data) -> Path | zipfile.Path:
 
 
 def detokenize(sentence: str) -> str:
-    """Brown's `word/TAG` tokens as they were once printed."""
+    """Turn Brown's `word/TAG` tokens back into printed text."""
     text = " ".join(token.rsplit("/", 1)[0] for token in sentence.split())
     text = re.sub(r"([;?!]) \1", r"\1", text)
     text = re.sub(r"`` | ?''", '"', text)
@@ -197,9 +197,9 @@ def _make_blocks(text: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def read_folder(settings: config.Data) -> Iterator[TextRow]:
-    """Paragraphs of `*.txt` files: a file at the top is a client, and so is each sub-folder.
+    """Read paragraphs of `*.txt` files: each file at the top is a client, and so is each subfolder.
 
-    Folders of splits may lie above the clients'.
+    Folders of splits may contain the clients' folders.
     """
     root = get_data_path(settings)
     if not root.is_dir():

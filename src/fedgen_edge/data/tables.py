@@ -1,7 +1,7 @@
-"""Text from records with named fields: JSON, CSV, Parquet, and Hugging Face data sets.
+"""Read text from records with named fields: JSON, CSV, Parquet, and Hugging Face data sets.
 
-JSON and CSV are read by Python's own modules, since a value must stay what the file says: type
-inference makes a date of a client's name, 7 of 007, and nothing of NA.
+Python's own modules read JSON and CSV, since a value must stay as the file has it: type inference
+would turn a client's name into a date, 007 into 7, and NA into a missing value.
 """
 
 import csv
@@ -34,16 +34,16 @@ ENDINGS = {
     **{".csv": "csv", ".parquet": "parquet"},
     **{".json": "json", ".jsonl": "jsonl", ".ndjson": "jsonl"},
 }
-"""Which source reads a file that ends so, `.gz` after it or not."""
+"""The source that reads a file with this ending, optionally followed by `.gz`."""
 SAVED_FILES = ("dataset_dict.json", "state.json")
-"""One of these is in a folder that `save_to_disk` wrote."""
+"""A folder written by `save_to_disk` has one of these."""
 
 
 def check_ending(settings: config.Data) -> None:
-    """Refuse one file that another source reads.
+    """Refuse a file that needs another source.
 
     Raises:
-        DataError: there is such a file; names the source that reads it.
+        DataError: the file needs another source, which the message names.
     """
     path = Path(str(settings.path))
     source = ENDINGS.get(Path(path.name.lower().removesuffix(".gz")).suffix)
@@ -68,7 +68,7 @@ def _is_array(path: Path) -> bool:
 
 
 def read_jsonl(settings: config.Data) -> Iterator[TextRow]:
-    """One JSON object a line."""
+    """Read one JSON object per line."""
     for number, line in enumerate(read_lines(settings, get_data_path(settings)), start=1):
         if not line.strip():
             continue
@@ -85,7 +85,7 @@ def read_jsonl(settings: config.Data) -> Iterator[TextRow]:
 
 
 def read_json(settings: config.Data) -> Iterator[TextRow]:
-    """One JSON array of objects."""
+    """Read one JSON array of objects."""
     path = _get_file(settings)
     try:
         with open_bytes(path) as file:
@@ -105,7 +105,7 @@ def read_json(settings: config.Data) -> Iterator[TextRow]:
 
 
 def read_csv(settings: config.Data) -> Iterator[TextRow]:
-    """Comma-separated values below a line with their names; each value is text."""
+    """Read comma-separated values below a header line; each value is text."""
     path = _get_file(settings)
     previous_limit = csv.field_size_limit(LINE_LIMIT)
     try:
@@ -143,7 +143,7 @@ def _format_place(reader: csv.DictReader) -> str:
 
 
 def read_parquet(settings: config.Data) -> Iterator[TextRow]:
-    """One Parquet file; a part of it is in memory at once, and only the columns that are named."""
+    """Read one Parquet file, in parts, and only the columns that the settings name."""
     path = _get_file(settings)
     try:
         from pyarrow import parquet
@@ -162,7 +162,7 @@ def read_parquet(settings: config.Data) -> Iterator[TextRow]:
 
 
 def _check_names(settings: config.Data, names: Collection[str]) -> list[str]:
-    """The fields that the settings name, each of which must be there once."""
+    """Return the fields that the settings name, each of which must occur exactly once."""
     wanted = [getattr(settings, setting) for setting in FIELDS]
     for setting, name in zip(FIELDS, wanted, strict=True):
         if name is not None and list(names).count(name) != 1:
@@ -184,7 +184,7 @@ def _get_file(settings: config.Data) -> Path:
 
 
 def read_hub(settings: config.Data) -> Iterator[TextRow]:
-    """A Hugging Face data set, by name or folder; its own splits are kept."""
+    """Read a Hugging Face data set, by name or folder; its own splits are kept."""
     splits = _load_dataset(settings)
     if not SPLIT_OF.keys() & splits.keys():
         split_names = ", ".join(map(str, splits))
@@ -222,7 +222,7 @@ def _load_dataset(settings: config.Data) -> Mapping[str, Iterable[Mapping[str, A
 
 
 def _explain_failure(settings: config.Data, reason: str) -> DataError:
-    """What keeps `datasets` from loading, in one line."""
+    """Explain in one line why `datasets` cannot load."""
     if choice := re.search(r"[Aa]vailable(?: configs)?: \[(.*)\]", reason):
         return make_error(
             settings,
@@ -235,7 +235,7 @@ def _explain_failure(settings: config.Data, reason: str) -> DataError:
 
 
 def make_row(settings: config.Data, record: Mapping[str, Any], place: str) -> TextRow:
-    """The row of a record, by the fields that the settings name.
+    """Make the row of a record from the fields that the settings name.
 
     Raises:
         DataError: a field is missing or holds something else; names its place.
@@ -252,9 +252,9 @@ def make_row(settings: config.Data, record: Mapping[str, Any], place: str) -> Te
 def _read_field(
     settings: config.Data, record: Mapping[str, Any], setting: str, place: str
 ) -> str | None:
-    """The text of a field, if the settings name one; a client or a label may be a number.
+    """Return the text of a field, if the settings name one; a client or a label may be a number.
 
-    A text that is null is a blank one.
+    A null text counts as blank.
     """
     name = getattr(settings, setting)
     if name is None:

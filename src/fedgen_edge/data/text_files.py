@@ -1,4 +1,4 @@
-"""What all sources of text share: rows, lines of files, and how a mistake in them is named."""
+"""What all sources of text share: rows, lines of files, and error messages."""
 
 import gzip
 import os
@@ -13,34 +13,34 @@ from typing import NamedTuple, cast
 from fedgen_edge import config
 from fedgen_edge.errors import DataError
 
-LINE_LIMIT = 1_000_000  # bytes; what is longer is hardly text
+LINE_LIMIT = 1_000_000  # bytes; a longer line is hardly text
 UNREADABLE = (OSError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 class TextRow(NamedTuple):
-    """One example as its source gives it."""
+    """One example as its source provides it."""
 
     text: str
     group: str | None = None
     label: str | None = None
     split: str | None = None
-    marks: int = 1  # ends that a word-level model has to predict
+    marks: int = 1  # end marks that a word-level model has to predict
 
 
 def make_error(settings: config.Data, what: str) -> DataError:
-    """An error that begins with the setting which says where the data lie."""
+    """Make an error that begins with the setting of the data's path."""
     where = "packages" if settings.source == "docstrings" else "path"
     return DataError(f"data.{where}={getattr(settings, where)!r}{what}")
 
 
 def get_data_path(settings: config.Data) -> Path:
-    """The path of the data.
+    """Return the path of the data.
 
     Raises:
-        DataError: nothing is there.
+        DataError: the path does not exist.
     """
     path = Path(str(settings.path))
-    if not os.path.exists(path):  # Path.exists raises, as for a name too long
+    if not os.path.exists(path):  # Path.exists raises, e.g. for a name that is too long
         raise make_error(
             settings, f" does not exist: give what data.source={settings.source!r} reads"
         )
@@ -48,12 +48,12 @@ def get_data_path(settings: config.Data) -> Path:
 
 
 def read_lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without their ends, blank ones too; one line is held at a time.
+    """Yield a UTF-8 file's lines, blank ones too, without line ends; one is in memory at a time.
 
-    A file whose name ends in `.gz` is unpacked while it is read.
+    A file whose name ends in `.gz` is decompressed while it is read.
 
     Raises:
-        DataError: the file cannot be read, is blank, or a line of it is not text.
+        DataError: the file cannot be read, is blank, or has a line that is not text.
     """
     blank = True
     try:
@@ -70,14 +70,14 @@ def read_lines(settings: config.Data, path: Path | zipfile.Path) -> Iterator[str
 
 
 def open_bytes(path: Path | zipfile.Path) -> BufferedIOBase:
-    """Open a file for reading, unpacked if its name ends in `.gz`."""
+    """Open a file for reading, decompressed if its name ends in `.gz`."""
     if isinstance(path, Path) and path.suffix.lower() == ".gz":
         return cast(BufferedIOBase, gzip.open(path))
     return cast(BufferedIOBase, path.open("rb"))
 
 
 def _find_flaw(line: bytes) -> str | None:
-    """Why these bytes are not a line of text."""
+    """Say why these bytes are not a line of text, if they are not."""
     if len(line) > LINE_LIMIT:
         return f"is longer than {LINE_LIMIT} bytes: break it into shorter lines"
     if b"\0" in line:

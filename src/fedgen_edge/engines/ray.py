@@ -1,9 +1,9 @@
-"""Workers on a cluster of Ray's: each has a backbone, and a part of every cohort.
+"""Workers on a Ray cluster: each has a backbone, and a part of every cohort.
 
-What a cluster's processes say to each other is Ray's business, which pickles it: all of them are
-one user's, and nothing of a run that others made is read that way. Which worker does what is known
-before anything is done, and nothing that is done depends on who does it: a worker that dies is
-started anew, and its part done again, with the same result to the last bit.
+Ray pickles the messages between a cluster's processes: all of them belong to one user, and nothing
+that others made is read that way. The work is assigned before it starts, and no result depends on
+which worker computes it: a worker that dies is restarted, and its part done again, with the same
+result to the last bit.
 """
 
 import os
@@ -37,34 +37,34 @@ from fedgen_edge.federation.personalize import Personalize
 from fedgen_edge.types import Order, Update
 
 MAX_RETRIES = 3
-"""Times that a part of a round is done again, after its worker was lost."""
+"""How often a part of a round is retried after its worker was lost."""
 CONNECT_TIMEOUT = 10.0
-"""That a cluster has to answer."""
+"""Seconds that a cluster has to answer."""
 
 
 class WorkerResources(NamedTuple):
-    """What a worker takes of a machine."""
+    """The resources that a worker needs."""
 
     cpus: int = 1
     gpus: int = 0
 
 
 class Worker:
-    """One process: its jobs are made with the first work, so that a failure there is work's."""
+    """One process; it makes its jobs with the first batch, so that a failure surfaces there."""
 
     def __init__(self, make_job_factory: Callable[[], JobFactory]) -> None:
         self._make_job_factory = make_job_factory
 
     @cached_property
     def job_factory(self) -> JobFactory:
-        """Of a backbone and data of its own."""
+        """The job factory of this worker, with a backbone and data of its own."""
         return self._make_job_factory()
 
     def do(self, work: WorkerBatch, *received: bytes) -> list[list[WorkerResult]]:
-        """Carry out what is asked.
+        """Carry out a batch of work.
 
         Raises:
-            FedGenError: of a kind that can be sent.
+            FedGenError: of a kind that can be pickled.
         """
         try:
             return run_batch(self.job_factory, work, received)
@@ -79,29 +79,29 @@ DEFAULT_RESOURCES = WorkerResources()
 
 @dataclass
 class RayWorkerPool:
-    """Workers of a run, which begin with its first orders.
+    """The workers of a run, which start with its first orders.
 
     Source: Moritz et al. 2018, Ray (arXiv:1712.05889).
     """
 
     make_job_factory: Callable[[], JobFactory]
-    """What a worker makes of its settings, in its own process."""
+    """Makes a worker's job factory from its settings, in the worker's process."""
     resources: WorkerResources = DEFAULT_RESOURCES
     workers: int | None = None
-    """None is as many as the cluster has room for, once it is connected."""
+    """None means as many as the cluster has room for, once it is connected."""
     address: str | None = None
-    """Of the cluster; none is one of this machine alone."""
+    """Address of the cluster; None means a cluster on this machine alone."""
     _handles: list[Any] = field(default_factory=list)
     _owns_cluster: bool = False
 
     def connect(self) -> int:
-        """Reach the cluster, or start one where no address is given.
+        """Connect to the cluster, or start one if no address is given.
 
         Returns:
-            How many workers there will be.
+            The number of workers.
 
         Raises:
-            ConfigError: nothing answers, or it has no room for them.
+            ConfigError: no cluster answers, or it has no room for the workers.
         """
         if not ray.is_initialized():
             _connect(self.address)
@@ -111,7 +111,7 @@ class RayWorkerPool:
         return self.workers
 
     def engine(self, method: str, stack: int | None, *, sums: bool) -> Engine:
-        """The engine of a method; see `worker_pool.WorkerPool`."""
+        """Return the engine of a method; see `workers.WorkerPool`."""
 
         def run(orders: Sequence[Order], job: Job) -> Iterator[Update | TuningResult]:
             if not isinstance(job, Train | Personalize):
@@ -144,7 +144,7 @@ class RayWorkerPool:
         return run
 
     def close(self) -> None:
-        """End the workers; and the cluster, or what holds it, if it was not there before."""
+        """Stop the workers, and also the cluster or the connection if this pool started it."""
         for handle in self._handles:
             with suppress(RayError):
                 ray.kill(handle)
@@ -154,7 +154,7 @@ class RayWorkerPool:
         self._owns_cluster = False
 
     def _start_workers(self) -> list[Any]:
-        """The workers, begun if need be."""
+        """Return the workers, starting them if needed."""
         workers = self.connect()
         if not self._handles:
             cpus, gpus = self.resources
@@ -166,19 +166,19 @@ class RayWorkerPool:
 
 
 def _connect(address: str | None, **resources: int) -> None:
-    """Reach a cluster; or start one, which has all that this machine has, or what is its own.
+    """Connect to a cluster, or start one with this machine's resources or those given.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # or a new cluster reports to its makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise a new cluster reports usage
     log_options = {"log_to_driver": False, "logging_level": "ERROR"}
     if address is None:
         ray.init("local", include_dashboard=False, **resources, **log_options)
         return
     host, _, port = address.rpartition(":")
     try:
-        # Ray itself asks for minutes
+        # Ray itself would try for minutes
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT).close()
         ray.init(address, **log_options)
     except (OSError, RuntimeError, ValueError, OverflowError) as error:
@@ -191,10 +191,10 @@ def _connect(address: str | None, **resources: int) -> None:
 
 
 def _count_workers(requested: int | None, resources: WorkerResources) -> int:
-    """As many workers as are wanted, or as fit.
+    """Return the requested number of workers, or as many as fit.
 
     Raises:
-        ConfigError: they do not fit.
+        ConfigError: the requested workers do not fit.
     """
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     capacity = int(
@@ -219,11 +219,11 @@ def _count_gpu_slots(machine: Mapping[str, float], resources: WorkerResources) -
 
 
 def _get_results(calls: Sequence[Any]) -> list[list[list[WorkerResult]]]:
-    """What every worker says.
+    """Return the results of every worker.
 
     Raises:
-        FedGenError: of a worker's.
-        WorkerError: one was lost too often.
+        FedGenError: a worker raised it.
+        WorkerError: a worker was lost too often.
     """
     try:
         return ray.get(list(calls))

@@ -1,4 +1,4 @@
-"""One client at a time: the reference that every other engine agrees with."""
+"""One client at a time: the reference that every other engine must agree with."""
 
 from collections.abc import Iterator, Sequence
 

@@ -8,10 +8,10 @@ from fedgen_edge.types import Order, Update
 
 
 def make_stacked_engine(size: int) -> Engine:
-    """An engine whose stacks hold at most so many clients.
+    """Make an engine whose stacks hold at most `size` clients.
 
-    Longest orders come first, so that clients of like length share a stack and a finished client
-    costs nothing.
+    The longest orders come first, so that clients of similar length share a stack and a finished
+    client costs nothing.
     """
 
     def run(orders: Sequence[Order], job: Job) -> Iterator[Update | TuningResult]:
@@ -22,7 +22,7 @@ def make_stacked_engine(size: int) -> Engine:
 
 
 def make_stacks(orders: Sequence[Order], job: Job, size: int) -> Iterator[list[Order]]:
-    """Who is together: kin alone, and at most so many of them."""
+    """Yield the orders of each stack: at most `size`, and only ones that can share a stack."""
     sorted_orders = sorted(orders, key=job.steps, reverse=True)
     for group in dict.fromkeys(map(job.get_stack_group, sorted_orders)):
         group_orders = [order for order in sorted_orders if job.get_stack_group(order) == group]

@@ -1,8 +1,8 @@
-"""Work that is shared out among workers, and what is said of it; how they are reached is beside it.
+"""Distribute work to workers and collect the results; `ray.py` is how to reach the workers.
 
-A worker builds its jobs itself, so an order travels without its adapter, which all of them share,
-and results without their orders. Leaves travel as payloads; what a client remembers goes with its
-order, and comes back only where there is any.
+A worker builds its jobs itself. Orders are sent without their adapter, which many of them share,
+and results without their orders. Leaves are sent as payloads; a client's memory goes with its
+order, and comes back only if it is not empty.
 """
 
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -18,37 +18,37 @@ from fedgen_edge.types import Leaves, Order, Update
 
 JobType = type[Train] | type[Personalize]
 JobFactory = Callable[[str, JobType, MutableMapping[int, Leaves]], Job]
-"""A worker's job, by the method's name, of clients who remember what they are given to remember."""
+"""Makes a worker's job from a method's name, the type of job, and the clients' memory."""
 
 
 @runtime_checkable
 class WorkerPool(Protocol):
-    """Workers of a run."""
+    """The workers of a run."""
 
     def engine(self, method: str, stack: int | None, *, sums: bool) -> Engine:
-        """The engine of a method.
+        """Return the engine of a method.
 
         Args:
             method: its name, as the workers' jobs know it.
-            stack: most clients in a stack; none is one client at a time.
-            sums: whether a worker sends the mean of its clients' changes, not every change.
+            stack: maximum clients in a stack; None means one client at a time.
+            sums: whether a worker sends the mean of its clients' updates, not every update.
         """
         ...
 
     def close(self) -> None:
-        """Let the workers go; another order brings new ones."""
+        """Stop the workers; the next order starts new ones."""
         ...
 
 
 class WorkerBatch(NamedTuple):
-    """What a worker is asked for at once."""
+    """The work that a worker receives at once."""
 
     method: str
     kind: JobType
     stacks: Sequence[Sequence[tuple[Order, int]]]
-    """Orders without their adapters, and which of the payloads beside them is each one's."""
+    """Orders without their adapters, each with the index of its adapter's payload."""
     memory: Mapping[int, bytes]
-    """What clients remember, of those who do."""
+    """The memory of the clients that have some."""
     stacked: bool
     sums: bool
 
@@ -57,20 +57,20 @@ class WorkerResult(NamedTuple):
     """A result without its order and leaves."""
 
     clients: tuple[int, ...]
-    """Whose order it was."""
+    """The clients of its order."""
     bare_result: Update | TuningResult
     leaves: dict[str, bytes]
-    """By the result's fields."""
+    """Payloads by the result's fields."""
 
 
 NO_ORDER = Order((), 0, {})
-"""In the place of an order that its giver has."""
+"""Placeholder for an order that the caller already has."""
 
 
 def run_batch(
     make_job: JobFactory, work: WorkerBatch, adapter_payloads: Sequence[bytes]
 ) -> list[list[WorkerResult]]:
-    """Carry out what is asked, at a worker: stack by stack, as an engine of one machine does."""
+    """Carry out a batch at a worker, stack by stack, as an engine on one machine does."""
     adapters = [decode(payload) for payload in adapter_payloads]
     memory = {client: decode(payload) for client, payload in work.memory.items()}
     job = make_job(work.method, work.kind, memory)
@@ -92,7 +92,7 @@ def make_batch(
     stacked: bool,
     sums: bool,
 ) -> tuple[WorkerBatch, list[Leaves]]:
-    """What to ask of one worker, and the adapters that its orders received, each once."""
+    """Return the work for one worker, and the distinct adapters that its orders received."""
     orders = [order for stack in stacks for order in stack]
     adapters = {id(order.received): order.received for order in orders}
     places = {key: at for at, key in enumerate(adapters)}
@@ -113,7 +113,7 @@ def make_batch(
 def restore_result(
     result: WorkerResult, orders: Mapping[tuple[int, ...], Order]
 ) -> Update | TuningResult:
-    """The result whole, with the order that it was given."""
+    """Return the complete result, with its order."""
     order, leaves = orders[result.clients], {k: decode(v) for k, v in result.leaves.items()}
     if isinstance(result.bare_result, Update):
         return replace(result.bare_result, order=order, **leaves)
@@ -121,9 +121,9 @@ def restore_result(
 
 
 def assign_loads(loads: Sequence[int], workers: int) -> list[list[int]]:
-    """Places of the loads for each worker: the next one goes to who has least to do so far.
+    """Assign loads to workers, by index: the next load goes to the worker with the least so far.
 
-    It is known before anything is done, so that sums are the same whoever is quick.
+    The assignment is fixed in advance, so that sums do not depend on who is quick.
     """
     shares: list[list[int]] = [[] for _ in range(workers)]
     for place, _ in enumerate(loads):
@@ -133,7 +133,7 @@ def assign_loads(loads: Sequence[int], workers: int) -> list[list[int]]:
 
 
 def _strip_result(result: Update | TuningResult, payloads: dict[int, bytes]) -> WorkerResult:
-    """What is said of a result; leaves that results have in common are one payload."""
+    """Return a result without its order; leaves that results share become one payload."""
     clients = result.order.clients
     if isinstance(result, Update):
         bare_result = replace(result, order=NO_ORDER, delta={}, memory={})

@@ -1,7 +1,7 @@
-"""How far samples lie from real pictures, from the features of both: pure statistics, in float64.
+"""Distances between samples and real images, from their features: pure statistics, in float64.
 
-A distance says little without its n: `floor` is what n alone does, and
-`explain_too_few` says when it is all.
+A distance means little without its n: `floor` is the part due to n alone, and `explain_too_few`
+says when n dominates.
 """
 
 import math
@@ -17,21 +17,21 @@ from fedgen_edge.errors import DataError
 from fedgen_edge.seeds import generator
 
 ROWS = 512
-"""Rows of a matrix of distances that are held at once."""
+"""Rows of a distance matrix that are in memory at once."""
 NEIGHBORS = 5
-"""Nearest neighbours that a ball reaches to (Naeem et al. 2020, their k)."""
+"""A ball reaches to this nearest neighbor (k of Naeem et al. 2020)."""
 NUM_SUBSETS = 10
-"""Parts that samples are cut into for an interval."""
+"""Parts that samples are divided into for an interval."""
 STUDENT_T = 2.262157
-"""Student's t beyond which lie 5 % on both sides, with SUBSETS - 1 degrees of freedom."""
+"""Student's t, two-sided 95 %, with NUM_SUBSETS - 1 degrees of freedom."""
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Mean and spread of features; those of two sets add up to those of both.
+    """Mean and scatter of features; the moments of two sets add up to those of their union.
 
-    Centred, since plain sums of squares lose the covariance's digits where means are large against
-    spreads.
+    The scatter is centered, since plain sums of squares lose digits of the covariance if means are
+    large compared with deviations.
 
     Source: Chan et al. 1979, Updating formulae and a pairwise algorithm for sample variances.
     """
@@ -40,10 +40,10 @@ class Moments:
     mean: Tensor
     """float64 `[d]`."""
     scatter: Tensor
-    """Summed outer products of what is left after the mean, float64 `[d, d]`."""
+    """Summed outer products of the deviations from the mean, float64 `[d, d]`."""
 
     def __add__(self, other: "Moments") -> "Moments":
-        """Of both sets together."""
+        """Return the moments of both sets together."""
         count = self.count + other.count
         mean_difference = other.mean - self.mean
         share = other.count / max(1, count)
@@ -53,17 +53,17 @@ class Moments:
 
     @property
     def covariance(self) -> Tensor:
-        """Divided by n - 1, float64 `[d, d]`.
+        """Return the covariance, divided by n - 1, float64 `[d, d]`.
 
         Raises:
-            DataError: fewer than two pictures.
+            DataError: there are fewer than two images.
         """
         _check_count(self.count, 2, "a covariance")
         return self.scatter / (self.count - 1)
 
 
 def moments(features: Float[Tensor, "n d"]) -> Moments:
-    """Moments of one set, of a part of it, or of nothing.
+    """Return the moments of a set of features, which may be empty.
 
     Raises:
         DataError: a feature is not finite.
@@ -77,15 +77,15 @@ def moments(features: Float[Tensor, "n d"]) -> Moments:
 
 
 def frechet(first: Moments, second: Moments) -> float:
-    """Squared Frechet distance of two Gaussians with these moments; 0 if they are equal.
+    """Return the squared Frechet distance of Gaussians with these moments; 0 if they are equal.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (R C2 R)^1/2), where R is the symmetric root of C1; eigenvalues
-    below zero are rounding, and are cut off.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (R C2 R)^1/2), where R is the symmetric root of C1; negative
+    eigenvalues are rounding errors, and become zero.
 
     Raises:
-        DataError: fewer than two pictures.
+        DataError: there are fewer than two images.
 
-    Source: Dowson & Landau 1982; on features of pictures, Heusel et al. 2017 (arXiv:1706.08500).
+    Source: Dowson & Landau 1982; on features of images, Heusel et al. 2017 (arXiv:1706.08500).
     """
     values, vectors = torch.linalg.eigh(first.covariance)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.mT
@@ -96,12 +96,12 @@ def frechet(first: Moments, second: Moments) -> float:
 
 
 def floor(features: Float[Tensor, "n d"], seed: int) -> float:
-    """Frechet distance between two random halves of real features: what n / 2 alone does.
+    """Return the Frechet distance between two random halves of real features, due to n / 2 alone.
 
-    It is above what n pictures would have, so samples at it cannot be told from real ones.
+    It is larger than n images would have, so samples at this distance look like real ones.
 
     Raises:
-        DataError: fewer than four pictures.
+        DataError: there are fewer than four images.
     """
     _check_count(len(features), 4, "a distance between halves")
     order = torch.randperm(len(features), generator=generator(seed, "floor"))
@@ -110,7 +110,7 @@ def floor(features: Float[Tensor, "n d"], seed: int) -> float:
 
 
 def explain_too_few(count: int, dimension: int) -> str | None:
-    """One line if so few pictures (of the smaller set) leave the covariance singular, else none."""
+    """Return one line if so few images (of the smaller set) make the covariance singular."""
     if count > dimension:
         return None
     return (
@@ -121,7 +121,7 @@ def explain_too_few(count: int, dimension: int) -> str | None:
 
 
 class Interval(NamedTuple):
-    """An estimate, and where its true value lies 19 times in 20."""
+    """An estimate and its 95 % confidence interval."""
 
     value: float
     low: float
@@ -131,17 +131,17 @@ class Interval(NamedTuple):
 def kernel_distance(
     first: Float[Tensor, "n d"], second: Float[Tensor, "m d"], seed: int
 ) -> Interval:
-    """Kernel distance (KID), unbiased at every n, with a 95 % interval.
+    """Return the kernel distance (KID), unbiased at every n, with a 95 % interval.
 
-    Both sets are shuffled and cut into B = 10 parts; the parts give B independent estimates by
+    Both sets are shuffled and divided into B = 10 parts; the parts give B independent estimates by
     `discrepancy`, their mean is the value, and mean -+ t s / sqrt(B) the interval, where s is their
     standard deviation (over B - 1) and t = 2.26 is Student's with B - 1 degrees of freedom. The
-    value may be below zero, as whatever is unbiased at zero may. Of equal distributions, estimates
+    value may be negative, as any estimate unbiased at zero may. For equal distributions, estimates
     are skewed: measured, 95 % of intervals hold 0 from 16 even directions up, 93 % on ResNet-20's
     features of CIFAR-10, and 86 % in one dimension.
 
     Raises:
-        DataError: a set has fewer than 20 pictures.
+        DataError: a set has fewer than 20 images.
 
     Source: Binkowski et al. 2018 (arXiv:1801.01401).
     Differs: their subsets overlap; ours do not, so that the estimates are independent.
@@ -160,9 +160,9 @@ def kernel_distance(
 
 
 def discrepancy(first: Float[Tensor, "n d"], second: Float[Tensor, "m d"]) -> float:
-    """Unbiased squared maximum mean discrepancy with the kernel (x . y / d + 1)^3.
+    """Return the unbiased squared maximum mean discrepancy with the kernel (x . y / d + 1)^3.
 
-    Means over pairs of two different pictures. Source: Gretton et al. 2012, Lemma 6.
+    The means are over pairs of different images. Source: Gretton et al. 2012, Lemma 6.
     """
     x, y = first.double(), second.double()
     within = [
@@ -176,30 +176,30 @@ def _kernel(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Overlap(NamedTuple):
-    """How two sets cover each other, by balls that reach to the k-th nearest of their own set."""
+    """How two sets cover each other, by balls that reach to the k-th neighbor in the same set."""
 
     precision: float
-    """Share of the samples within a real picture's ball: are they real?"""
+    """Fraction of the samples within a real image's ball: do they look real?"""
     recall: float
-    """Share of the real pictures within a sample's ball: are all kinds made?"""
+    """Fraction of the real images within a sample's ball: are all kinds generated?"""
     density: float
-    """Real balls that a sample is in, over k: as precision, but no outlier lifts it; may pass 1."""
+    """Real balls that contain a sample, over k: a precision robust to outliers; may exceed 1."""
     coverage: float
-    """Share of the real balls that hold a sample: as recall, but no outlier lifts it."""
+    """Fraction of the real balls that contain a sample: a recall robust to outliers."""
 
 
 def overlap(
     real: Float[Tensor, "n d"], generated: Float[Tensor, "m d"], k: int = NEIGHBORS
 ) -> Overlap:
-    """Precision, recall, density and coverage; memory grows with n + m, not with n m.
+    """Return precision, recall, density and coverage; memory grows with n + m, not with n m.
 
     Raises:
-        DataError: a set has no more than k pictures.
+        DataError: a set has no more than k images.
 
-    All but density go by n and m as well: compare only sets of equal sizes.
+    All but density also depend on n and m: compare only sets of equal sizes.
 
     Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991); Naeem et al. 2020 (arXiv:2002.09797).
-    Choice: one k for all four, and a ball holds its edge.
+    Choice: one k for all four, and a ball includes its boundary.
     """
     real, generated = real.double(), generated.double()
     real_radii, generated_radii = radii(real, k), radii(generated, k)
@@ -219,10 +219,10 @@ def overlap(
 
 
 def radii(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
-    """Distance of each picture to its k-th nearest other one.
+    """Return each image's distance to its k-th nearest neighbor.
 
     Raises:
-        DataError: no more than k pictures.
+        DataError: there are no more than k images.
     """
     _check_count(len(features), k + 1, f"{k} nearest neighbours")
     row_radii = []
@@ -233,24 +233,24 @@ def radii(features: Float[Tensor, "n d"], k: int) -> Float[Tensor, " n"]:
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Distances of some rows of x to all of y, and where those rows begin."""
+    """Yield the distances of some rows of x to all of y, with the index of the first row."""
     for at in range(0, len(x), ROWS):
         yield at, torch.cdist(x[at : at + ROWS], y)
 
 
 class Collapse(NamedTuple):
-    """Signs that samples are of fewer kinds than real pictures are."""
+    """Signs that samples are of fewer kinds than real images are."""
 
     coverage: float
-    """As in `Overlap`; low, though precision is high, where kinds are missing."""
+    """As in `Overlap`; low despite a high precision if kinds are missing."""
     recall: float
     diversity: tuple[float, ...]
-    """Of each class, the mean distance of two samples over that of two real pictures: 1 is as
-    diverse as real, 0 is one picture again and again; nan where there are not two of both."""
+    """For each class, the mean distance of two samples over that of two real images: 1 is as
+    diverse as real ones, 0 is one image repeated; nan if there are not two of both."""
     shares: tuple[float, ...]
-    """Of the samples nearest to each class's real mean, whatever class they were asked as."""
+    """Fraction of the samples nearest to each class's real mean, whatever class was requested."""
     real_shares: tuple[float, ...]
-    """The same of real pictures: what is to be expected."""
+    """The same for real images: the expected shares."""
 
 
 def collapse(
@@ -260,17 +260,17 @@ def collapse(
     generated_labels: Int[Tensor, " m"],
     classes: int,
 ) -> Collapse:
-    """Signs of mode collapse.
+    """Measure signs of mode collapse.
 
     Args:
-        real: features of real pictures, some of each class.
-        real_labels: numbers of their classes, from 0.
+        real: features of real images, some of each class.
+        real_labels: their class numbers, from 0.
         generated: features of samples.
-        generated_labels: the classes that they were asked as.
-        classes: how many there are.
+        generated_labels: the classes requested for them.
+        classes: number of classes.
 
     Raises:
-        DataError: too few pictures, or none of a class.
+        DataError: there are too few images, or none of a class.
     """
     ball_overlap = overlap(real, generated)
     groups = [real[real_labels == c].double() for c in range(classes)]
@@ -294,7 +294,7 @@ def _diversity(real: Tensor, generated: Tensor) -> float:
 
 
 def _spread(features: Tensor) -> float:
-    """Mean distance of two different pictures; nan if there are no two."""
+    """Return the mean distance of two different images; nan if there are fewer than two."""
     pairs = len(features) * (len(features) - 1)
     total = sum(float(apart.sum()) for _, apart in _distances(features, features))
     return total / pairs if pairs else math.nan

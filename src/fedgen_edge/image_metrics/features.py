@@ -1,6 +1,6 @@
-"""What pictures are seen by before they are compared: a table from a user's word to features.
+"""Feature extractors for comparing images, in a table by the name that a user sets.
 
-Weights come from a local safetensors file; nothing is fetched, and nothing is unpickled.
+Weights come from a local safetensors file; nothing is downloaded, and nothing is unpickled.
 """
 
 from collections.abc import Callable
@@ -20,53 +20,53 @@ from fedgen_edge.errors import ConfigError, DataError, MissingExtraError
 from fedgen_edge.image_metrics.networks import Inception, ResNet, resize_bilinear
 
 CHUNK_SIZE = 64
-"""Pictures in one pass."""
+"""Images in one forward pass."""
 MAX_SIDE = 8
-"""Most pixels of a side that `pixels` sees."""
+"""Maximum pixels of a side for `pixels`."""
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-"""Of ImageNet's red, green and blue from 0 to 1."""
+"""Mean and deviation of ImageNet's red, green and blue, from 0 to 1."""
 PICKLE_HEADERS = (b"PK\x03\x04", b"\x80")
-"""How files of torch.save begin, new and old."""
+"""First bytes of files from torch.save, new and old."""
 CONVERT_COMMAND = (
     'python -c "import sys, torch; from safetensors.torch import save_file; '
     "found = torch.load(sys.argv[1], weights_only=True); save_file({k.removeprefix('module.'): "
     "v.contiguous() for k, v in found.get('state_dict', found).items()}, sys.argv[2])\" "
     "IN.pth OUT.safetensors"
 )
-"""What a user runs, on a pickle that they trust, before we read it."""
+"""The command with which a user converts a pickle that they trust."""
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """Eyes: pictures in, features out."""
+    """A feature extractor: images in, features out."""
 
     name: str
-    """What a user writes as judging.features."""
+    """The value of the setting judging.features."""
     distance_name: str
-    """What the Frechet distance is called; only `FID` compares with published ones."""
+    """The name of its Frechet distance; only `FID` is comparable with published values."""
     dimension: int | None
-    """Of a picture's features; none where its size decides, as for pixels."""
+    """Features per image; None if the image's size decides, as for pixels."""
     extract: Callable[[Tensor], Tensor]
-    """uint8 `[n, channels, height, width]` to float32 `[n, dimension]` on the processor."""
+    """uint8 `[n, channels, height, width]` to float32 `[n, dimension]` on the CPU."""
 
 
 class FeatureKind(NamedTuple):
-    """What one word means."""
+    """The meaning of one name of features."""
 
     distance_name: str
     dimension: int | None
     prepare: Callable[[Tensor], Tensor]
-    """uint8 pictures as the network's input."""
+    """Turns uint8 images into the network's input."""
     network: Callable[[], nn.Module] | None = None
-    """Made without weights; none sees what is prepared."""
+    """Makes the network without weights; None means that the input itself is the features."""
     extract: Callable[[Any, Tensor], Tensor] = lambda network, x: network(x)
-    """Features of the input."""
+    """Computes features of the input."""
     weights: str = ""
-    """The published file that holds them, and whose it is."""
+    """The published file with the weights, and its author."""
 
 
 def pixels(images: UInt8[Tensor, "n c h w"]) -> Float[Tensor, "n d"]:
-    """The pictures themselves, averaged to at most 8 x 8, from -1 to 1."""
+    """Return the images themselves, averaged to at most 8 x 8, from -1 to 1."""
     height, width = (min(MAX_SIDE, side) for side in images.shape[2:])
     return F.adaptive_avg_pool2d(images.float() / 127.5 - 1, (height, width)).flatten(1)
 
@@ -92,7 +92,7 @@ def _resize(images: Tensor, side: int) -> Tensor:
 
 
 def _to_rgb(images: Tensor) -> Tensor:
-    """Grey pictures three times over."""
+    """Repeat gray images on three channels."""
     channels = images.shape[1]
     if channels not in {1, 3}:
         raise DataError(f"pictures have {channels} channels: judge with judging.features='pixels'")
@@ -127,17 +127,17 @@ FEATURES: dict[str, FeatureKind] = {
         weights="pt_inception-2015-12-05-6726825d.pth of github.com/mseitzer/pytorch-fid",
     ),
 }  # fmt: skip
-"""What each word sees: coarse colours; CIFAR-10's classes (He et al. 2016); ImageNet's classes by
+"""The features by name: coarse colors; CIFAR-10's classes (He et al. 2016); ImageNet's classes by
 EfficientNet-Lite0 (Tan & Le 2019), or by the network that defines the FID (Heusel et al. 2017)."""
 
 
 def make_extractor(name: str, weights: Path | None, device: torch.device) -> Extractor:
-    """The eyes of this name, with these weights, on this device.
+    """Make the extractor of this name, with these weights, on this device.
 
     Raises:
-        ConfigError: no such name; or the weights are missing, superfluous, a pickle, damaged, or
-            of another network.
-        MissingExtraError: lite0 without the library of its network.
+        ConfigError: the name is unknown; or the weights are missing, superfluous, a pickle,
+            damaged, or of another network.
+        MissingExtraError: the library of lite0's network is not installed.
     """
     if name not in FEATURES:
         raise ConfigError(f"judging.features={name!r} is unknown: {', '.join(FEATURES)} are known")
@@ -163,7 +163,7 @@ def _extract_features(kind: FeatureKind, network: nn.Module | None, images: Tens
 
 
 def _load_tensors(name: str, weights: Path | None) -> dict[str, Tensor]:
-    """What the file holds, read as safetensors or not at all."""
+    """Read the file's tensors; only safetensors is accepted."""
     setting = f"judging.weights={str(weights)!r}"
     source = f"judging.features={name!r} needs {FEATURES[name].weights}, as safetensors"
     if weights is None:
@@ -186,9 +186,9 @@ def _load_tensors(name: str, weights: Path | None) -> dict[str, Tensor]:
 def _load_network(
     name: str, make_network: Callable[[], nn.Module], weights: Path | None, device: torch.device
 ) -> nn.Module:
-    """The network with these weights, frozen, batch statistics too.
+    """Return the network with these weights, frozen, batch statistics included.
 
-    It is made without memory, so that no random number is drawn for weights that are not kept.
+    It is made without memory, so that no random numbers are drawn for weights that are replaced.
     """
     with torch.device("meta"):
         network = make_network()

@@ -1,4 +1,4 @@
-"""Networks that see pictures, with the tensors' names under which their weights are published."""
+"""Feature networks for images, with the tensor names of their published weights."""
 
 from typing import NamedTuple
 
@@ -8,19 +8,19 @@ from torch.nn import functional as F
 
 Kernel = int | tuple[int, int]
 HORIZONTAL, VERTICAL = (1, 7), (7, 1)
-"""Kernels that make one of 7 x 7."""
+"""Kernels that together make one of 7 x 7."""
 
 
 class Layer(NamedTuple):
-    """One convolution, or two of unlike kernels laid side by side."""
+    """One convolution, or two with different kernels side by side."""
 
     out: int
-    """Channels out of each."""
+    """Output channels of each."""
     kernel: Kernel
     stride: int = 1
-    """Above 1, the edge is not padded."""
+    """If above 1, the edge is not padded."""
     second_kernel: Kernel | None = None
-    """The second one's kernel."""
+    """Kernel of the second convolution."""
 
 
 class Residual(nn.Module):
@@ -43,7 +43,7 @@ class Residual(nn.Module):
 
 
 class ResNet(nn.Module):
-    """The residual network for CIFAR-10 of 6 n + 2 layers, with n blocks at each of three sizes.
+    """The residual network for CIFAR-10 with 6 n + 2 layers: n blocks at each of three sizes.
 
     Source: He et al. 2016 (arXiv:1512.03385), section 4.2.
     """
@@ -66,7 +66,7 @@ class ResNet(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A convolution, its norm and what is above zero."""
+    """A convolution, its normalization and a ReLU."""
 
     def __init__(
         self, width: int, out: int, kernel: Kernel, stride: int = 1, padding: Kernel = 0
@@ -81,16 +81,16 @@ class Convolution(nn.Module):
 
 
 class Mixed(nn.Module):
-    """Branches side by side, the last of them after pooling.
+    """Parallel branches, the last of them after pooling.
 
-    Layers are named by branch and place: `branch5x5_2`; a pair's by a letter more.
+    Layers are named by branch and position: `branch5x5_2`; those of a pair have one more letter.
     """
 
     def __init__(self, width: int, branches: dict[str, list[Layer]], pool: nn.Module) -> None:
         super().__init__()
         self.pool = pool
         self.names: list[list[list[str]]] = []
-        """Of each branch, of each place in it, its one or two convolutions."""
+        """For each branch and each position in it, the names of its one or two convolutions."""
         for branch, layers in branches.items():
             self.names.append([])
             channels = width
@@ -99,7 +99,7 @@ class Mixed(nn.Module):
                 channels = self._add_layer(name, channels, layer)
 
     def _add_layer(self, name: str, width: int, layer: Layer) -> int:
-        """Add a layer to the branch that is being made; its channels out."""
+        """Add a layer to the last branch, and return its output channels."""
         kernels = {name: layer.kernel}
         if layer.second_kernel is not None:
             kernels = {f"{name}a": layer.kernel, f"{name}b": layer.second_kernel}
@@ -112,7 +112,7 @@ class Mixed(nn.Module):
         return layer.out * len(kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the branches make of `[n, width, h, w]`, one after another in channels."""
+        """Concatenate the branches' outputs for `[n, width, h, w]` along channels."""
         outputs = []
         for at, places in enumerate(self.names, 1):
             y = x if at < len(self.names) else self.pool(x)
@@ -123,7 +123,7 @@ class Mixed(nn.Module):
 
 
 def _average_pool() -> nn.Module:
-    """TensorFlow's: what is beyond the edge is not counted."""
+    """Make TensorFlow's average pooling, which does not count padding."""
     return nn.AvgPool2d(3, 1, 1, count_include_pad=False)
 
 
@@ -185,8 +185,8 @@ def _inception_e(width: int, pool: nn.Module) -> Mixed:
 class Inception(nn.Module):
     """The Inception v3 of 2015 that defines the FID.
 
-    Source: Szegedy et al. 2016 (arXiv:1512.00567); as the graph `inception-2015-12-05` has it:
-    averages do not count what is beyond the edge, and the last block pools by the maximum.
+    Source: Szegedy et al. 2016 (arXiv:1512.00567); as in the graph `inception-2015-12-05`:
+    average pooling does not count padding, and the last block uses max pooling.
     """
 
     def __init__(self) -> None:
@@ -222,9 +222,9 @@ class Inception(nn.Module):
 
 
 def resize_bilinear(x: Tensor, side: int) -> Tensor:
-    """Pictures `[..., h, w]` to `[..., side, side]`, bilinearly as TensorFlow 1 does it.
+    """Resize images `[..., h, w]` to `[..., side, side]`, bilinearly as TensorFlow 1 does.
 
-    Place i comes from i * h / side, so the first pixels stay and the last ones are repeated.
+    Position i comes from i * h / side, so the first pixels stay and the last ones are repeated.
     """
     for axis in (-1, -2):
         size = x.shape[axis]

@@ -1,1 +1,1 @@
-"""What will a run take? Bytes, memory and time, before anything is bought."""
+"""What will a run take? Bytes sent, memory and time, before any hardware is bought."""

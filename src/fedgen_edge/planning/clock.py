@@ -1,4 +1,4 @@
-"""Seconds of a run, part by part, as far as speeds and links are known."""
+"""Estimate the seconds of a run, part by part, as far as speeds and links are known."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,23 +13,23 @@ from fedgen_edge.planning.traffic import (
 )
 
 MAX_CLIENTS = 1000
-"""Clients among whom the slowest is looked for."""
+"""Maximum clients among which the slowest is sought."""
 
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds; none where nothing is known of it."""
+    """Seconds by part; None if unknown."""
 
     source: str
-    """Whose speed a step's is."""
+    """Where the speed of a step comes from."""
     step: float | None
     down: float | None
-    """Of the slowest client, as the next two."""
+    """Seconds of the slowest client, as in the next two fields."""
     train: float | None
     up: float | None
     merge: float | None
     round: float | None
-    """The mean of all rounds, with deadlines, over-selection and who drops out."""
+    """Mean over all rounds, including deadlines, over-selection and dropouts."""
     total: float | None
 
 
@@ -41,7 +41,7 @@ def estimate_time(
     update_bytes: int,
     steps: int | None,
 ) -> TimeEstimate:
-    """Of settings whose devices have a speed, if one is known."""
+    """Estimate the time for settings whose devices have a speed, if one is known."""
     devices = settings.devices
     per_client = (
         estimate_client_seconds(devices, c, client_traffic.compute_load(c, 0, steps or 0))
@@ -49,7 +49,7 @@ def estimate_time(
     )
     slowest: ClientSeconds = max(per_client, key=sum)
     is_known = bool(devices.steps_per_second and steps)
-    merge = 3 * update_bytes * speed.per_byte if speed else None  # read, written side by side, read
+    merge = 3 * update_bytes * speed.per_byte if speed else None  # read, written as a stack, read
     merge = merge or None
     mean = (
         sum(r.seconds for r in round_traffic) / len(round_traffic) + (merge or 0.0)

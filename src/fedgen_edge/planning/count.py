@@ -1,8 +1,8 @@
-"""What a piece of torch code asks of a machine, counted as it runs on tensors without values.
+"""Count the memory and work of torch code by running it on tensors without values.
 
-Fake tensors have shapes, types and lives, and take no memory: the code that trains runs as it is,
-with autograd, and each operation is seen on its way. A tensor's bytes count from the operation that
-makes it until nothing holds it.
+Fake tensors have shapes, types and lifetimes, and take no memory: the training code runs unchanged,
+with autograd, and each operation is intercepted. A tensor's bytes count from the operation that
+creates it until nothing references it.
 """
 
 import weakref
@@ -26,19 +26,19 @@ aten: Any = torch.ops.aten
 
 @dataclass(frozen=True)
 class OperationCost:
-    """What operations ask for, all together."""
+    """The total cost of operations."""
 
     ops: float
-    """Operations that compute: views are none."""
+    """Operations that compute, which excludes views."""
     products: float
-    """Those of them that are products of matrices."""
+    """Those of them that are matrix products."""
     flops: float
-    """Of the products: a multiplication and an addition are two."""
+    """FLOPs of the products: a multiplication and an addition are two."""
     traffic: float
     """Bytes that the operations read and write."""
 
     def add(self, other: "OperationCost") -> "OperationCost":
-        """Both together."""
+        """Return the sum of both costs."""
         return OperationCost(
             self.ops + other.ops,
             self.products + other.products,
@@ -55,18 +55,18 @@ class StageCount:
     """The count of one stage."""
 
     peak: int = 0
-    """Most bytes that were live at once."""
+    """Peak bytes that were live at once."""
     cost: OperationCost = ZERO_COST
 
 
 class OperationCounter(TorchDispatchMode):
-    """Counts live bytes and work within it, stage by stage.
+    """Count live bytes and work inside the context, stage by stage.
 
-    A number that is asked of a fake tensor is one: an optimiser asks for its step.
+    A number read from a fake tensor is one: an optimizer reads its step.
     """
 
     def __init__(self, excluded: Iterable[Tensor] = ()) -> None:
-        """Begin with none live; the storages of known tensors count for nothing."""
+        """Start with nothing live; the storages of the excluded tensors are not counted."""
         super().__init__()
         self.live_bytes = 0
         self.stage = ""
@@ -76,7 +76,7 @@ class OperationCounter(TorchDispatchMode):
             self._track_storage(tensor, 0)
 
     def enter(self, stage: str) -> None:
-        """What comes next is of this stage; what is live now is live in it."""
+        """Count what follows in this stage; what is live now is live in it."""
         self.stage = stage
         self._update_peak()
 
@@ -86,14 +86,14 @@ class OperationCounter(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and isinstance(inputs[0], FakeTensor):
             return 1
         if inputs and not any(isinstance(t, FakeTensor) for t in inputs):
-            with unset_fake_temporarily():  # marks of a batch, which code looks at
+            with unset_fake_temporarily():  # a batch's marks, which code reads
                 return func(*args, **(kwargs or {}))
         out = run_operation(func, args, kwargs or {})
         outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         for tensor in outputs:
             self._track_storage(tensor, tensor.untyped_storage().nbytes())
         self._update_peak()
-        if not func.is_view and func.namespace != "prim":  # which asks for a device
+        if not func.is_view and func.namespace != "prim":  # prim only reads the device
             size = sum(t.numel() * t.element_size() for t in (*inputs, *outputs))
             flops = float(_count_flops(func, args, kwargs or {}, out))
             stage_count = self.stages[self.stage]
@@ -133,7 +133,7 @@ def _count_flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def _count_unregistered_flops(name: str, shapes: list[tuple[int, ...]]) -> int:
-    """Of products that torch's counter does not know: attention on a processor, and of experts."""
+    """Count FLOPs that torch's counter does not know: attention on a CPU, and experts."""
     if "grouped_mm" in name:
         (*_, rows, inner), (*_, columns) = shapes[0], shapes[1]
         return 2 * rows * inner * columns
@@ -144,5 +144,5 @@ def _count_unregistered_flops(name: str, shapes: list[tuple[int, ...]]) -> int:
 
 
 def make_fake_mode() -> FakeTensorMode:
-    """Within it, tensors are made without values, as if on a processor."""
+    """Make a mode in which tensors have no values, as if on a CPU."""
     return FakeTensorMode(allow_non_fake_inputs=True)

@@ -1,4 +1,4 @@
-"""What each device has room for: the rank that its client trains."""
+"""Choose the rank that each client trains, by the memory of its device."""
 
 from dataclasses import replace
 
@@ -12,19 +12,19 @@ from fedgen_edge.tasks.language.config_only import load_config
 
 
 def fit_ranks(settings: Settings, device: torch.device) -> Settings:
-    """The settings with a rank for each device: the largest that its memory holds.
+    """Return the settings with a rank for each device: the largest that fits in its memory.
 
-    Ranks are those of `adapter.ranks`; without them there is but one, and a device has room for it.
-    What training takes is counted, and differs little from rank to rank: most of it is the
-    backbone's, and what a batch leaves behind.
+    The ranks are those of `adapter.ranks`; without them there is only one, which must fit.
+    The memory of training is counted, and differs little between ranks: most of it is the
+    backbone's and the activations'.
 
     Args:
-        settings: of the run.
-        device: where a simulation computes, by which a backbone's precision may go.
+        settings: settings of the run.
+        device: where a simulation computes, which may decide the backbone's precision.
 
     Raises:
-        ConfigError: a device holds no adapter at all, or pictures are learnt, of which nothing can
-            be counted beforehand.
+        ConfigError: a device has no room for any adapter, or the task is one of images, whose
+            memory cannot be counted beforehand.
     """
     device_memory, ranks = settings.devices.memory, sorted({*settings.adapter.ranks})
     if not device_memory:

@@ -1,4 +1,4 @@
-"""What there is, what is needed of it, and what breaks first."""
+"""Compare the resources with the needs, and find the limit that breaks first."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ GB = 1e9
 
 @dataclass(frozen=True)
 class Resources:
-    """What a plan is told beside a run's settings."""
+    """Resources that a plan assumes, in addition to a run's settings."""
 
     memory: float | None = None
-    """Of a client's device, in bytes."""
+    """Memory of a client's device, in bytes."""
     server_memory: float | None = None
-    """Of the server, in bytes."""
+    """Memory of the server, in bytes."""
     server_link: float | None = None
-    """Of the server, both ways together, in bytes a second."""
+    """Bandwidth of the server, both directions together, in bytes per second."""
     examples: int | None = None
     """Blocks of text that a client has for training."""
 
 
 @dataclass(frozen=True)
 class ResourceLimit:
-    """One limit, and what is needed of it."""
+    """One limit, and the need for it."""
 
     what: str
     need: float
@@ -33,11 +33,11 @@ class ResourceLimit:
     unit: str
     """Bytes or seconds."""
     helps: str
-    """What would bring the need down."""
+    """What would reduce the need."""
 
     @property
     def share(self) -> float:
-        """Of the limit; above 1 it breaks."""
+        """Return the need over the limit; above 1 the limit breaks."""
         return self.need / self.limit
 
 
@@ -48,12 +48,12 @@ def find_limits(
     server: Mapping[str, int],
     estimates: tuple[Any, Any],
 ) -> list[ResourceLimit]:
-    """Every limit that is known, the nearest first.
+    """List every known limit, the tightest first.
 
     Args:
-        settings: of the run.
-        resources: what there is.
-        memory: a client's, by precision, the settings' own first.
+        settings: settings of the run.
+        resources: the available resources.
+        memory: a client's memory by precision; that of the settings comes first.
         server: the server's bytes, by part.
         estimates: the plan's traffic and time.
     """
@@ -97,7 +97,7 @@ def find_limits(
 
 
 def _make_device_limit(limit: float, memory: Mapping[str, Any]) -> ResourceLimit:
-    """Of a client; only what a run can do is advised."""
+    """Make a client's limit; the advice only names what a run can do."""
     precision, estimate = next(iter(memory.items()))
     advice = "a smaller training.batch, a shorter data.length, or a smaller backbone"
     if precision == "float32":
@@ -106,7 +106,7 @@ def _make_device_limit(limit: float, memory: Mapping[str, Any]) -> ResourceLimit
 
 
 def describe_nearest_limit(resource_limits: Sequence[ResourceLimit]) -> str:
-    """What breaks first, and what would help, in one line."""
+    """Say in one line what breaks first, and what would help."""
     if not resource_limits:
         return (
             "no limit is known: say --memory, --server-memory, --server-link or federation.deadline"

@@ -1,8 +1,8 @@
-"""Bytes that a client's training takes: its backbone by precision, and what a step adds to it.
+"""Estimate the bytes of a client's training: its backbone by precision, and a step's memory.
 
-A step is the one of a real run, loss, gradients and optimiser, on tensors without values. Layers of
-one kind add the same to it each, so a deep model is counted with few layers and drawn out in a
-straight line.
+The step is that of a real run, with loss, gradients and optimizer, on tensors without values. Each
+layer of a kind adds the same amount, so a deep model is counted with a few layers and extrapolated
+linearly.
 """
 
 import gc
@@ -37,30 +37,30 @@ from fedgen_edge.types import VARIATE, Batch, Leaves
 
 Precision = Literal["float32", "bf16", "int8", "int4"]
 DTYPES = {"float32": torch.float32}
-"""Of the arithmetic; all other precisions have bfloat16."""
+"""Types of the arithmetic; all other precisions use bfloat16."""
 COUNTED_PERIODS = 2
-"""Layers, or periods of them, that a deep model is counted with at first, and one more."""
+"""A deep model is counted with this many layers, or periods of layers, and with one more."""
 COST_FIELDS = tuple(field.name for field in fields(OperationCost))
 STAGES = ("forward", "backward", "step")
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """What one optimiser step asks for, beside the frozen weights."""
+    """The memory of one optimizer step, in addition to the frozen weights."""
 
     adapter: float
-    """Bytes of the adapter as it arrived, and as it is trained."""
+    """Bytes of the received adapter and of the trained one."""
     optimiser: float
-    """Bytes of its moments."""
+    """Bytes of the optimizer's moments."""
     gradients: float
-    """Bytes of the gradients, those that were clipped too, which stay until the next."""
+    """Bytes of the gradients, including the clipped ones, which live until the next step."""
     peak: float
-    """Most bytes at once, all of these included."""
+    """Peak bytes, including all of these."""
     cost: OperationCost
 
     @property
     def activations(self) -> float:
-        """What the peak holds beside what has a name."""
+        """Return the peak less the named parts."""
         return max(0.0, self.peak - self.adapter - self.optimiser - self.gradients)
 
 
@@ -69,13 +69,13 @@ class StepPlan:
     """How a step is carried out."""
 
     rows: int
-    """Blocks of text, for each client."""
+    """Blocks of text per client."""
     length: int
-    """Tokens in each."""
+    """Tokens per block."""
     clients: int = 0
-    """In a stack; 0 is one client by itself."""
+    """Clients in a stack; 0 means one client without a stack."""
     checkpointing: bool = False
-    """Whether layers are computed again on the way back, from their inputs."""
+    """Whether layers are recomputed from their inputs in the backward pass."""
 
 
 def estimate_client_bytes(
@@ -86,14 +86,14 @@ def estimate_client_bytes(
     *,
     checkpointing: bool = False,
 ) -> int:
-    """Most bytes that one client's training takes at once, backbone included, libraries not.
+    """Estimate the peak bytes of one client's training, with the backbone but without libraries.
 
     Args:
-        settings: of the run; the adapter, the method, and the training are theirs.
-        config: of the backbone, transformers'.
-        precision: of the frozen weights.
-        rank: of the adapter; none is the settings'.
-        checkpointing: compute layers again on the way back.
+        settings: settings of the run, with the adapter, the method and the training.
+        config: transformers' configuration of the backbone.
+        precision: precision of the frozen weights.
+        rank: rank of the adapter; None means that of the settings.
+        checkpointing: recompute layers in the backward pass.
     """
     if rank is not None:
         settings = replace(settings, adapter=replace(settings.adapter, rank=rank, ranks=()))
@@ -103,19 +103,19 @@ def estimate_client_bytes(
 
 
 def get_dtype(precision: Precision) -> torch.dtype:
-    """Of the arithmetic and of what is not quantised."""
+    """Return the type of the arithmetic and of weights that are not quantized."""
     return DTYPES.get(precision, torch.bfloat16)
 
 
 def count_backbone_bytes(config: Any, settings: Settings, precision: Precision) -> int:
-    """Bytes of the frozen weights, tied ones once.
+    """Count the bytes of the frozen weights; tied ones count once.
 
     int8 has a float32 scale for each row (LLM.int8, arXiv:2208.07339). int4 has an 8-bit scale for
-    each 64 values, and a float32 for each 256 of those (QLoRA, arXiv:2305.14314). Both are of the
-    linear layers but the head; and the largest of their matrices is there in bf16 as well, as each
-    is written out for its product.
+    each 64 values, and a float32 for each 256 of those (QLoRA, arXiv:2305.14314). Both apply to
+    the linear layers except the head; the largest of their matrices also exists in bf16, since each
+    is dequantized for its product.
 
-    Differs: neither is how `fedgen run` computes, which knows float32 and bf16.
+    Differs: `fedgen run` uses neither; it knows float32 and bf16.
     """
     with torch.device("meta"):
         task = build_from_config(config, settings.adapter, get_dtype(precision))
@@ -127,7 +127,7 @@ def count_weight_bytes(
     linear_shapes: Mapping[str, Sequence[int]],
     precision: Precision,
 ) -> int:
-    """Bytes of weights of these shapes, of which the linear ones are quantised; see above."""
+    """Count the bytes of weights of these shapes; the linear ones are quantized, as above."""
     item_bytes = get_dtype(precision).itemsize
     if precision not in {"int8", "int4"}:
         return item_bytes * sum(map(math.prod, all_shapes.values()))
@@ -155,7 +155,7 @@ def _count_quantized_bytes(shape: Sequence[int], precision: Precision) -> int:
 def count_training_step(
     settings: Settings, config: Any, step_plan: StepPlan, dtype: torch.dtype
 ) -> StepMemory:
-    """What a step of these settings asks for.
+    """Count the memory and work of a step with these settings.
 
     Raises:
         RuntimeError: torch does not know an operation of this model without values, or of this
@@ -184,7 +184,7 @@ def _make_step_memory(counts: Mapping[str, float]) -> StepMemory:
 def _count_step(
     settings: Settings, config: Any, *, step_plan: StepPlan, dtype: torch.dtype
 ) -> dict[str, float]:
-    """A step's numbers, by name: each grows in a straight line with the layers."""
+    """Return a step's numbers by name; each grows linearly with the layers."""
     algorithm = make_algorithm(settings.method, adapter=settings.adapter)
     with make_fake_mode():
         task = build_from_config(config, settings.adapter, dtype, full=algorithm.adapts == "full")
@@ -205,7 +205,7 @@ def _count_second_step(
     step_plan: StepPlan,
     counter: OperationCounter,
 ) -> dict[str, float]:
-    """Train on two batches, and count the second, before which the optimiser has its moments."""
+    """Train on two batches, and count the second, since the optimizer then has its moments."""
 
     def corrects(grads: Leaves, current: Leaves, initial: Leaves, memory: Leaves) -> Leaves:
         counter.enter("step")
@@ -218,7 +218,7 @@ def _count_second_step(
     batch = make_blank_batch(step_plan)
     steps = descend(task, start, correction_state, [batch, batch], recipe)
     next(steps)
-    gc.collect()  # what layers were computed again with is in cycles
+    gc.collect()  # recomputed layers leave reference cycles
     counter.stages.clear()
     live_bytes, adapter_bytes = (
         counter.live_bytes,
@@ -238,7 +238,7 @@ def _count_second_step(
 def make_client_start(
     algorithm: Algorithm, task: Language, step_plan: StepPlan
 ) -> tuple[Leaves, Leaves]:
-    """What a client begins from, and what it is told beside it, before the first round."""
+    """Return a client's start and the extra leaves it receives before the first round."""
     fresh = {k: torch.zeros(shape) for k, shape in task.model.leaf_shapes().items()}
     state = algorithm.init(fresh)
     received = algorithm.make_broadcast(state, max(1, step_plan.clients))
@@ -259,7 +259,7 @@ def make_recipe(
     corrects: Corrects,
     optimizers: list[Optimizer],
 ) -> Recipe:
-    """The one of that round, of the first few, in which most is trained; and what it makes."""
+    """Make the recipe of the round, among the first few, in which most is trained."""
     names, first_rounds = list(start), range(min(4, settings.federation.rounds))
     busiest_round = max(first_rounds, key=lambda r: sum(start[k].numel() for k in names
                                       if algorithm.trains(k, r, 0)))  # fmt: skip
@@ -277,10 +277,10 @@ def make_recipe(
 
 
 def make_blank_batch(step_plan: StepPlan) -> Batch:
-    """Blocks of nothing, each one document."""
+    """Make a batch of blank blocks, each one document."""
     clients = (step_plan.clients,) if step_plan.clients else ()
     shape = (*clients, step_plan.rows, step_plan.length)
-    with unset_fake_temporarily():  # which epoch it is, the client looks at
+    with unset_fake_temporarily():  # the client reads which epoch it is
         marks = {"epoch": torch.zeros(clients, dtype=torch.long)}
         marks["last"] = torch.zeros(clients, dtype=torch.bool)
     zeros = torch.zeros(shape, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""What a run of some settings will take, part by part, and what breaks first."""
+"""Plan the cost of a run with some settings, part by part, and what breaks first."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -45,24 +45,24 @@ from fedgen_edge.tasks.language.task import Language, check_length
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a client's training takes, libraries not counted."""
+    """Bytes of a client's training, without libraries."""
 
     backbone: int
-    """Frozen weights, and the matrix that a quantised one writes out."""
+    """Frozen weights, and one dequantized matrix if they are quantized."""
     adapter: int
-    """As it arrived, and as it is trained."""
+    """The received adapter and the trained one."""
     optimiser: int
     gradients: int
     activations: int
-    """What the largest moment of a step holds beside."""
+    """The rest of a step's peak."""
     total: int
     checkpointed: int
-    """The total where layers are computed again on the way back."""
+    """The total if layers are recomputed in the backward pass."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of the backbone and its adapter."""
+    """Facts about the backbone and its adapter."""
 
     path: str
     kind: str
@@ -71,7 +71,7 @@ class ModelFacts:
     parameters: int
     adapter_parameters: int
     adapter_bytes: int
-    """One whole adapter, as it travels without a chain."""
+    """One whole adapter, as it is sent without compression."""
     full_bytes: int
     """The whole model in float32, as full-model FedAvg sends it."""
     targets: tuple[str, ...]
@@ -79,10 +79,10 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class TrafficEstimate:
-    """Bytes that travel; means of rounds where these differ."""
+    """Bytes sent; means over rounds if these differ."""
 
     exact: bool
-    """Whether they are what a run will record; with zstd, they are the most."""
+    """Whether a run will record exactly these; with zstd they are upper bounds."""
     client_down: int
     client_up: int
     round_down: float
@@ -90,43 +90,43 @@ class TrafficEstimate:
     total_down: int
     total_up: int
     full: int
-    """What full-model FedAvg sends in as many payloads, both ways."""
+    """Bytes that full-model FedAvg sends in as many payloads, in both directions."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All of it; as JSON these are the keys."""
+    """The whole plan; these fields are the keys of its JSON."""
 
     model: ModelFacts
     clients: int
     cohort: int
     rounds: int
     steps: int | None
-    """Of one client in a round."""
+    """Steps of one client in a round."""
     traffic: TrafficEstimate
     memory: dict[str, MemoryEstimate]
-    """By precision of the backbone; `stack` is of the settings' engine.stack clients at once."""
+    """By precision of the backbone; `stack` is for engine.stack clients at once."""
     step: StepMemory
-    """Bytes and work of one step, beside the backbone."""
+    """Bytes and work of one step, without the backbone."""
     time: TimeEstimate
     server: dict[str, int]
     """Bytes by part."""
     breaks: list[ResourceLimit]
-    """The nearest to its limit first."""
+    """Limits, the tightest first."""
     says: str
     """What breaks first, and what would help."""
 
 
 def make_plan(settings: Settings, resources: Resources, speed: Speed | None) -> Plan:
-    """What a run of these settings takes; no weights are read, and no data.
+    """Plan a run with these settings, without reading weights or data.
 
     Args:
-        settings: of the run, as `fedgen run` has them.
-        resources: what there is of memory, links and examples.
-        speed: of the clients' machines, where devices.steps_per_second does not say it.
+        settings: settings of the run, as `fedgen run` has them.
+        resources: available memory, links and examples.
+        speed: speed of the clients' machines, if devices.steps_per_second does not set it.
 
     Raises:
-        ConfigError: they cannot be carried out, or too little is said.
+        ConfigError: the settings cannot be carried out, or are not enough for a plan.
     """
     check(settings)
     if settings.task != "language":
@@ -136,7 +136,7 @@ def make_plan(settings: Settings, resources: Resources, speed: Speed | None) -> 
     algorithm = make_algorithm(settings.method, adapter=settings.adapter)
     task = _build_outline(settings, config, full=algorithm.adapts == "full")
     shapes, leaves = task.model.shapes(), task.model.leaf_shapes()
-    algorithm.sends(list(leaves), None)  # refuses what it cannot share
+    algorithm.sends(list(leaves), None)  # raises if it cannot share these
     steps, clients = _count_steps(settings, resources), count_clients(settings)
     step, checkpointed_step = (
         _count_step(settings, config, checkpointing=c) for c in (False, True)
@@ -183,7 +183,7 @@ def make_plan(settings: Settings, resources: Resources, speed: Speed | None) -> 
 
 
 def count_clients(settings: Settings) -> int:
-    """How many clients there are, as far as that is known without data."""
+    """Count the clients, as far as that is known without data."""
     partition, num_clients = settings.partition, settings.federation.clients
     if num_clients is not None:
         return num_clients
@@ -208,7 +208,7 @@ def _count_steps(settings: Settings, resources: Resources) -> int | None:
 
 
 def _list_precisions(settings: Settings) -> tuple[Precision, ...]:
-    """The settings' own first; `auto` is bf16, which devices of today have."""
+    """List the precisions, that of the settings first; `auto` is bf16, as on today's devices."""
     if settings.backbone.precision == "float32":
         return ("float32", "int8", "int4")
     return ("bf16", "int8", "int4")

@@ -1,10 +1,9 @@
-"""Seconds of a training step on this machine: timed on small models, and drawn out to others.
+"""Estimate the seconds of a training step on this machine, by timing small models.
 
     seconds = operations * a + products * b + flops * c + bytes read and written * d,
 
-with factors of nought or more: what it takes to call an operation, to begin a product of matrices,
-to multiply, and to reach memory. They are fitted to steps that were timed, by least squares of the
-relative error.
+with nonnegative factors: the cost to call an operation, to start a matrix product, to multiply, and
+to access memory. They are fitted to timed steps by least squares of the relative error.
 """
 
 import json
@@ -58,9 +57,9 @@ TRIALS = (
     Trial(512, 6, 32000, 2, 64),
     Trial(768, 3, 49152, 2, 128),
 )
-"""From what calls cost most of all to what arithmetic does."""
+"""From models dominated by calls to models dominated by arithmetic."""
 TIMED_STEPS = 5
-"""Steps of a trial that count, after one that does not; the shortest does."""
+"""Timed steps of a trial, after one warm-up step; the shortest counts."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +67,27 @@ class Speed:
     """How fast a machine is."""
 
     per_op: float
-    """Seconds of each operation."""
+    """Seconds per operation."""
     per_product: float
-    """Seconds of each product of matrices, beside those."""
+    """Additional seconds per matrix product."""
     per_flop: float
-    """Seconds of each floating-point operation of a product of matrices."""
+    """Seconds per floating-point operation of a matrix product."""
     per_byte: float
-    """Seconds of each byte that operations read or write."""
+    """Seconds per byte that operations read or write."""
     source: str
-    """Where this is from, in words."""
+    """Where the speed comes from, in words."""
 
     def estimate_seconds(self, cost: OperationCost) -> float:
-        """Of a step."""
+        """Estimate the seconds of a step."""
         factors = (self.per_op, self.per_product, self.per_flop, self.per_byte)
         return float(np.dot(factors, astuple(cost)))
 
 
 def fit_speed(costs: Sequence[OperationCost], seconds: Sequence[float], source: str) -> Speed:
-    """The speed that comes nearest to these times, by its relative error."""
+    """Fit the speed to these times, by least squares of the relative error."""
     measured = np.array(seconds, dtype=np.float64)
     relative_costs = np.array([astuple(cost) for cost in costs]) / measured[:, None]
-    scales = relative_costs.max(0, initial=1e-30)  # counts are of very unequal sizes
+    scales = relative_costs.max(0, initial=1e-30)  # the counts differ by orders of magnitude
     regression = LinearRegression(positive=True, fit_intercept=False)
     regression.fit(relative_costs / scales, np.ones(len(measured)))
     per_op, per_product, per_flop, per_byte = (float(v) for v in regression.coef_ / scales)
@@ -96,12 +95,12 @@ def fit_speed(costs: Sequence[OperationCost], seconds: Sequence[float], source: 
 
 
 def calibrate(settings: Settings, dtype: torch.dtype, device: torch.device) -> Speed:
-    """Time a step of each trial, which takes a minute or less, and keep what it says.
+    """Time a step of each trial, within a minute, and save the fitted speed.
 
     Args:
-        settings: of a run, whose optimiser and threads are taken.
-        dtype: of the arithmetic.
-        device: that is measured.
+        settings: settings of a run, whose optimizer and threads are used.
+        dtype: type of the arithmetic.
+        device: the device to measure.
     """
     steady_allocations()
     costs, seconds = [], []
@@ -118,7 +117,7 @@ def calibrate(settings: Settings, dtype: torch.dtype, device: torch.device) -> S
 
 
 def load_speed(dtype: torch.dtype, device: torch.device) -> Speed | None:
-    """What the last calibration of this machine found; none where there was none."""
+    """Load the last calibration of this machine; None if there is none."""
     path = _get_cache_path(dtype, device)
     try:
         return TypeAdapter(Speed).validate_python(files.parse(path.read_bytes(), json.loads))
@@ -127,7 +126,7 @@ def load_speed(dtype: torch.dtype, device: torch.device) -> Speed | None:
 
 
 def _get_cache_path(dtype: torch.dtype, device: torch.device) -> Path:
-    """By all that steps are known to depend on."""
+    """Return the path, named by everything that a step's time is known to depend on."""
     cache_key = (
         describe_hardware(device),
         str(device),
@@ -143,7 +142,7 @@ def _get_cache_path(dtype: torch.dtype, device: torch.device) -> Path:
 def time_step(
     settings: Settings, config: Any, step_plan: StepPlan, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Seconds of a real step of a model with random weights: the shortest of some."""
+    """Time a real step of a model with random weights: the shortest of several."""
     algorithm = make_algorithm(settings.method, adapter=settings.adapter)
     with torch.device(device):
         task = build_from_config(config, settings.adapter, dtype, full=algorithm.adapts == "full")
@@ -160,7 +159,7 @@ def time_step(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         durations.append(time.perf_counter() - start_time)
-    return min(durations[1:])  # what else the machine does only lengthens one
+    return min(durations[1:])  # other load only makes a step longer
 
 
 def _make_config_values(trial: Trial) -> ConfigValues:

@@ -1,4 +1,4 @@
-"""A plan for the eye: one table that 80 columns hold."""
+"""Show a plan as one table that fits in 80 columns."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ TableRow = tuple[str, str]
 
 
 def make_table(plan: Plan) -> Table:
-    """What is needed, part by part."""
+    """Make the table of needs, part by part."""
     grid = Table(title=f"{plan.model.path}: what it takes", title_justify="left", box=None)
     grid.add_column("", no_wrap=True)
     grid.add_column("", overflow="fold")
@@ -110,7 +110,7 @@ def _describe_server(plan: Plan) -> Iterator[TableRow]:
 
 
 def format_bytes(count: float | int) -> str:
-    """Bytes in words."""
+    """Format bytes with a unit."""
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return (
@@ -122,7 +122,7 @@ def format_bytes(count: float | int) -> str:
 
 
 def format_seconds(value: float) -> str:
-    """Seconds in words."""
+    """Format seconds with a unit."""
     if value >= 7200:
         return f"{value / 3600:.3g} h"
     return f"{value:.3g} s"

@@ -1,8 +1,8 @@
-"""What travels in each round, in bytes, and how long a round lasts, without a model at hand.
+"""Compute the bytes sent in each round, and how long a round lasts, without a model.
 
-Who is asked, who is late and what a payload holds follow from settings and shapes alone, so these
-are the numbers that a run will write into its records; zstd's are the most that they can be. Only a
-cohort chosen by its losses (`federation.candidates`) is not known before: others are taken.
+The cohorts, the stragglers and the payloads follow from settings and shapes alone, so these are the
+numbers that a run will record; with zstd they are upper bounds. Only a cohort chosen by its losses
+(`federation.candidates`) is not known beforehand: another cohort stands in for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,11 +35,11 @@ class RoundTraffic(NamedTuple):
     bytes_up: int
     """Bytes to the server."""
     seconds: float
-    """That it lasts, by the devices' speeds."""
+    """Duration, by the devices' speeds."""
     started: int
-    """Clients that began."""
+    """Clients that started."""
     merged: int
-    """Clients that are merged."""
+    """Clients whose updates are merged."""
 
 
 class ClientSeconds(NamedTuple):
@@ -52,18 +52,18 @@ class ClientSeconds(NamedTuple):
 
 @dataclass(frozen=True)
 class ClientTraffic:
-    """What travels to a client and back, by its rank and the round."""
+    """Traffic to a client and back, by its rank and the round."""
 
     algorithm: Algorithm
     wire: Wire
     leaves: Shapes
-    """Of an adapter, before the method has it."""
+    """Shapes of an adapter, before the method changes it."""
     num_clients: int
     """Clients that train."""
 
     @cached_property
     def initial_state(self) -> ServerState:
-        """The server before the first round, without values."""
+        """Return the server's state before the first round, without values."""
         empty_leaves = {
             k: torch.empty(tuple(shape), device="meta") for k, shape in self.leaves.items()
         }
@@ -71,23 +71,23 @@ class ClientTraffic:
 
     @cached_property
     def broadcast_leaves(self) -> Leaves:
-        """What travels down to a client of the highest rank."""
+        """Return the leaves broadcast to a client of the highest rank."""
         return self.algorithm.make_broadcast(self.initial_state, self.num_clients)
 
     def count_down_bytes(self, client: int) -> int:
-        """Bytes to a client."""
+        """Count the bytes to a client."""
         sent_leaves = truncate_rank(self.broadcast_leaves, self.algorithm.get_rank(client))
         return get_max_bytes_down(self.wire, shapes(sent_leaves))
 
     def count_up_bytes(self, client: int, round_: int) -> int:
-        """Bytes from a client in a round."""
+        """Count the bytes from a client in a round."""
         all_leaves = {**self.initial_state.adapter, **self.broadcast_leaves}
         cluster_leaves = select_cluster(all_leaves, 0 if self.algorithm.clusters else None)
         shared = shapes(self.algorithm.select_shared(cluster_leaves, round_))
         return get_max_bytes_up(self.wire, get_rank_shapes(shared, self.algorithm.get_rank(client)))
 
     def compute_load(self, client: int, round_: int, steps: int) -> ClientLoad:
-        """What a client is asked for; a model of its own takes as many steps again."""
+        """Return a client's load; a personal model takes as many steps again."""
         num_models = 2 if self.algorithm.beside else 1
         return ClientLoad(
             num_models * steps, self.count_down_bytes(client), self.count_up_bytes(client, round_)
@@ -97,7 +97,7 @@ class ClientTraffic:
 def make_client_traffic(
     settings: Settings, algorithm: Algorithm, leaves: Shapes, clients: int
 ) -> ClientTraffic:
-    """As settings say.
+    """Make the traffic model that the settings describe.
 
     Raises:
         MissingExtraError: zstd is not installed.
@@ -109,13 +109,13 @@ def make_client_traffic(
 def estimate_rounds(
     settings: Settings, client_traffic: ClientTraffic, clients: int, steps: int
 ) -> Iterator[RoundTraffic]:
-    """Every round of a run.
+    """Yield the traffic of every round of a run.
 
     Args:
-        settings: of the run; its devices have speeds, or take no time.
-        client_traffic: what travels.
-        clients: in the federation.
-        steps: of one client in a round.
+        settings: settings of the run; devices without speeds take no time.
+        client_traffic: traffic of each client.
+        clients: clients in the federation.
+        steps: steps of one client in a round.
     """
     if client_traffic.algorithm.buffer:
         yield from _estimate_commits(settings, client_traffic, clients, steps)
@@ -156,7 +156,7 @@ def estimate_rounds(
 def _estimate_commits(
     settings: Settings, client_traffic: ClientTraffic, clients: int, steps: int
 ) -> Iterator[RoundTraffic]:
-    """Those of a server that waits for so many updates, whosever they are."""
+    """Yield the commits of a buffered asynchronous server, which waits for a number of updates."""
     federation, devices = settings.federation, settings.devices
     concurrency = cohort_size(federation, clients)
     queue = Queue()
@@ -187,7 +187,7 @@ def _estimate_commits(
 
 
 def estimate_client_seconds(devices: Devices, client: int, load: ClientLoad) -> ClientSeconds:
-    """What a client's round is made of, where nothing fails."""
+    """Estimate the seconds of a client's round, by part, if nothing fails."""
     inf = float("inf")
     return ClientSeconds(
         load.down / schedule.get_device_value(devices.down, client, inf),
@@ -197,18 +197,18 @@ def estimate_client_seconds(devices: Devices, client: int, load: ClientLoad) -> 
 
 
 def set_step_time(devices: Devices, seconds: float | None) -> Devices:
-    """The devices; where nobody said how fast they are, a step takes all so long."""
+    """Return the devices; if they have no speed, a step takes this long on each."""
     if devices.steps_per_second or not seconds:
         return devices
     return replace(devices, steps_per_second=(1 / seconds,))
 
 
 def estimate_server_bytes(client_traffic: ClientTraffic, cohort: int) -> dict[str, int]:
-    """What a server holds while it merges, by part.
+    """Estimate a server's bytes while it merges, by part.
 
-    `adapter`, `state` (moments, variates: what the method's step keeps), `updates` (the cohort's
-    changes as they came and as they are read), `checkpoint` (on its disk, in the same bytes as the
-    first two). A method that multiplies factors out takes more for one layer at a time.
+    The parts are `adapter`, `state` (moments, control variates: what the method's step stores),
+    `updates` (the cohort's payloads and the decoded updates) and `checkpoint` (on disk, as large as
+    the first two). A method that multiplies factors needs more, for one layer at a time.
     """
     shared = client_traffic.algorithm.select_shared(
         select_cluster(

@@ -1,1 +1,1 @@
-"""What came out, and what does it mean?"""
+"""What are the results of a run, and what do they mean?"""

@@ -1,4 +1,4 @@
-"""Several runs side by side: groups that differ in their seed, and differences between them."""
+"""Compare several runs: group those that differ only in their seed, and compare the groups."""
 
 import json
 import math
@@ -17,21 +17,21 @@ from fedgen_edge.runs.formatting import number
 
 SEED = "federation.seed"
 IGNORED_SETTINGS = (SEED, "engine.", "evaluation.keep", "evaluation.target")
-"""Settings that make no other experiment: the seed, and how the machine carries it out."""
+"""Settings that do not change the experiment: the seed, and how the machine computes."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     label: str
     settings: dict[str, str]
-    """Those in which the groups differ."""
+    """The settings in which the groups differ."""
     runs: list[RunFiles]
 
 
 def group_runs(runs: Sequence[RunFiles]) -> list[Group]:
-    """Runs by the settings that differ between them, the seed aside."""
+    """Group runs by the settings that differ between them, except the seed."""
     names = sorted({n for run in runs for n in run.settings if not n.startswith(IGNORED_SETTINGS)})
     settings_by_run = [
         {name: json.dumps(run.settings.get(name)) for name in names}
@@ -56,7 +56,7 @@ def group_runs(runs: Sequence[RunFiles]) -> list[Group]:
 
 
 def _run_names(runs: Sequence[RunFiles]) -> dict[Path, str]:
-    """Each run's folder, with as much of its path as tells it from the others."""
+    """Return each run's shortest unique name, from the end of its path."""
     folders = list(dict.fromkeys(run.folder for run in runs))
     parts = [folder.resolve().parts for folder in folders]
     longest = max(map(len, parts))
@@ -68,13 +68,13 @@ def _run_names(runs: Sequence[RunFiles]) -> dict[Path, str]:
 
 
 def _make_label(names: Sequence[str]) -> str:
-    """What a group is called: its first run, and how many more there are."""
+    """Return a group's label: its first run, and how many more there are."""
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     return names[0] + more
 
 
 def make_comparison_page(runs: Sequence[RunFiles]) -> dict[str, Any]:
-    """What the page of several runs shows."""
+    """Return the content of the page of several runs."""
     groups = group_runs(runs)
     models = list(dict.fromkeys(m for run in runs for m in by_model(run)))
     rows = [_make_group_row(group, groups[0], models) for group in groups]
@@ -134,7 +134,7 @@ def _get_difference(run: RunFiles, other: RunFiles, model: str, reference: str) 
 
 
 def _list_differences(group: Group, first: Group, model: str) -> list[float]:
-    """Differences from the first group, seed by seed."""
+    """List the differences from the first group, seed by seed."""
     first_by_seed = {run.settings.get(SEED): run for run in first.runs}
     pairs = [
         (run, first_by_seed.get(run.settings.get(SEED))) for run in group.runs if group is not first

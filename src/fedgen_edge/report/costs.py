@@ -1,4 +1,4 @@
-"""What a quality costs: rounds, bytes and virtual seconds until a method first reaches it."""
+"""Cost of a target quality: rounds, bytes and virtual seconds until a method first reaches it."""
 
 import math
 from collections.abc import Sequence
@@ -13,39 +13,39 @@ TARGET = "evaluation.target"
 
 
 class TargetCost(NamedTuple):
-    """Of one method; nan where it never reached the target, or nothing is known."""
+    """One method's costs; nan if it never reached the target, or the cost is unknown."""
 
     method: str
     best: Number
-    """Lowest validation number of all its rounds."""
+    """Lowest validation metric of all its rounds."""
     rounds: Number = math.nan
-    """Rounds (or commits) until the first validation that was no worse than the target."""
+    """Rounds (or commits) until validation was first no worse than the target."""
     up: Number = math.nan
-    """Bytes that clients had sent by then, those included that did not count."""
+    """Bytes that clients had sent by then, including updates that were discarded."""
     down: Number = math.nan
-    """Bytes that clients had been sent."""
+    """Bytes that the server had sent by then."""
     seconds: Number = math.nan
-    """Virtual ones, where devices are described."""
+    """Virtual seconds, if the settings describe devices."""
 
 
 class Costs(NamedTuple):
-    """Of all methods of a run, its own first."""
+    """The costs of all methods of a run, its own first."""
 
     target: Number
     is_target_set: bool
-    """Whether a setting names the target; else it is the best that every method reaches."""
+    """Whether a setting gives the target; else it is the best value that every method reaches."""
     methods: list[TargetCost]
 
     @property
     def has_seconds(self) -> bool:
-        """Whether any method is known to have taken time."""
+        """Whether the time of any method is known."""
         return any(not math.isnan(cost.seconds) for cost in self.methods)
 
 
 def costs(run: RunFiles) -> Costs | None:
-    """What each method spent to reach the target; none where there is nothing to tell.
+    """Return each method's cost to reach the target; None if there is nothing to compare.
 
-    A single method without a target of its own says nothing: its best is its best.
+    A single method without a target setting has nothing to compare with.
     """
     methods = {str(run.settings.get("method.name", "this run")): run.rounds, **run.baselines}
     curves = {name: _curve(run, rows) for name, rows in methods.items()}
@@ -59,7 +59,7 @@ def costs(run: RunFiles) -> Costs | None:
 
 
 def _curve(run: RunFiles, rows: Sequence[Row]) -> dict[int, Number]:
-    """Validation numbers by round, those that are numbers."""
+    """Return the validation metric by round, without nan."""
     values = {r: run.measure.compute(loss, 1) for r, loss in validation(rows)}
     return {r: value for r, value in values.items() if math.isfinite(value)}
 
@@ -75,7 +75,7 @@ def _cost(name: str, rows: Sequence[Row], curve: dict[int, Number], target: Numb
 
 
 def quality_for_seconds(run: RunFiles) -> Figure | None:
-    """Validation against virtual time."""
+    """Plot validation against virtual time."""
 
     def points(rows: Sequence[Row]) -> list[plots.Point]:
         clock = {row["round"]: row["clock"] for row in rows if "clock" in row}

@@ -1,4 +1,4 @@
-"""How federations fail, found in a run's numbers and said in plain words.
+"""Diagnose how a federation fails from a run's numbers, in plain words.
 
 Source: the failure signatures of FedGen-Edge (arXiv 2511.11585), and those its baselines show.
 """
@@ -19,7 +19,7 @@ SEVERITIES: tuple[Severity, ...] = ("problem", "warning", "note", "good")
 
 
 class Finding(NamedTuple):
-    """What is wrong, by which numbers, and what to try."""
+    """What is wrong, the numbers that show it, and what to try."""
 
     severity: Severity
     title: str
@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def diagnose(run: RunFiles) -> list[Finding]:
-    """Every signature that fires, the gravest first; a healthy run gets one good finding."""
+    """Return every signature that fires, the worst first; a healthy run gets one good finding."""
     explained = HIGH_RATE_SYMPTOMS if rate_too_high(run) else ()
     findings = [
         Finding(
@@ -66,7 +66,7 @@ HIGH_RATE_SYMPTOMS = (
     worse_than_backbone,
     worse_after_tuning,
 )
-"""What a learning rate that is too high explains: data and clients are not to blame."""
+"""Findings that a learning rate that is too high explains without blaming data or clients."""
 Signature = tuple[Severity, str, Callable[[RunFiles], str | None], str]
 SIGNATURES: tuple[Signature, ...] = (
     ("problem", "Training broke down: a loss is not a number", signatures.not_finite,
@@ -129,10 +129,10 @@ SIGNATURES: tuple[Signature, ...] = (
      "Raise [federation.rounds] or the cohort (federation.cohort)."),
     ("note", "The run has not finished", signatures.stops_early, "Go on with `fedgen resume`."),
 )  # fmt: skip
-"""What to look for: how grave, its name, the check that gives the evidence, what to try."""
+"""The signatures: severity, name, the check that returns the evidence, and what to try."""
 
 
 def _fill_in_values(advice: str, run: RunFiles) -> str:
-    """Each `[setting]` with the value it has in this run, as TOML has it."""
+    """Add to each `[setting]` its value in this run, as in TOML."""
     assignments = {name: f"{name}={json.dumps(value)}" for name, value in run.settings.items()}
     return re.sub(r"\[([\w.]+)\]", lambda found: assignments.get(found[1], found[1]), advice)

@@ -1,4 +1,4 @@
-"""What each client has of a run, and its gains as a distribution over clients."""
+"""What each client gains from a run, and the distribution of gains over clients."""
 
 import math
 from collections.abc import Mapping
@@ -26,14 +26,14 @@ MODEL_PAIRS = (
     (GLOBAL, BACKBONE),
     (GLOBAL, LOCAL),
 )
-"""A model, and what a client would have without it."""
+"""Pairs of a model and the reference that a client would have without it."""
 MIN_GAIN = 0.01
-"""Percent: a gain or loss of less is the arithmetic's."""
+"""Percent: a smaller gain or loss is rounding error."""
 
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client: what it has, and each model's number on its test data."""
+    """One client: its examples, and each model's metric on its test data."""
 
     client: str
     train: int
@@ -44,43 +44,43 @@ class ClientRow:
 
 @dataclass(frozen=True)
 class Gain:
-    """What a model gains its clients over another, as a distribution over them."""
+    """A model's gains over a reference, as a distribution over clients."""
 
     model: str
     reference: str
     newcomers: bool
-    """Whether its clients are those that never took part."""
+    """Whether the clients are held-out ones, which never took part."""
     gain_by_client: dict[str, float]
-    """Percent by which a client's number lies below the reference's, the least gain first."""
+    """Percent by which a client's metric lies below the reference's, the smallest gain first."""
 
     @property
     def mean(self) -> float:
-        """Of the clients' gains: each counts the same."""
+        """Mean of the clients' gains, unweighted."""
         return fmean(self.gain_by_client.values())
 
     @property
     def worst_decile(self) -> float:
-        """Mean over the tenth of the clients that gain least (at least one)."""
+        """Mean over the tenth of the clients with the smallest gains (at least one)."""
         return fmean(list(self.gain_by_client.values())[: tenth(len(self.gain_by_client))])
 
     @property
     def worst_client(self) -> str:
-        """Who gains least."""
+        """The client with the smallest gain."""
         return next(iter(self.gain_by_client))
 
     @property
     def share_gained(self) -> float:
-        """Share of the clients whose number is lower than the reference's."""
+        """Fraction of the clients whose metric is lower than the reference's."""
         return fmean(gain > MIN_GAIN for gain in self.gain_by_client.values())
 
     @property
     def share_lost(self) -> float:
-        """Share of the clients whose number is higher, or no number."""
+        """Fraction of the clients whose metric is higher, or nan."""
         return fmean(not gain >= -MIN_GAIN for gain in self.gain_by_client.values())
 
 
 def gains(run: RunFiles) -> list[Gain]:
-    """Every pair of models that the run has, for clients that took part, then for newcomers."""
+    """List every pair of models that the run has, for participants, then for held-out clients."""
     all_gains = []
     for newcomers in (False, True):
         models = {
@@ -96,7 +96,7 @@ def gains(run: RunFiles) -> list[Gain]:
 
 
 def gains_over(run: RunFiles, reference: str, newcomers: bool = False) -> dict[str, Gain]:
-    """Every other model's gain over one, by model; none where the run lacks that one."""
+    """Return every other model's gain over the reference; empty if the run lacks it."""
     models = {
         m: by_client(run.measure, rows) for m, rows in select_common_rows(run, newcomers).items()
     }
@@ -110,7 +110,7 @@ def gains_over(run: RunFiles, reference: str, newcomers: bool = False) -> dict[s
 def _compute_gains(
     values: Mapping[str, float], reference_values: Mapping[str, float]
 ) -> dict[str, float]:
-    """Percent by client; a client with a broken model has gained least."""
+    """Return the percent gained by client; a client with a broken model has the smallest gain."""
     percents = {c: _percent(values[c], reference_values[c]) for c in values}
     ascending = sorted(
         percents, key=lambda c: -math.inf if math.isnan(percents[c]) else percents[c]
@@ -123,12 +123,12 @@ def _percent(value: float, reference: float) -> float:
 
 
 def format_signed(value: Number) -> str:
-    """A difference to read."""
+    """Format a difference with its sign."""
     return ("+" if value > 0 else "\N{MINUS SIGN}" if value < 0 else "") + number(abs(value))
 
 
 def make_client_rows(run: RunFiles) -> list[ClientRow]:
-    """A row a client, in the run's order."""
+    """Make a row per client, in the run's order."""
     models = {model: by_client(run.measure, rows) for model, rows in by_model(run).items()}
     return [
         ClientRow(name, row["train"], row["items"], row.get("newcomer", False), found)

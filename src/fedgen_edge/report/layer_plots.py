@@ -1,4 +1,4 @@
-"""Pictures of merging: what it misses, what becomes of each layer, and how far clients agree."""
+"""Plots of aggregation: its error, each layer's fate, and how far clients agree."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from fedgen_edge.report.summary import GLOBAL, LOCAL, Row, RunFiles
 def plot_methods(
     run: RunFiles, of: Callable[[Sequence[Row]], list[Spread]], y: str, logarithmic: bool = True
 ) -> Figure | None:
-    """The middle of each method; the band is the range of the run's own."""
+    """Plot each method's median; the band is the range of the run's own method."""
     figure, axes = make_figure()
     for label, color, rounds in list_methods(run):
         _draw_middle(axes, of(rounds), label, color)
@@ -32,7 +32,7 @@ def plot_methods(
 
 
 def norms(run: RunFiles) -> Figure | None:
-    """A against B: medians over layers, and their ranges."""
+    """Plot the norms of A and B: medians over layers, and their ranges."""
     figure, axes = make_figure()
     for what, color in (("a", COLORS[GLOBAL]), ("b", COLORS[LOCAL])):
         spreads = over_layers(run.rounds, what)
@@ -42,7 +42,7 @@ def norms(run: RunFiles) -> Figure | None:
 
 
 def cosines(run: RunFiles) -> Figure | None:
-    """Mean cosine between the changes of two clients; below zero they cancel."""
+    """Plot the mean cosine between the updates of two clients; below zero they cancel."""
     figure, axes = make_figure()
     for label, color, rounds in list_methods(run):
         agreements = [(row["round"], agreement(row)) for row in rounds]
@@ -74,4 +74,4 @@ MERGING: dict[str, Callable[[RunFiles], Figure | None]] = {
     "drift": partial(plot_methods, of=drifts, y="norm of a client's change"),
     "cosine": cosines,
 }
-"""By name."""
+"""The plots by name."""

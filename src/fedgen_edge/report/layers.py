@@ -1,4 +1,4 @@
-"""What rounds say of merging: how clients' changes agree, and what became of each layer."""
+"""How well clients' updates agree, and what happens to each layer, from the rounds' records."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -14,11 +14,11 @@ LAYERS = {
     "a": ("norm of A", max),
     "b": ("norm of B", max),
 }
-"""What is measured of each layer: its name, and which end of its range is to be looked at."""
+"""Measurements of each layer: the name, and which end of its range matters."""
 
 
 class Spread(NamedTuple):
-    """Numbers of one round: their middle, and from where to where they go."""
+    """Numbers of one round: their middle, and their range."""
 
     round: int
     middle: Number
@@ -28,32 +28,32 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One measurement of the layers, in the first round that has it and in the last."""
+    """One measurement of the layers, in the first and the last round that have it."""
 
     name: str
     first: Spread
     last: Spread
     layer: str
-    """The one at the end of the range that is to be looked at, in the last round."""
+    """The layer at the end of the range that matters, in the last round."""
     value: Number
-    """Its number there."""
+    """The layer's value there."""
 
 
 def by_layer(row: Row, what: str) -> dict[str, Number]:
-    """A measurement of every layer in one round; none where the round was not judged."""
+    """Return a measurement of every layer in one round; empty if the round was not measured."""
     layers: Mapping[str, Row] = row.get("layers") or {}
     values = {layer: each.get(what, math.nan) for layer, each in layers.items()}
     return {layer: value for layer, value in values.items() if math.isfinite(value)}
 
 
 def over_layers(rounds: Iterable[Row], what: str) -> list[Spread]:
-    """Median and range over the layers, where a round was judged."""
+    """Return the median and range over layers for each measured round."""
     per_round = [(row["round"], by_layer(row, what).values()) for row in rounds]
     return [Spread(at, median(found), min(found), max(found)) for at, found in per_round if found]
 
 
 def drifts(rounds: Iterable[Row]) -> list[Spread]:
-    """Mean and range over clients of how far they moved, where they sent it."""
+    """Return the mean and range over clients of their updates' norms, if they sent them."""
     per_round = [
         (row["round"], [c["drift"] for c in row["clients"]])
         for row in rounds
@@ -66,7 +66,7 @@ def drifts(rounds: Iterable[Row]) -> list[Spread]:
 
 
 def layer_rows(run: RunFiles) -> list[LayerRow]:
-    """Every measurement that the run's rounds have, and the layer that is worst by it."""
+    """Return every measurement in the run's rounds, with the layer that is worst by it."""
     rows = []
     for what, (name, worse) in LAYERS.items():
         if over := over_layers(run.rounds, what):
@@ -78,9 +78,9 @@ def layer_rows(run: RunFiles) -> list[LayerRow]:
 
 
 def agreement(row: Row) -> Number | None:
-    """Mean cosine between two clients' updates, from norms alone; none where nobody can tell.
+    """Return the mean cosine between two clients' updates, from norms alone; None if unknown.
 
-    |sum w d|^2 is sum w^2 |d|^2 plus the products of pairs, so the rest is the pairs' share.
+    |sum w d|^2 is sum w^2 |d|^2 plus the products of pairs, so the difference is the pairs' part.
     """
     if not _has_update_norms(row):
         return None
@@ -92,5 +92,5 @@ def agreement(row: Row) -> Number | None:
 
 
 def _has_update_norms(row: Row) -> bool:
-    """Whether changes were sent, of which one knows how far they go."""
+    """Whether the round has updates whose norms are known."""
     return bool(row["bytes_up"]) and row.get("mean_norm") is not None

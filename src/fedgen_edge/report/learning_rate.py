@@ -1,4 +1,4 @@
-"""Is it the learning rate that spoils a run, and not its data?"""
+"""Does the learning rate spoil a run, rather than its data?"""
 
 import math
 
@@ -12,14 +12,14 @@ from fedgen_edge.report.summary import (
 )
 from fedgen_edge.runs.formatting import number
 
-HARM = 0.01  # of the number's logarithm, 1 %: both models were tested on the same data
-RISE = 0.05  # 5 % from the first round's training loss to the last's: more than cohorts differ
+HARM = 0.01  # in the metric's logarithm, 1 %: both models were tested on the same data
+RISE = 0.05  # 5 % from the first round's training loss to the last's: cohorts differ by less
 GAIN = 0.01  # 1 %: less is no learning
-FAR = 0.25  # from one text to another losses differ by less; a first round that blew up is beyond
+FAR = 0.25  # losses of two texts differ by less; a diverged first round exceeds it
 
 
 def rate_too_high(run: RunFiles) -> str | None:
-    """Training makes the model worse than it began, and never lowers its own loss on the way.
+    """Training makes the model worse than at its start, and never lowers its own loss.
 
     A model that overfits, or whose clients disagree, lowers its training loss first.
     """
@@ -40,7 +40,7 @@ def rate_too_high(run: RunFiles) -> str | None:
 
 
 def _has_lower_loss(run: RunFiles, start: float) -> bool:
-    """Whether some round's loss lies below that of the start, on its own text or on another."""
+    """Whether some round's loss lies below the start's, on its own text or on another."""
     losses = _training_levels(run)
     near = losses[:1] if losses and losses[0] < start + FAR else []
     validation_levels = [run.measure.log_level(loss) for _, loss in validation(run.rounds)]
@@ -49,7 +49,7 @@ def _has_lower_loss(run: RunFiles, start: float) -> bool:
 
 
 def _training_levels(run: RunFiles) -> list[float]:
-    """Of rounds, where training lowers what the test measures."""
+    """Return the levels of rounds, if training minimizes what the test measures."""
     if run.measure.training_loss:
         return []
     losses = [row["loss"] for row in run.rounds if row["clients"]]
@@ -57,7 +57,7 @@ def _training_levels(run: RunFiles) -> list[float]:
 
 
 def _level(run: RunFiles, model: str) -> float:
-    """The logarithm of a model's number, all clients' test data as one; nan if it has none."""
+    """Return the logarithm of a model's metric on all clients' pooled test data; nan if none."""
     rows = select_common_rows(run).get(model, {}).values()
     count = sum(row["count"] for row in rows)
     return run.measure.log_level(sum(row["total"] for row in rows) / count) if count else math.nan

@@ -8,12 +8,12 @@ from fedgen_edge.report.summary import GLOBAL, LOCAL, PERSONAL, RunFiles, summar
 from fedgen_edge.runs.formatting import number
 
 MIN_CLIENT_SHARE = (
-    0.25  # share of the clients: of fewer, losses below `MIN_DIFFERENCE` may be accidents
+    0.25  # fraction of the clients: for fewer, losses below `MIN_DIFFERENCE` may be accidents
 )
 
 
 def alone_is_better(run: RunFiles) -> str | None:
-    """local-only beats the best that the federation has."""
+    """local-only beats the federation's best model."""
     percents = [_get_percent_below_local(run, model) for model in (GLOBAL, PERSONAL)]
     best = max((percent for percent in percents if not math.isnan(percent)), default=0.0)
     return f"The best mean is {-best:.1f} % above local-only's." if best < -MIN_DIFFERENCE else None
@@ -34,7 +34,7 @@ def alone_beats_global(run: RunFiles) -> str | None:
 
 
 def some_better_alone(run: RunFiles) -> str | None:
-    """local-only beats the best that some clients have, clearly or for many of them."""
+    """local-only beats the best model of some clients, clearly or for many of them."""
     local_gains = [gain for gain in gains(run) if gain.reference == LOCAL and not gain.newcomers]
     best = next(
         (gain for gain in local_gains if gain.model == PERSONAL),
@@ -55,5 +55,5 @@ def some_better_alone(run: RunFiles) -> str | None:
 
 
 def _get_percent_below_local(run: RunFiles, model: str) -> float:
-    """Percent by which a model's mean lies below local-only's; nan without one."""
+    """Return the percent by which a model's mean lies below local-only's; nan without one."""
     return next((row.over_local for row in summarize_models(run) if row.model == model), math.nan)

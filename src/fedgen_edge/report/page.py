@@ -1,4 +1,4 @@
-"""One page for a run, or several side by side: tables, pictures, samples; no script, no request."""
+"""One HTML page for one or several runs: tables, plots and samples; no scripts, no requests."""
 
 import base64
 import math
@@ -59,7 +59,7 @@ CAPTIONS = {
     "comparison": ("Learning, side by side", "Mean over seeds; the band spans them."),
 }
 MAX_NAMED_MODELS = 5
-"""Models whose means a sentence can name."""
+"""Maximum models whose means a sentence names."""
 PROVENANCE = {
     "fedgen-edge": "version",
     "PyTorch": "torch",
@@ -81,7 +81,7 @@ PROVENANCE = {
     "Duplicates left out": "duplicates",
     "Blank texts left out": "blanks",
 }
-"""What the page says of a run's origin, and where run.json has it."""
+"""The page's labels of provenance, and their fields in run.json."""
 
 
 def write(runs: Sequence[Path], out: Path) -> Path:
@@ -103,7 +103,7 @@ def write(runs: Sequence[Path], out: Path) -> Path:
 
 
 def render(page: Mapping[str, Any]) -> str:
-    """The page as HTML; whatever a run says is escaped, pictures of ours aside."""
+    """Render the page as HTML; everything from a run is escaped, except our own plots."""
     here = FileSystemLoader(Path(__file__).parent)
     engine = Environment(
         loader=here,
@@ -128,7 +128,7 @@ def _bytes(text: str) -> bytes:
 
 
 def make_run_page(run: RunFiles) -> dict[str, Any]:
-    """What the page of one run shows."""
+    """Return the content of the page of one run."""
     return {
         "kind": "run",
         "title": run.folder.resolve().name,
@@ -157,7 +157,7 @@ def make_run_page(run: RunFiles) -> dict[str, Any]:
 
 
 def headline(run: RunFiles) -> str:
-    """The run in a few short sentences."""
+    """Summarize the run in a few short sentences."""
     sent, new = summary.uplink(run), summary.summarize_models(run, newcomers=True)
     method = run.settings.get("method.name", "training")
     text = f"{len(run.clients)} clients, {len(run.rounds)} rounds of {method}."
@@ -175,7 +175,7 @@ def headline(run: RunFiles) -> str:
 
 
 def _describe_distances(run: RunFiles) -> str:
-    """How far samples lie from real pictures, as a sentence; empty where nothing was judged."""
+    """Describe the samples' distance from real images; empty if it was not measured."""
     pooled_row = next((row for row in run.distances if row["client"] is None), None)
     if pooled_row is None:
         return ""
@@ -197,7 +197,7 @@ def _means(run: RunFiles, rows: Sequence[ModelRow]) -> str:
 
 
 def samples(run: RunFiles) -> list[dict[str, Any]]:
-    """Samples side by side: for each client and prompt, one text or picture a model."""
+    """Return samples side by side: for each client and prompt, one text or image per model."""
     texts = {(r["model"], r["client"], r["prompt"]): _render_sample(run, r) for r in run.samples}
     models = list(dict.fromkeys(model for model, _, _ in texts))
     prompts = list(dict.fromkeys((client, prompt) for _, client, prompt in texts))
@@ -216,7 +216,7 @@ def samples(run: RunFiles) -> list[dict[str, Any]]:
 
 
 def _render_sample(run: RunFiles, row: Mapping[str, Any]) -> dict[str, str]:
-    """A sample as the page has it: its text, or its picture as a `data:` address."""
+    """Return a sample for the page: its text, or its image as a `data:` URL."""
     if "picture" not in row:
         return {"text": row.get("text", "")}
     try:
@@ -227,7 +227,7 @@ def _render_sample(run: RunFiles, row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def provenance(run: RunFiles) -> list[tuple[str, str]]:
-    """Where the run's numbers come from: versions, machine, scale, seed, seconds."""
+    """Return the origin of the run's numbers: versions, machine, scale, seed, seconds."""
     facts = dict(summary.flatten_table(run.facts))
     known = [(label, facts[key]) for label, key in PROVENANCE.items() if key in facts]
     durations = [(f"Seconds, {k[8:]}", v) for k, v in facts.items() if k.startswith("seconds.")]

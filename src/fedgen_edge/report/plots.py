@@ -1,4 +1,4 @@
-"""A run's pictures, and those of several runs side by side."""
+"""The plots of one run, and of several runs side by side."""
 
 import math
 from collections import Counter
@@ -41,21 +41,21 @@ from fedgen_edge.report.summary import (
 from fedgen_edge.runs.formatting import printable, size
 
 MAX_CLIENTS = 30
-"""Clients in one picture."""
+"""Maximum clients in one plot."""
 SHORT_LABEL = 16
-"""Letters of a label of which three stand in a row."""
+"""Maximum letters of a label, if three stand in a row."""
 Draw = Callable[[RunFiles], Figure | None]
 
 
 def draw_plots(run: RunFiles, draws: Mapping[str, Draw] | None = None) -> dict[str, str]:
-    """Every picture that the run has numbers for, by name: of these, or of `PLOTS`."""
+    """Draw every plot that the run has numbers for, by name: of these, or of `PLOTS`."""
     with mpl.rc_context(STYLE):
         drawn = {name: draw(run) for name, draw in (draws or PLOTS).items()}
         return {name: to_svg(figure, name) for name, figure in drawn.items() if figure}
 
 
 def overlay(groups: Mapping[str, Sequence[RunFiles]]) -> dict[str, str]:
-    """Validation of several groups of runs: the mean over seeds, and their range."""
+    """Plot validation of several groups of runs: the mean over seeds, and their range."""
     with mpl.rc_context(STYLE):
         figure, axes = make_figure()
         for color, (label, runs) in zip(cycle(SERIES), groups.items(), strict=False):
@@ -75,7 +75,7 @@ def overlay(groups: Mapping[str, Sequence[RunFiles]]) -> dict[str, str]:
 
 
 def validation_curves(run: RunFiles) -> Figure | None:
-    """Validation after each round, baselines beside it."""
+    """Plot validation after each round, with the baselines."""
     figure, axes = make_figure()
     for label, color, rounds in list_methods(run):
         draw_line(axes, _quality(run, rounds), label, color)
@@ -83,7 +83,7 @@ def validation_curves(run: RunFiles) -> Figure | None:
 
 
 def training_curves(run: RunFiles) -> Figure | None:
-    """Mean training loss of each round; the band is from the best client to the worst."""
+    """Plot each round's mean training loss; the band is from the best client to the worst."""
     figure, axes = make_figure()
     for label, color, rounds in list_methods(run):
         trained = [row for row in rounds if row["loss"] is not None]
@@ -97,7 +97,7 @@ def training_curves(run: RunFiles) -> Figure | None:
 
 
 def quality_for_bytes(run: RunFiles) -> Figure | None:
-    """Validation against all that clients have sent by then."""
+    """Plot validation against all bytes that clients have sent by then."""
     figure, axes = make_figure()
     for label, color, rounds in list_methods(run):
         numbers, bytes_up = [row["round"] for row in rounds], [row["bytes_up"] for row in rounds]
@@ -109,7 +109,7 @@ def quality_for_bytes(run: RunFiles) -> Figure | None:
             draw_line(axes, points, label, color)
     y_label = f"validation {run.measure.name}"
     drawn = finish_figure(figure, axes, "sent by all clients so far", y_label)
-    axes.xaxis.set_major_locator(MaxNLocator(5))  # sizes are long words
+    axes.xaxis.set_major_locator(MaxNLocator(5))  # sizes have long labels
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: size(value)))
     return drawn
 
@@ -117,7 +117,7 @@ def quality_for_bytes(run: RunFiles) -> Figure | None:
 def validation_against(
     run: RunFiles, points: Callable[[Sequence[Row]], Sequence[Point]], x: str
 ) -> Figure | None:
-    """Validation of each method against something else that its rounds have."""
+    """Plot each method's validation against another quantity of its rounds."""
     figure, axes = make_figure()
     for label, color, rounds in list_methods(run):
         draw_line(axes, points(rounds), label, color)
@@ -125,7 +125,7 @@ def validation_against(
 
 
 def client_gains(run: RunFiles) -> Figure | None:
-    """Each model on each client's test data, the worst client on top."""
+    """Plot each model on each client's test data, the worst client on top."""
     tested = [
         row for row in make_client_rows(run) if any(map(math.isfinite, row.test_results.values()))
     ]
@@ -147,7 +147,7 @@ def client_gains(run: RunFiles) -> Figure | None:
 
 
 def sorted_gains(run: RunFiles) -> Figure | None:
-    """Each client's gain from its personal adapter, from the least to the largest."""
+    """Plot each client's gain from its personal adapter, from the smallest to the largest."""
     figure, axes = make_figure()
     for gain in gains(run):
         values = [value for value in gain.gain_by_client.values() if math.isfinite(value)]
@@ -162,7 +162,7 @@ def sorted_gains(run: RunFiles) -> Figure | None:
         axes.plot(places, values, f"{mark}:", linewidth=1, markersize=size, **style)
     if not axes.has_data():
         return None
-    if len(axes.lines) == 1:  # one line is not named elsewhere
+    if len(axes.lines) == 1:  # a single line has no other legend
         figure.legend(loc="outside upper left")
     axes.axhline(0, color=INK, alpha=0.4, linewidth=1)
     axes.set_xlim(0, 100)
@@ -171,9 +171,9 @@ def sorted_gains(run: RunFiles) -> Figure | None:
 
 
 def label_distribution(run: RunFiles) -> Figure | None:
-    """Training examples of each client by label, or its items where labels say nothing.
+    """Plot each client's training examples by label, or its items if labels are uninformative.
 
-    The client that holds most of what is drawn is on top.
+    The client with the most is on top.
     """
     items = f"training {run.measure.items}"
     totals = [sum(own) for own in zip(*_count_labels(run.clients, items).values(), strict=True)]
@@ -238,7 +238,7 @@ def _name(client: str, newcomer: bool) -> str:
 
 
 def _format_subset(rows: Sequence[Any], of: Sequence[Any]) -> str:
-    """How many clients a picture has, where it has not all of them."""
+    """Say how many clients a plot shows, if it does not show all."""
     return f" ({len(rows)} of {len(of)} clients)" if len(rows) < len(of) else ""
 
 

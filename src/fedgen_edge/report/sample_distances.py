@@ -1,4 +1,4 @@
-"""How far samples lie from real pictures, model by model."""
+"""Distances of samples from real images, model by model."""
 
 import math
 from dataclasses import dataclass
@@ -11,13 +11,13 @@ OVERLAP = ("precision", "recall", "density", "coverage")
 
 @dataclass(frozen=True)
 class DistanceRow:
-    """One model's samples against real pictures; nan where there is nothing to say."""
+    """One model's samples against real images; nan if unknown."""
 
     model: str
     pooled: float
     """Frechet distance of all clients' samples together."""
     own: float
-    """Mean over clients of the distance to their own pictures."""
+    """Mean over clients of the distance to their own images."""
     worst_client: str
     worst: float
     kernel: tuple[float, float, float]
@@ -27,15 +27,14 @@ class DistanceRow:
     density: float
     coverage: float
     diversity: float
-    """How far two samples of a class lie apart, over how far two real pictures do: mean of the
-    classes."""
+    """Mean distance of two samples of a class, over that of two real images; mean over classes."""
     misplaced: float
-    """Share of the samples that would have to be of other classes for the classes' shares to be
-    those of real pictures."""
+    """Fraction of the samples that would have to change class for the classes' shares to be those
+    of real images."""
 
 
 def distances(run: RunFiles) -> list[DistanceRow]:
-    """Samples against real pictures, a row a model, over the clients that took part."""
+    """Return one row per model of samples against real images, over participating clients."""
     distance_rows = []
     for pooled_row in (row for row in run.distances if row["client"] is None):
         model_rows = [row for row in run.distances if row["model"] == pooled_row["model"]]

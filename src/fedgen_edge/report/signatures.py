@@ -1,4 +1,4 @@
-"""Signs of a federation that fails: each looks at a run, and gives its evidence or none."""
+"""Signatures of a failing federation: each inspects a run, and returns its evidence or None."""
 
 import math
 from collections.abc import Sequence
@@ -25,21 +25,21 @@ from fedgen_edge.runs.formatting import number
 MIN_DIFFERENCE = (
     1.0  # percent: both models were tested on the same data, so it is hardly an accident
 )
-FLAT = 0.01  # of the number's logarithm, 1 %: a run that learns passes it in a round or two
-RELAPSE = 0.05  # above the best round, in the same terms, 5 %: more than rounds jitter
-SWING = 0.5  # rises to falls: a curve on its way down gives back far less than half of what it won
+FLAT = 0.01  # in the metric's logarithm, 1 %: a run that learns exceeds it in a round or two
+RELAPSE = 0.05  # above the best round, likewise, 5 %: more than the noise between rounds
+SWING = 0.5  # rises over falls: a falling curve gives back far less than half of its gains
 AGREEMENT = 0.0  # mean cosine of two updates: below it, they cancel more than by chance
 FEW_STEPS = 2  # AdamW's first step is the gradient's sign alone; direction begins with the second
-MIN_BEST_RANK = 2.0  # effective rank: a product that never had two directions has none to lose
+MIN_BEST_RANK = 2.0  # effective rank: a product that never had two directions cannot lose one
 COLLAPSED_RANK = (
-    1.25  # effective rank: one direction has all but a twentieth; sound medians exceed 1.5
+    1.25  # effective rank: one direction has all but a twentieth; healthy medians exceed 1.5
 )
-DOMINANT_SHARE = 0.5  # share of the training data: above it, one client outvotes all the others
-MIN_DIVERSITY = 0.5  # diversity: half as far apart as real pictures, more than blur alone would do
-MIN_RECALL = 0.1  # recall: samples that look real, and leave out nine in ten real ones
-MAX_MISPLACED = 0.3  # of the samples that far off in their classes, by the nearest class's mean
+DOMINANT_SHARE = 0.5  # share of the training data: above it, one client outweighs all the others
+MIN_DIVERSITY = 0.5  # diversity: half as far apart as real images, more than blur alone would cause
+MIN_RECALL = 0.1  # recall: samples that look real, and miss nine in ten real ones
+MAX_MISPLACED = 0.3  # fraction of samples in the wrong class, by the nearest class mean
 MAX_RELATIVE_ERROR = (
-    0.067  # standard error, as a share of the number: above it, rounds cannot be told apart
+    0.067  # standard error over the value: above it, rounds cannot be distinguished
 )
 
 
@@ -61,7 +61,7 @@ def not_finite(run: RunFiles) -> str | None:
 
 
 def diverges(run: RunFiles) -> str | None:
-    """Validation ends above where it began."""
+    """Validation ends above its start."""
     first, _, last = _landmarks(run)
     return _describe_change(run, first, last) if last[1] - first[1] > RELAPSE else None
 
@@ -89,7 +89,7 @@ def swings(run: RunFiles) -> str | None:
 
 
 def stalls(run: RunFiles) -> str | None:
-    """The loss hardly moves, and the test does not say otherwise."""
+    """The loss hardly moves, and the test agrees."""
     losses = [row["loss"] for row in run.rounds if row["clients"]]
     levels = [run.measure.log_level(loss) for loss in losses]
     beats_backbone = any(
@@ -138,7 +138,7 @@ def fallbacks(run: RunFiles) -> str | None:
 
 
 def too_little_data(run: RunFiles) -> str | None:
-    """Some clients can hardly train."""
+    """Some clients have hardly any data to train on."""
     steps = {c["client"]: c["steps"] for row in run.rounds for c in row["clients"]}
     descriptions = [
         f"{row['client']} ({row['items']} {run.measure.items})"
@@ -172,7 +172,7 @@ def updates_cancel(run: RunFiles) -> str | None:
 def rank_collapses(run: RunFiles) -> str | None:
     """The products of half of the layers or more have shrunk to one direction.
 
-    B begins at zero, so a small rank is no sign; that it was larger once is.
+    B starts at zero, so a small rank alone is no sign; a rank that was larger before is.
     """
     ranks = [found for row in run.rounds if (found := by_layer(row, "rank"))]
     last_ranks = ranks[-1] if ranks else {}
@@ -232,7 +232,7 @@ def never_sampled(run: RunFiles) -> str | None:
 
 
 def idle_rounds(run: RunFiles) -> str | None:
-    """Half of the rounds or more changed nothing, since nobody finished them."""
+    """Half of the rounds or more changed nothing, since no client finished them."""
     empty = [row["round"] for row in run.rounds if not row["clients"]]
     if not empty or 2 * len(empty) < len(run.rounds):
         return None
@@ -240,10 +240,10 @@ def idle_rounds(run: RunFiles) -> str | None:
 
 
 def modes_collapse(run: RunFiles) -> str | None:
-    """Samples are of fewer kinds than real pictures are, and than the backbone's were.
+    """Samples are of fewer kinds than real images are, and than the backbone's were.
 
-    What a poor backbone lacks, training did not lose: half must be gone of its diversity, and of
-    what it had in the right classes.
+    Training did not lose what a poor backbone lacks: half of the backbone's diversity must be gone,
+    and half of its samples in the right classes.
     """
     distance_rows = distances(run)
     backbone_row = next((row for row in distance_rows if row.model == BACKBONE), None)
@@ -257,15 +257,15 @@ def modes_collapse(run: RunFiles) -> str | None:
 
 
 def backbone_lacks_diversity(run: RunFiles) -> str | None:
-    """The backbone's own samples are of fewer kinds than real pictures are."""
+    """The backbone's own samples are of fewer kinds than real images are."""
     backbone_row = next((row for row in distances(run) if row.model == BACKBONE), None)
-    # whether or not they look real, which excuses too
+    # ignore whether they look real, which would excuse them
     signs = _list_collapse_signs(replace(backbone_row, precision=1.0)) if backbone_row else []
     return f"Of its samples, {'; '.join(signs)}." if signs else None
 
 
 def _list_collapse_signs(row: DistanceRow, backbone_row: DistanceRow | None = None) -> list[str]:
-    """The signs that a model's samples show, and those of what it began from did not."""
+    """List the signs that a model's samples show, and its backbone's did not."""
     signs = []
     if row.diversity < MIN_DIVERSITY * min(1.0, backbone_row.diversity if backbone_row else 1.0):
         signs.append(f"two of a class lie {number(row.diversity)} times as far apart as real")
@@ -286,7 +286,7 @@ def _list_collapse_signs(row: DistanceRow, backbone_row: DistanceRow | None = No
 
 
 def too_few_images(run: RunFiles) -> str | None:
-    """The distance mostly says how many pictures there are."""
+    """The distance mostly reflects the number of images."""
     message = next((row.get("few") for row in run.distances if row["client"] is None), None)
     return f"{message[0].upper()}{message[1:]}." if message else None
 
@@ -304,7 +304,7 @@ def _curve(run: RunFiles) -> list[tuple[int, Number]]:
 
 
 def _landmarks(run: RunFiles) -> tuple[tuple[int, Number], ...]:
-    """The first, the best and the last validation: round, and the number's logarithm."""
+    """Return the first, best and last validation: round, and the metric's logarithm."""
     curve = _curve(run) or [(0, 0.0)]
     return curve[0], min(curve, key=lambda point: point[1]), curve[-1]
 
@@ -326,6 +326,6 @@ def _list_participants(run: RunFiles) -> Sequence[Row]:
 
 
 def name_some(names: Sequence[str]) -> str:
-    """The first three, and how many more there are."""
+    """Name the first three, and say how many more there are."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more

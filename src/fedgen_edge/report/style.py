@@ -1,6 +1,6 @@
-"""How pictures are drawn: SVG whose text stays text, and whose colours hold on light and on dark.
+"""The style of plots: SVG whose text stays text, with colors for light and dark pages.
 
-The ink is the page's own colour; the palette is Okabe and Ito's, darkened where white needs it.
+The ink is the page's text color; the palette is Okabe and Ito's, darkened for contrast on white.
 """
 
 import io
@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from fedgen_edge.report.summary import BACKBONE, GLOBAL, LOCAL, PERSONAL, Number, Row, RunFiles
 
 INK = "#010203"
-"""Stands for the page's text colour until the SVG is done."""
+"""Placeholder for the page's text color until the SVG is finished."""
 COLORS = {BACKBONE: "#808690", LOCAL: "#d55e00", GLOBAL: "#0072b2", PERSONAL: "#009e73"}
 EXTRA_COLORS = ("#a67c00", "#cc79a7", "#7a68c9", "#4a8fb5", "#8a6d5a", "#b5485d", "#5f8f3e")
 SERIES = (COLORS[GLOBAL], *EXTRA_COLORS)
@@ -27,9 +27,9 @@ LINE_STYLES = ("-", "--", ":", "-.")
 WIDTH = 5.8
 """Inches: small enough that 10-point text is readable on a phone."""
 LOGARITHMIC = 8
-"""Largest value to smallest, from where an axis is logarithmic."""
+"""Ratio of largest to smallest value from which an axis is logarithmic."""
 DECADES = 1000
-"""Largest value to smallest, from where only powers of ten are named."""
+"""Ratio of largest to smallest value from which only powers of ten are labeled."""
 BACKGROUND_STYLE = (
     "<style>svg{color:#1b1f24;background:#fff}@media(prefers-color-scheme:dark)"
     "{svg{color:#e6e8eb;background:#14171c}}</style>"
@@ -59,13 +59,13 @@ Point = tuple[Number, Number]
 
 
 def assign_colors(models: Iterable[str]) -> dict[str, str]:
-    """A colour each; those of a run's usual models never change."""
+    """Assign a color to each model; those of the usual models never change."""
     extra_colors = cycle(EXTRA_COLORS)
     return {model: COLORS.get(model) or next(extra_colors) for model in models}
 
 
 def list_methods(run: RunFiles) -> list[tuple[str, str, list[Row]]]:
-    """Label, colour and rounds of the run's own method, and of those beside it."""
+    """List the label, color and rounds of the run's own method and of its baselines."""
     method_name = str(run.settings.get("method.name", "this run"))
     colors = assign_colors(run.baselines)
     baselines = [(name, colors[name], rounds) for name, rounds in run.baselines.items()]
@@ -73,14 +73,14 @@ def list_methods(run: RunFiles) -> list[tuple[str, str, list[Row]]]:
 
 
 def make_figure(rows: int | None = None) -> tuple[Figure, Axes]:
-    """An empty figure, as high as its rows of clients need."""
+    """Make an empty figure, as high as its rows of clients need."""
     height = 3.4 if rows is None else 1.1 + 0.24 * rows
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 
 def draw_line(axes: Axes, points: Sequence[Point], label: str, color: str) -> None:
-    """Draw points and a line through them, dashed in its own way; only finite values."""
+    """Draw finite points and a line through them, with a dash pattern of its own."""
     finite_points = [point for point in points if math.isfinite(point[1])]
     style = LINE_STYLES[len(axes.lines) % len(LINE_STYLES)]
     if finite_points:
@@ -90,7 +90,7 @@ def draw_line(axes: Axes, points: Sequence[Point], label: str, color: str) -> No
 def draw_band(
     axes: Axes, x: Sequence[Number], values: Sequence[Sequence[Number]], color: str
 ) -> None:
-    """Shade from each place's least value to its largest."""
+    """Shade the range of values at each x."""
     if values and all(math.isfinite(value) for each in values for value in each):
         low, high = [min(each) for each in values], [max(each) for each in values]
         axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
@@ -99,9 +99,9 @@ def draw_band(
 def finish_figure(
     figure: Figure, axes: Axes, x: str, y: str, columns: int = 3, logarithmic: bool = True
 ) -> Figure | None:
-    """Name the axes and the lines; none where nothing was drawn.
+    """Label the axes and the lines; return None if nothing was drawn.
 
-    Without a `y`, it is the x axis that has the values; `logarithmic` lets them choose that scale.
+    Without a `y`, the x axis has the values; `logarithmic` allows them a logarithmic scale.
     """
     if not axes.has_data():
         return None
@@ -117,7 +117,7 @@ def finish_figure(
 
 
 def _set_ticks(axes: Axes, which: Literal["x", "y"], logarithmic: bool) -> None:
-    """Plain numbers, on a logarithmic axis where the values need one."""
+    """Label the axis with plain numbers, on a logarithmic scale if the values need one."""
     axis = axes.xaxis if which == "x" else axes.yaxis
     low, high = axis.get_data_interval()
     if logarithmic and low > 0 and high > LOGARITHMIC * low:
@@ -128,7 +128,7 @@ def _set_ticks(axes: Axes, which: Literal["x", "y"], logarithmic: bool) -> None:
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """SVG to lay in a page: it scales, its ids are its own, and its ink is the page's."""
+    """Return SVG to embed in a page: it scales, has unique ids, and uses the page's text color."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the reader's fonts have them
@@ -144,5 +144,5 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def make_standalone(svg: str) -> str:
-    """The same as a file of its own, which has its own paper."""
+    """Turn the SVG into a standalone file, with its own background."""
     return svg.replace(">", f">{BACKGROUND_STYLE}", 1)

@@ -1,4 +1,4 @@
-"""What a run's folder says, in numbers: read it, add up, compare. Quick: no tensors here."""
+"""Read a run's folder, and summarize and compare its numbers. Quick: it uses no tensors."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,28 +14,28 @@ from fedgen_edge.runs import records
 from fedgen_edge.tasks.measure import Measure, Number
 
 Row = dict[str, Any]
-"""One line of a run's file."""
+"""One line of a run's record file."""
 
 BACKBONE, GLOBAL, PERSONAL, LOCAL = "backbone", "global", "personal", "local-only"
 PIECES = 4
-"""Most tokens a word, where tokens are parts of words: of bytes there are about six."""
+"""Maximum tokens per word if tokens are subwords; of bytes there are about six."""
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """All that a run wrote, adapters and checkpoints aside."""
+    """Everything that a run wrote, except adapters and checkpoints."""
 
     folder: Path
     settings: dict[str, Any]
-    """By dotted name."""
+    """Settings by dotted name."""
     facts: Row
-    """run.json: what was resolved, and measured once."""
+    """run.json: what was resolved, and what was measured once."""
     measure: Measure
-    """What its models are judged by."""
+    """The metric of its models."""
     clients: list[Row]
     rounds: list[Row]
     baselines: dict[str, list[Row]]
-    """Rounds of each method that was trained beside the run's own."""
+    """Rounds of each method that was trained besides the run's own."""
     personal: list[Row]
     evaluation: list[Row]
     samples: list[Row]
@@ -44,20 +44,20 @@ class RunFiles:
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One model on the test data, by the run's measure; nan where there is nothing to say."""
+    """One model's metric on the test data; nan if unknown."""
 
     model: str
     clients: int
     mean: float
-    """Of the clients' numbers."""
+    """Mean of the clients' metrics."""
     pooled: float
-    """All clients' items as one."""
+    """The metric over all clients' items together."""
     worst: float
     worst_client: str
     worst_decile: float
-    """Mean over the tenth of the clients that fare worst (at least one)."""
+    """Mean over the worst tenth of the clients (at least one)."""
     word: float
-    """The same over words: compares across tokenizers; nan where tokens are letters or bytes."""
+    """The pooled metric per word, comparable across tokenizers; nan for letters or bytes."""
     over_backbone: float
     """Percent by which the mean lies below the backbone's."""
     over_local: float
@@ -66,25 +66,25 @@ class ModelRow:
 
 @dataclass(frozen=True)
 class UplinkSummary:
-    """Measured bytes, and what full-model FedAvg would have sent."""
+    """Measured bytes, and the bytes that full-model FedAvg would have sent."""
 
     up: int
     down: int
     rounds: list[tuple[int, int]]
-    """Up and down, a round each."""
+    """Bytes up and down in each round."""
     participations: int
     """Uploads: a client counts once for each round it took part in."""
     full: int
     """Bytes of the whole model in float32, times participations."""
     saving: float
-    """Percent of `full` that was not sent; nan where nothing was sent."""
+    """Percent of `full` that was not sent; nan if nothing was sent."""
 
 
 def read(folder: Path) -> RunFiles:
-    """A run's files; those that it has not written yet are empty.
+    """Read a run's files; those that it has not written yet are empty.
 
     Raises:
-        CheckpointError: no run is here, or a file is missing, cut short or altered.
+        CheckpointError: there is no run, or a file is missing, truncated or altered.
     """
     if not folder.is_dir():
         raise CheckpointError(f"no run at {folder}: give a folder that `fedgen run` wrote")
@@ -106,7 +106,7 @@ def read(folder: Path) -> RunFiles:
 
 
 def _measure(facts: Row, path: Path) -> Measure:
-    """What the run's models are judged by."""
+    """Return the metric of the run's models."""
     try:
         return TypeAdapter(Measure).validate_python(facts.get("measure"), strict=True)
     except ValidationError:
@@ -116,7 +116,7 @@ def _measure(facts: Row, path: Path) -> Measure:
 
 
 def flatten_table(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every value of nested tables with its dotted name."""
+    """Yield every value of nested tables with its dotted name."""
     for key, value in table.items():
         if isinstance(value, Mapping):
             yield from flatten_table(value, f"{prefix}{key}.")
@@ -125,7 +125,7 @@ def flatten_table(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[
 
 
 def describe_changes(run: RunFiles) -> dict[str, str]:
-    """The values of every setting that was changed before the run was resumed, by its name."""
+    """Describe the settings that were changed before the run was resumed, by name."""
     values: dict[str, str] = {}
     for change in run.facts.get("changes", ()):
         first = values.get(change["name"], f"{change['before']}")
@@ -134,7 +134,7 @@ def describe_changes(run: RunFiles) -> dict[str, str]:
 
 
 def by_model(run: RunFiles) -> dict[str, dict[str, Row]]:
-    """Evaluation rows by model and client: the backbone first, the run's own models last."""
+    """Return evaluation rows by model and client: the backbone first, the run's models last."""
     rows: dict[str, dict[str, Row]] = {}
     for row in run.evaluation:
         rows.setdefault(row["model"], {})[row["client"]] = row
@@ -143,15 +143,15 @@ def by_model(run: RunFiles) -> dict[str, dict[str, Row]]:
 
 
 def by_client(measure: Measure, rows: Mapping[str, Row]) -> dict[str, float]:
-    """Each client's number."""
+    """Return each client's metric."""
     return {client: measure.compute(row["total"], row["count"]) for client, row in rows.items()}
 
 
 def select_common_rows(run: RunFiles, newcomers: bool = False) -> dict[str, dict[str, Row]]:
-    """Evaluation rows of the clients that took part (or that never did) and every model has.
+    """Return evaluation rows of the participants (or held-out clients) that every model has.
 
-    Who never took part has the backbone for its local-only model: in a mean it would count against
-    training alone, so newcomers have none.
+    A held-out client's local-only model would be the backbone, which would count against local
+    training in a mean, so held-out clients have none.
     """
     models = by_model(run)
     if newcomers:
@@ -166,7 +166,7 @@ def select_common_rows(run: RunFiles, newcomers: bool = False) -> dict[str, dict
 
 
 def summarize_models(run: RunFiles, newcomers: bool = False) -> list[ModelRow]:
-    """The test, a row a model, over the same clients: those of `shared`."""
+    """Return a test row per model, over the same clients: those of `select_common_rows`."""
     common_rows = select_common_rows(run, newcomers)
     return [_model_row(run.measure, model, common_rows) for model in common_rows]
 
@@ -198,19 +198,19 @@ def _model_row(
 
 
 def tenth(count: int) -> int:
-    """How many of so many clients a tenth is, rounded up."""
+    """Return a tenth of the count, rounded up."""
     return math.ceil(count / 10)
 
 
 def difference(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
-    """Mean number less the reference's, over the clients that both have; nan if none."""
+    """Return the mean metric minus the reference's, over their common clients; nan if none."""
     values, reference_values = by_client(measure, rows), by_client(measure, reference)
     common = [client for client in values if client in reference_values]
     return fmean(values[c] - reference_values[c] for c in common) if common else math.nan
 
 
 def gain(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]) -> float:
-    """Percent by which the mean number falls below the reference's; nan without one."""
+    """Return the percent by which the mean metric lies below the reference's; nan without one."""
     reference_values = [v for client, v in by_client(measure, reference).items() if client in rows]
     if rows is reference or not reference_values:
         return math.nan
@@ -218,7 +218,7 @@ def gain(measure: Measure, rows: Mapping[str, Row], reference: Mapping[str, Row]
 
 
 def uplink(run: RunFiles) -> UplinkSummary:
-    """What travelled, and what the whole model would have cost on the same way."""
+    """Return the bytes sent, and the bytes that sending the whole model would have taken."""
     rounds = [(row["bytes_up"], row["bytes_down"]) for row in run.rounds]
     up, participations = sum(r[0] for r in rounds), sum(len(row["clients"]) for row in run.rounds)
     full = run.facts.get("full_bytes", 0) * participations
@@ -227,13 +227,13 @@ def uplink(run: RunFiles) -> UplinkSummary:
 
 
 def validation(rounds: Sequence[Row]) -> list[tuple[int, Number]]:
-    """Round and mean validation loss, where a round was validated."""
+    """Return the round and mean validation loss of each validated round."""
     per_round = [(row["round"], row.get("validation")) for row in rounds]
     return [(number, v["total"] / v["count"]) for number, v in per_round if v and v["count"]]
 
 
 def paired_interval(differences: Sequence[Number]) -> tuple[float, float, float]:
-    """Mean, and the 95 % t-interval around it; boundless for a single difference.
+    """Return the mean and its 95 % t-interval, which is unbounded for a single difference.
 
     Source: Student 1908.
     """

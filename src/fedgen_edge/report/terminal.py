@@ -1,7 +1,7 @@
-"""What a finished run prints: its models, its clients, what to look at, and where things are.
+"""Print a finished run: its models, its clients, its findings, and its paths.
 
-Tables are as wide as the terminal at most: the column that matters least is left out first. Where
-nobody watches, lines are of any length.
+Tables are at most as wide as the terminal: the least important column is dropped first. If the
+output is not a terminal, lines have any length.
 """
 
 import math
@@ -40,13 +40,13 @@ from fedgen_edge.runs.formatting import number, printable
 from fedgen_edge.runs.progress import Cell, fit
 
 CLIENTS = 12
-"""Clients that have a row, and whose adapter's path is printed."""
+"""Maximum clients with a row and a printed adapter path."""
 FINDINGS = 6
 WIDEST_NAME = 20
 UNLIMITED = 10_000
-"""Letters in a line that nobody watches."""
+"""Characters in a line if the output is not a terminal."""
 EDGE, BETWEEN = 2, 3
-"""Letters at the ends of a table's row, and between two cells."""
+"""Characters at the ends of a table's row, and between two cells."""
 STYLES = {"problem": "bold red", "warning": "yellow", "note": "cyan", "good": "green"}
 
 
@@ -55,13 +55,13 @@ class Column:
     """A column of a table, its header first."""
 
     rank: int
-    """The highest is left out first."""
+    """The column of the highest rank is dropped first."""
     header: str
     cells: Sequence[Text]
 
     @property
     def width(self) -> int:
-        """Letters of its longest cell."""
+        """Characters of its longest cell."""
         return max(len(self.header), *(cell.cell_len for cell in self.cells), 0)
 
 
@@ -80,7 +80,7 @@ def show(run: RunFiles, page: Path) -> None:
 
 
 def tabulate_models(run: RunFiles, width: int) -> Table:
-    """The test, a row a model, over the clients that took part; then the same over newcomers."""
+    """Tabulate the test, a row per model, over participants; then over held-out clients."""
     rows = [(row, new) for new in (False, True) for row in summarize_models(run, newcomers=new)]
     over = {
         (reference, new): gains_over(run, reference, new)
@@ -107,7 +107,7 @@ def _mean_header(rows: Sequence[tuple[ModelRow, bool]]) -> str:
 
 
 def _gain(gain: Gain | None) -> Text:
-    """Percent by which the mean client gains, and for how many clients there is a gain."""
+    """Format the mean client's gain in percent, and how many clients gain."""
     if gain is None:
         return Text()
     better = round(gain.share_gained * len(gain.gain_by_client))
@@ -115,7 +115,7 @@ def _gain(gain: Gain | None) -> Text:
 
 
 def tabulate_clients(run: RunFiles, width: int) -> Table:
-    """Each client's test under its own models; of many, those that fare worst."""
+    """Tabulate each client's test with its own models; of many clients, the worst."""
     rows = make_client_rows(run)
     models = [m for m in by_model(run) if m in {BACKBONE, LOCAL, GLOBAL, PERSONAL}]
     shown = _worst(rows, models[-1]) if len(rows) > CLIENTS and models else rows
@@ -138,7 +138,7 @@ def _worst(rows: Sequence[ClientRow], model: str) -> list[ClientRow]:
 
 
 def tabulate_gains(run: RunFiles, width: int) -> Table:
-    """Gains as a distribution over clients; without a row where nothing is compared."""
+    """Tabulate the distribution of gains over clients; without rows if nothing is compared."""
     rows = gains(run)
     names = [f"{g.model} over {g.reference}" + " (new)" * g.newcomers for g in rows]
     columns = [
@@ -153,7 +153,7 @@ def tabulate_gains(run: RunFiles, width: int) -> Table:
 
 
 def lay_out(title: str, columns: Sequence[Column], width: int) -> Table:
-    """The columns that have room, side by side; the first holds names."""
+    """Make a table of the columns that fit; the first holds names."""
     table = Table(title=title, box=SIMPLE_HEAD, pad_edge=False)
     room = [Cell(column.rank, " " * column.width) for column in columns]
     visible_ranks = {cell.rank for cell in fit(room, width - EDGE, BETWEEN)}
@@ -166,7 +166,7 @@ def lay_out(title: str, columns: Sequence[Column], width: int) -> Table:
 
 
 def list_findings(findings: Sequence[Finding]) -> Table:
-    """What to look at, the gravest first, and what to do about it."""
+    """Tabulate the findings, the worst first, and what to do about them."""
     table = Table.grid(padding=(0, 2, 0, 0))
     for finding in findings[:FINDINGS]:
         text = f"{finding.title}: {finding.evidence}"
@@ -179,7 +179,7 @@ def list_findings(findings: Sequence[Finding]) -> Table:
 
 
 def list_paths(run: RunFiles, page: Path) -> list[str]:
-    """Where the report and the clients' adapters are."""
+    """List the paths of the report and of the clients' adapters."""
     folder = run.folder / "adapters" / "clients"
     lines = [f"report    {page}"]
     lines += [f"adapter   {folder / own['folder']}" for own in run.personal[:CLIENTS]]
@@ -188,7 +188,7 @@ def list_paths(run: RunFiles, page: Path) -> list[str]:
 
 
 def _name(client: str, newcomer: bool = False) -> Text:
-    """A client's name, cut in its middle: names of clients often differ at their end."""
+    """Shorten a client's name in its middle, since names often differ at the end."""
     shown, half = printable(client), WIDEST_NAME // 2
     if len(shown) > WIDEST_NAME:
         shown = f"{shown[: half - 1]}\N{HORIZONTAL ELLIPSIS}{shown[-half:]}"

@@ -1,4 +1,4 @@
-"""What a page calls a run's models, in words."""
+"""Names of a run's models in sentences."""
 
 from collections.abc import Sequence
 
@@ -11,7 +11,7 @@ MODEL_PHRASES = {
     PERSONAL: "personal adapters",
 }
 CLUSTER_PHRASE = "the chosen cluster's adapter"
-"""What a client has of the server where it has several."""
+"""The server's model of a client, if the server has several."""
 
 
 def is_clustered(run: RunFiles) -> bool:
@@ -21,12 +21,12 @@ def is_clustered(run: RunFiles) -> bool:
 
 
 def describe_model(run: RunFiles, model: str) -> str:
-    """A model's name in a sentence."""
+    """Return a model's name for a sentence."""
     return reword_for_clusters(run, MODEL_PHRASES.get(model, model))
 
 
 def reword_for_clusters(run: RunFiles, text: str) -> str:
-    """The text about this run, which may have no global adapter."""
+    """Adapt a text to this run, which may have no global adapter."""
     if not is_clustered(run):
         return text
     for phrase, replacement in (
@@ -38,10 +38,10 @@ def reword_for_clusters(run: RunFiles, text: str) -> str:
 
 
 def explain_global(runs: Sequence[tuple[str, RunFiles]]) -> str:
-    """What `global` means in tables, where it is not the global adapter; empty where it is.
+    """Explain what `global` means in tables if it is not the global adapter; else empty.
 
     Args:
-        runs: with a label each; none where there is but one run.
+        runs: each with its label; an empty label if there is only one run.
     """
     labels = list(dict.fromkeys(label for label, run in runs if is_clustered(run)))
     run_labels = f" of {', '.join(filter(None, labels))}" if any(labels) else ""

@@ -1,4 +1,4 @@
-"""Where sites reach the server: a host and a port, from the outside and for the proxy."""
+"""The address at which sites reach the server: host and port, for sites and for the proxy."""
 
 import ipaddress
 import re
@@ -10,12 +10,12 @@ ADDRESS = re.compile(
     r"(?:\[(?P<six>[0-9A-Fa-f:.]+)\]|(?P<host>[A-Za-z0-9.-]+)):(?P<port>[0-9]{1,5})"
 )
 LABEL = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(?<!-)")
-"""One part of a machine's name."""
+"""One label of a host name."""
 
 
 @dataclass(frozen=True)
 class ProxyAddress:
-    """Where sites reach the proxy."""
+    """The address at which sites reach the proxy."""
 
     host: str
     """A name, or an IP address without brackets."""
@@ -23,7 +23,7 @@ class ProxyAddress:
 
     @property
     def listen(self) -> str:
-        """What nginx listens on: this machine alone where the address is its loopback's."""
+        """The address nginx listens on: only this machine's, if the host is a loopback address."""
         ip = parse_ip("127.0.0.1" if self.host == "localhost" else self.host)
         if ip is None or (ip.version == 4 and not ip.is_loopback):
             return f"{self.port} ssl"
@@ -33,10 +33,10 @@ class ProxyAddress:
 
 
 def parse_address(address: str) -> ProxyAddress:
-    """Host and port of an address.
+    """Parse the host and port of an address.
 
     Raises:
-        ConfigError: it is not one that sites could reach.
+        ConfigError: sites could not reach such an address.
     """
     match = ADDRESS.fullmatch(address)
     host = match["six"] or match["host"] if match else ""
@@ -60,7 +60,7 @@ def parse_address(address: str) -> ProxyAddress:
 
 
 def parse_ip(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
-    """The IP address that a host is, where it is one."""
+    """Parse a host as an IP address; None if it is a name."""
     try:
         return ipaddress.ip_address(host)
     except ValueError:

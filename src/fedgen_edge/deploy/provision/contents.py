@@ -1,4 +1,4 @@
-"""What each file of a deployment says; nothing is written here."""
+"""Make the content of each file of a deployment, without writing any."""
 
 import json
 import os
@@ -20,13 +20,13 @@ from fedgen_edge.deploy.provision.software import PYTHONS, pack_software, torch_
 from fedgen_edge.deploy.settings import DeploymentSettings, SiteSettings, encode_toml
 
 SOURCES_WITHOUT_PATH = frozenset(("docstrings", "digits", "hub"))
-"""Sources whose data do not lie in a place of the site's own."""
+"""Sources whose data are not at a path of the site."""
 
 
 def make_server_files(
     settings: Settings, names: Sequence[str], federation: DeploymentSettings, folder: Path
 ) -> dict[str, bytes]:
-    """Every file of the server's folder, by its path in it."""
+    """Make every file of the server's folder, by its path in it."""
     proxy_address, now = parse_address(federation.address), datetime.now(UTC)
     ca = keys.make_authority(now)
     hosts = list(dict.fromkeys((proxy_address.host, "localhost", "127.0.0.1")))
@@ -82,7 +82,7 @@ def make_server_files(
 def make_kit_files(
     name: str, address: str, settings: Settings, ca: bytes, software: Mapping[str, bytes]
 ) -> dict[str, bytes]:
-    """Every file of a site's kit, by its path in it; with a key that is made here."""
+    """Make every file of a site's kit, by its path in it, with a new key."""
     key, template_values = (
         keys.make_site_key(),
         _make_template_values(settings, address, software) | {"name": name},
@@ -103,7 +103,7 @@ def make_kit_files(
 def _make_template_values(
     settings: Settings, address: str, software: Mapping[str, bytes]
 ) -> dict[str, Any]:
-    """What the pages of the server and of a site both speak of."""
+    """Return the values that the server's and the sites' templates share."""
     return {
         "address": address,
         "version": __version__,
@@ -129,23 +129,23 @@ def _render_template(template: str, template_values: Mapping[str, Any]) -> bytes
 
 
 def _escape_specifiers(path: str) -> str:
-    """A path in a unit of systemd's, where % begins a specifier."""
+    """Escape a path for a systemd unit, where % starts a specifier."""
     return path.replace("%", "%%")
 
 
 def _quote_word(path: str) -> str:
-    """The same as one word of a line of words."""
+    """Quote a path as one word of a command line in a systemd unit."""
     letters = {"\\": r"\\", '"': r"\"", "$": "$$"}
     return f'"{"".join(letters.get(letter, letter) for letter in _escape_specifiers(path))}"'
 
 
 def _quote_yaml(text: str) -> str:
-    """A string of compose's, where $ begins a variable."""
+    """Quote a string for a compose file, where $ starts a variable."""
     return json.dumps(text.replace("$", "$$"))
 
 
 def _get_account() -> str:
-    """Who runs this, as a service's user; root makes services, and runs none."""
+    """Return the user that the service runs as: the current one, but never root."""
     if os.getuid() == 0:
         return "fedgen"
     try:

@@ -1,6 +1,6 @@
-"""Keys and certificates of one federation: its own authority, the server's, each site's.
+"""Make the keys and certificates of one federation: its authority's, the server's, the sites'.
 
-Nothing here is printed or written; `kits` lays it down where only its owner reads it.
+Nothing here is printed or written; `kits` writes it where only the owner can read it.
 """
 
 import ipaddress
@@ -27,23 +27,23 @@ except ImportError:
     raise MissingExtraError("a federation on many machines", "flower") from None
 
 VALIDITY = timedelta(days=5 * 365)
-"""Of certificates. The server's lies beside its authority's key, so it need not end earlier."""
+"""Of certificates. The server's is stored with the authority's key, so it need not end earlier."""
 SKEW = timedelta(days=1)
-"""That a site's clock may be behind."""
+"""How far a site's clock may be behind."""
 
 
 @dataclass(frozen=True)
 class KeyPair:
-    """A private key, and what of it may be known."""
+    """A private key and its public part."""
 
     private: bytes = field(repr=False)
-    """PEM (PKCS 8), or OpenSSH's form for a site's."""
+    """PEM (PKCS 8), or OpenSSH's format for a site's key."""
     public: bytes
-    """A certificate in PEM, or a line of OpenSSH's for a site's."""
+    """A certificate in PEM, or an OpenSSH line for a site's key."""
 
 
 def make_authority(now: datetime) -> KeyPair:
-    """An authority of our own that may sign servers, and no further authorities."""
+    """Make a certificate authority that may sign servers, but no further authorities."""
     key = ec.generate_private_key(ec.SECP384R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedgen-edge federation")])
     builder = (
@@ -55,11 +55,11 @@ def make_authority(now: datetime) -> KeyPair:
 
 
 def make_server_certificate(ca: KeyPair, hosts: Sequence[str], now: datetime) -> KeyPair:
-    """A server's certificate that is good for these names and IP addresses alone."""
+    """Make a server certificate that is valid only for these names and IP addresses."""
     key, signer = ec.generate_private_key(ec.SECP256R1()), load_pem_private_key(ca.private, None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
     issuer = x509.load_pem_x509_certificate(ca.public)
-    # a common name may be 64 letters at most; the alternative names are what counts
+    # a common name has at most 64 letters; clients check the alternative names
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedgen-edge server")])
     builder = (
         _start_certificate(name, issuer.subject, key.public_key(), now)
@@ -77,7 +77,7 @@ def make_server_certificate(ca: KeyPair, hosts: Sequence[str], now: datetime) ->
 
 
 def make_site_key() -> KeyPair:
-    """A site's own key, by which the server knows it: ECDSA on P-384, as Flower wants it."""
+    """Make a site's key, which identifies it to the server: ECDSA on P-384, as Flower requires."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
@@ -85,7 +85,7 @@ def make_site_key() -> KeyPair:
 
 
 def make_secret() -> bytes:
-    """256 random bits, as letters: Flower takes the file's bytes as they are."""
+    """Make 256 random bits, as text: Flower uses the file's bytes unchanged."""
     return secrets.token_hex(32).encode()
 
 

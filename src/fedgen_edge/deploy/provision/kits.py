@@ -1,6 +1,6 @@
-"""A deployment's folders: the server's, and the kit of each site.
+"""Write a deployment's folders: the server's, and the kit of each site.
 
-Every file is made before the first is written, and what is written only its owner can read.
+Every file is made before the first is written, and only the owner can read them.
 """
 
 import os
@@ -28,9 +28,9 @@ from fedgen_edge.errors import ConfigError
 from fedgen_edge.federation.schedule import cohort_size
 
 CLOCK_SETTINGS = ("devices.", "federation.over", "federation.deadline")
-"""What settings of a simulation's clock begin with."""
+"""Prefixes of the settings of a simulation's clock."""
 MAX_SITES = 500
-"""Sites of one server: about as many as Flower's can keep in touch with."""
+"""Maximum sites of one server: about as many as Flower's server can handle."""
 
 PathT = TypeVar("PathT", str, Path | None)
 
@@ -38,20 +38,20 @@ PathT = TypeVar("PathT", str, Path | None)
 def init(
     settings: Settings, names: Sequence[str], address: str, out: Path, port: int = 18443
 ) -> list[Path]:
-    """Make the server's folder, with a kit for each site; it appears whole, or not at all.
+    """Make the server's folder, with a kit for each site; it appears complete or not at all.
 
     Args:
-        settings: of the run.
-        names: of the sites.
-        address: host and port where sites reach the proxy.
+        settings: settings of the run.
+        names: names of the sites.
+        address: host and port at which sites reach the proxy.
         out: the folder, which must be new.
-        port: of Flower's server, on its machine alone.
+        port: port of Flower's server, reachable only on its machine.
 
     Returns:
         The kits' folders.
 
     Raises:
-        ConfigError: the recipe cannot be deployed, or an argument is not what it must be.
+        ConfigError: the recipe cannot be deployed, or an argument is invalid.
     """
     _check_ports(parse_address(address).port, port)
     for index, name in enumerate(names):
@@ -79,7 +79,7 @@ def add(name: str, folder: Path) -> Path:
     """Make a kit for one more site, and let it take part.
 
     Raises:
-        ConfigError: the name is no name, or was given before.
+        ConfigError: the name is invalid, or already in use.
     """
     federation = read(DeploymentSettings, folder / "federation.toml")
     _check_name(name, read_member_keys(folder))
@@ -100,7 +100,7 @@ def add(name: str, folder: Path) -> Path:
 
 
 def revoke(name: str, folder: Path) -> None:
-    """Let a site take part no more.
+    """Exclude a site from the federation.
 
     Raises:
         ConfigError: no such site takes part.
@@ -119,31 +119,31 @@ def revoke(name: str, folder: Path) -> None:
 
 
 def parse_sites(spec: str) -> list[str]:
-    """Names of sites, from `north,south` or a number, of which `3` is site-1, site-2 and site-3.
+    """Parse names of sites, from `north,south` or a number: `3` is site-1, site-2 and site-3.
 
     Raises:
-        ConfigError: none, or too many.
+        ConfigError: there are no names, or too many.
     """
     if not re.fullmatch(r"[+-]?[0-9]+", spec):
         return spec.split(",")
-    # a number of any length is compared by its digits first: Python reads 4,300 at most
+    # count the digits first: Python parses at most 4,300
     if len(spec) > 9 or not 1 <= int(spec) <= MAX_SITES:
         raise ConfigError(f"sites={spec[:20]} must be from 1 to {MAX_SITES}, or names with commas")
     return [f"site-{number + 1}" for number in range(int(spec))]
 
 
 def check_deployable(settings: Settings, sites: int) -> None:
-    """Refuse what a federation of many machines cannot carry out, as far as settings tell.
+    """Refuse settings that a federation of many machines cannot carry out.
 
-    `partition` is for one machine that divides data; here each site's data are its own, and it
-    says nothing.
+    `partition` is for one machine that divides data; here each site has its own data, and the
+    setting is ignored.
 
     Args:
-        settings: of the run.
-        sites: how many there are, revoked ones too: nothing that was deployable stops being so.
+        settings: settings of the run.
+        sites: number of sites, revoked ones too, so that a deployable run stays deployable.
 
     Raises:
-        ConfigError: names the setting, and the way out.
+        ConfigError: a setting cannot be deployed; names it, and the way out.
     """
     check(settings)
     make_wire(settings.uplink, settings.downlink, 0, {})
@@ -190,11 +190,10 @@ def check_deployable(settings: Settings, sites: int) -> None:
 
 
 def make_shared_settings(settings: Settings) -> Settings:
-    """The settings that the server and every kit begin with.
+    """Return the settings that the server and every kit start with.
 
-    Sites are the clients, and say themselves where their data are, of which nothing is public.
-    Paths on this machine are written from the root, so that the server finds them wherever it is
-    started.
+    Sites are the clients, and set the paths of their data themselves; none of it is public. Paths
+    on this machine become absolute, so that the server finds them wherever it is started.
     """
     path = settings.data.path if settings.data.source == "hub" else None
     data = replace(settings.data, path=path, public=0.0, unseen=(), part="private")
@@ -212,7 +211,7 @@ def make_shared_settings(settings: Settings) -> Settings:
 
 
 def _make_absolute(path: PathT) -> PathT:
-    """A path that is there, from the root; a name as it is."""
+    """Make an existing path absolute; leave a name unchanged."""
     if path is None or str(path) == "tiny" or not Path(path).exists():
         return path
     return type(path)(Path(path).resolve())
@@ -247,7 +246,7 @@ def _write_files(folder: Path, content: Mapping[str, bytes]) -> None:
 
 @contextmanager
 def _restrict_permissions() -> Iterator[None]:
-    """What is made meanwhile is its owner's alone: files 0600, folders 0700."""
+    """Make new files 0600 and new folders 0700 inside the block, for their owner only."""
     previous_umask = os.umask(0o077)
     try:
         yield

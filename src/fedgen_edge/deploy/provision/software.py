@@ -1,6 +1,6 @@
-"""What a kit carries to be installed: our own wheel, and exact versions of the rest with hashes.
+"""The software in a kit: our own wheel, and exact versions of the rest with hashes.
 
-Torch is not among them: which build it is, for a CPU or a GPU, is for each machine to choose.
+Torch is not included: each machine chooses its build, for a CPU or a GPU.
 """
 
 from importlib.metadata import version
@@ -11,17 +11,17 @@ from fedgen_edge.deploy.provision.wheel import build_wheel
 from fedgen_edge.files import find_shipped
 
 LOCK = "requirements-kit.lock"
-"""All that any recipe needs at a site, whatever is installed here; `make lock` makes it."""
+"""Everything that any recipe needs at a site, written by `make lock`."""
 PYTHONS = ("3.11", "3.12", "3.13")
-"""Versions of Python that the lock is made for."""
+"""Python versions that the lock covers."""
 
 
 def pack_software() -> dict[str, bytes]:
-    """The wheel of this package and a requirements file of all else that it needs, by name."""
+    """Return this package's wheel and a requirements file for its dependencies, by name."""
     name, wheel = build_wheel()
     return {name: wheel, "requirements.txt": find_shipped(LOCK).read_bytes()}
 
 
 def torch_version() -> str:
-    """The release of torch that runs here, whatever its build."""
+    """Return the release of the installed torch, without its build."""
     return Version(version("torch")).public

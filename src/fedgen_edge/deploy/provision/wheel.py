@@ -1,7 +1,7 @@
-"""The wheel of the package that is running: what a kit installs comes from no index.
+"""Build a wheel of the running package, so that a kit installs it without an index.
 
-An installed wheel is put together again from its files, each compared with the hash that pip
-recorded. An editable install is made of the sources that it points to, and of its metadata.
+An installed wheel is rebuilt from its files, each checked against the hash that pip recorded. For
+an editable install, the wheel is built from the sources it points to and its metadata.
 """
 
 import base64
@@ -19,16 +19,16 @@ from fedgen_edge.files import SHIPPED, find_shipped
 
 PACKAGE = Path(__file__).parents[2]
 METADATA = frozenset(("METADATA", "WHEEL", "entry_points.txt"))
-"""Files of the metadata that a wheel has; others tell of one installation, and of its paths."""
+"""Metadata files of a wheel; others describe one installation and its paths."""
 ZIP_TIME = (1980, 1, 1, 0, 0, 0)
-"""The time of every file, so that equal sources make equal wheels."""
+"""Timestamp of every file, so that equal sources make equal wheels."""
 
 
 def build_wheel() -> tuple[str, bytes]:
-    """Name and content of a wheel of this package, which pip installs without an index.
+    """Return the name and content of this package's wheel, which pip installs without an index.
 
     Raises:
-        ConfigError: the package is not installed, or was changed since it was.
+        ConfigError: the package is not installed, or was changed since its installation.
     """
     installed = _find_distribution()
     recorded = {str(file): file for file in installed.files or ()}
@@ -66,7 +66,7 @@ def _is_metadata(file: PackagePath) -> bool:
 
 
 def _read_recorded(recorded: Mapping[str, PackagePath]) -> dict[str, bytes]:
-    """Installed files, each of which must be as it was installed."""
+    """Read the installed files, each of which must be unchanged since its installation."""
     contents = {name: file.read_binary() for name, file in recorded.items()}
     for name, content in contents.items():
         expected = recorded[name].hash
@@ -80,7 +80,7 @@ def _read_recorded(recorded: Mapping[str, PackagePath]) -> dict[str, bytes]:
 
 
 def _read_sources() -> dict[str, bytes]:
-    """The package's folder, and what a wheel has from beside it."""
+    """Read the package's folder, and the files beside it that a wheel includes."""
     contents = _read_folder(PACKAGE, PACKAGE.name)
     for name in SHIPPED:
         path = find_shipped(name)
@@ -98,7 +98,7 @@ def _read_folder(folder: Path, inside: str) -> dict[str, bytes]:
 
 
 def _zip(contents: Mapping[str, bytes], record: str) -> bytes:
-    """An archive of files, the record of their hashes last."""
+    """Make an archive of files, with the record of their hashes last."""
     table = io.StringIO()
     rows = csv.writer(table, lineterminator="\n")
     rows.writerows((n, f"sha256={_digest(c)}", len(c)) for n, c in sorted(contents.items()))
@@ -113,5 +113,5 @@ def _zip(contents: Mapping[str, bytes], record: str) -> bytes:
 
 
 def _digest(content: bytes) -> str:
-    """SHA-256 as a record of files has it."""
+    """Return a SHA-256 in the format of a wheel's record."""
     return base64.urlsafe_b64encode(hashlib.sha256(content).digest()).rstrip(b"=").decode()
