@@ -1,7 +1,7 @@
-"""Dropout as data: a mask is a function of a seed, so that any pass over it draws it again.
+"""Dropout as data: a mask is a function of a seed, so every forward pass gets the same mask.
 
-The mask of an element depends on its client's seed, its layer and its place alone, never on how
-clients were stacked or whether a pass is a recomputation.
+An element's mask depends only on its client's seed, its layer, and its position, never on how
+clients are stacked or whether a pass is a recomputation.
 """
 
 from jaxtyping import Float, Int
@@ -13,13 +13,13 @@ from fedgen_edge.seeds import BITS, uniform
 def draw_mask(
     seed: Int[Tensor, "*clients"], layer: int, shape: tuple[int, ...], rate: float
 ) -> Float[Tensor, "..."]:
-    """Zeros for a share of the elements, 1 / (1 - share) for the others.
+    """A mask: zeros for a fraction of the elements, and 1 / (1 - share) for the others.
 
     Args:
-        seed: one for each client.
-        layer: number of the layer, so that no two layers share a mask.
-        shape: of one client's elements.
-        rate: from 0 to below 1.
+        seed: one per client.
+        layer: the layer's number, so that no two layers share a mask.
+        shape: the shape of one client's elements.
+        rate: the fraction, from 0 to below 1.
 
     Returns:
         `[*clients, *shape]`.

@@ -1,4 +1,4 @@
-"""The whole model as the adapter: what full-model FedAvg trains."""
+"""The full model as the adapter, which full-model FedAvg trains."""
 
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from fedgen_edge.types import Leaves
 
 @dataclass(frozen=True)
 class Full:
-    """Every weight of one model, tied ones once.
+    """Every weight of one model; tied weights appear once.
 
-    Its leaves have no axis of clients: one client at a time.
+    Its leaves have no client axis: clients train one at a time.
     """
 
     model: nn.Module
@@ -21,21 +21,20 @@ class Full:
         """The shape of every leaf."""
         return {name: tuple(p.shape) for name, p in self.model.named_parameters()}
 
-    def init(self, rng: Generator) -> Leaves:
-        """The pretrained weights in float32; nothing is drawn."""
-        del rng
+    def init(self, _rng: Generator) -> Leaves:
+        """The pretrained weights in float32; no random numbers are drawn."""
         return {n: p.detach().float().clone().cpu() for n, p in self.model.named_parameters()}
 
-    def call(self, module: nn.Module, leaves: Leaves, batch: object, seed: Tensor | None) -> Tensor:
-        """The module's output on the batch, computed with these leaves.
+    def call(
+        self, module: nn.Module, leaves: Leaves, batch: object, _seed: Tensor | None
+    ) -> Tensor:
+        """The module's output on the batch, computed with these leaves; dropout is not applied.
 
         Args:
-            module: holds the model as its attribute `model`.
-            leaves: one model's.
+            module: its attribute `model` is the model.
+            leaves: one model's weights.
             batch: the module's argument.
-            seed: unused: nothing is dropped out of a full model.
         """
-        del seed
         dtypes = {name: p.dtype for name, p in self.model.named_parameters()}
         parameters = {f"model.{name}": leaf.to(dtypes[name]) for name, leaf in leaves.items()}
         return functional_call(module, parameters, (batch,), tie_weights=True)

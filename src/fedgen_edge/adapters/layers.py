@@ -1,4 +1,4 @@
-"""What LoRA means for each type of layer: shapes of factors, their product, and a dense update."""
+"""LoRA for each type of layer: the factors' shapes, their product, and the dense update."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,19 +14,19 @@ Shape = tuple[int, ...]
 
 
 class Kind(NamedTuple):
-    """What LoRA means for one type of layer."""
+    """How LoRA adapts one type of layer."""
 
     a: str
-    """Name of the first factor's leaf, as PEFT has it."""
+    """Name of the first factor's leaf, as in PEFT."""
     b: str
     shapes: Callable[[nn.Module, int], tuple[Shape, Shape]]
     """Shapes of A and B for a rank."""
     product: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
-    """The update's output from the layer, its input, A and scaled B."""
+    """The update's output, given the layer, its input, A, and scaled B."""
     dense: Callable[[Tensor, Tensor], Tensor]
-    """The update of the layer's weight, in its own layout, from A and scaled B."""
+    """The update of the layer's weight, in the weight's layout, given A and scaled B."""
     rank_axes: tuple[int, int] = (-2, -1)
-    """Where A and B have the rank, of their dimensions."""
+    """The dimensions of A and B that hold the rank."""
 
 
 def _apply_linear(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -38,7 +38,7 @@ def _apply_linear(_: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def _apply_conv2d(layer: nn.Module, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     assert isinstance(layer, nn.Conv2d)
-    padding: Any = layer.padding  # a word or numbers: torch's stub knows one of them at a time
+    padding: Any = layer.padding  # a string or numbers: torch's stub knows only one of them
     conv_arguments = (layer.stride, padding, layer.dilation)
     if a.ndim == 4:
         return F.conv2d(F.conv2d(x, a, None, *conv_arguments), b)
@@ -103,11 +103,11 @@ KINDS: dict[type[nn.Module], Kind] = {
 
 
 EQUIVALENT_CLASSES = frozenset({"FalconLinear"})
-"""Subclasses with a forward of their own that computes what their base class does."""
+"""Subclasses that override `forward` and still compute what their base class does."""
 
 
 def find_kind(layer: nn.Module) -> Kind | None:
-    """How a layer is adapted; none for a layer that computes something else, such as a router."""
+    """How to adapt a layer; None for a layer that computes something else, such as a router."""
     return next((kind for base, kind in KINDS.items() if _computes(layer, base)), None)
 
 

@@ -1,8 +1,8 @@
-"""The LoRA layer: one adapter, or a stack of them over one shared, frozen layer.
+"""The LoRA layer: one adapter, or a stack of adapters over one shared, frozen layer.
 
 A layer's update is `scale * B A` (Hu et al. 2021, arXiv:2106.09685), applied here and nowhere
 else. Stacked leaves have a first axis of clients: the input's rows are `clients * batch`, client
-by client, and each client's rows meet that client's own factors.
+by client, and each client's rows are multiplied by that client's factors.
 """
 
 import math
@@ -23,7 +23,7 @@ from fedgen_edge.types import CORE, RESIDUAL, Leaves
 
 
 class AdaptedLayer(nn.Module):
-    """A frozen layer, and the factors that are bound to it at present (none: as it was)."""
+    """A frozen layer and the factors currently bound to it; None leaves the layer unadapted."""
 
     def __init__(self, base: nn.Module, kind: Kind, number: int, dropout: float) -> None:
         super().__init__()
@@ -33,13 +33,13 @@ class AdaptedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight: some models look at it."""
+        """The frozen weight, which some models access."""
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """The layer's output, plus the update's."""
+        """The layer's output plus the update's output."""
         y = self.base(x)
         if self.factors is None:
             return y
@@ -63,9 +63,9 @@ class Lora:
     scale: float
     """alpha / rank, or alpha / sqrt(rank)."""
     targets: tuple[str, ...]
-    """The layers, as PEFT's configuration lists them."""
+    """The layers, as listed in PEFT's configuration."""
     experts: float = 0.0
-    """Share of the model's weights in routed experts, where all-linear leaves them frozen."""
+    """Fraction of the model's weights in routed experts, where all-linear leaves them frozen."""
 
     def shapes(self) -> dict[str, Shape]:
         """The shape of every leaf of one adapter."""
@@ -76,19 +76,19 @@ class Lora:
         return leaf_shapes
 
     def init(self, rng: Generator) -> Leaves:
-        """A fresh adapter whose update is zero: A uniform as PEFT draws it, B zero.
+        """A fresh adapter whose update is zero: A is uniform as in PEFT, and B is zero.
 
-        Of an embedding it is the other way round: A zero, B normal.
+        For an embedding, A is zero and B is normal.
         """
         return {name: _draw_leaf(name, shape, rng) for name, shape in self.shapes().items()}
 
     @contextmanager
     def bind(self, leaves: Leaves, seed: Tensor | None = None) -> Iterator[None]:
-        """Within it, the model computes with these leaves; a site without leaves is as it was.
+        """Inside the context, the model computes with these leaves; other layers are unadapted.
 
         Args:
             leaves: one adapter, or a stack.
-            seed: of the dropout, one a client; none is without dropout.
+            seed: one dropout seed per client; None disables dropout.
         """
         try:
             for name, layer in self.layers.items():
@@ -99,14 +99,14 @@ class Lora:
                 layer.factors = layer.seed = None
 
     def factors(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
-        """A and scaled B of one site."""
+        """A and scaled B of one layer."""
         pair = self.pair(name, leaves)
         return pair and (pair[0], pair[1] * self.scale)
 
     def pair(self, name: str, leaves: Leaves) -> tuple[Tensor, Tensor] | None:
-        """A and B of one site, each with the frozen factor beside it: of a higher rank then.
+        """A and B of one layer, each extended by its frozen residual factor, if any.
 
-        What stands between them is multiplied into B; no frozen pair has it.
+        The core between them is multiplied into B; a frozen pair has no core.
         """
         kind = self.layers[name].kind
         names = f"{name}.{kind.a}", f"{name}.{kind.b}"
@@ -124,9 +124,9 @@ class Lora:
         return a, b
 
     def join_residuals(self, leaves: Leaves) -> tuple[Leaves, int]:
-        """One adapter without frozen pairs, of the same products, and its rank.
+        """An adapter with the same products but without frozen pairs, and its rank.
 
-        Layers of which less is frozen are filled with zeros, as all have one rank.
+        All layers have one rank, so those with smaller residuals are padded with zeros.
         """
         pairs = {n: pair for n in self.layers if (pair := self.pair(n, leaves)) is not None}
         rank = max((len(a) for a, _ in pairs.values()), default=self.rank)
@@ -138,7 +138,7 @@ class Lora:
         return joined, rank
 
     def split_residuals(self, leaves: Leaves) -> Leaves:
-        """What `joined` has made, with what is frozen apart again."""
+        """The inverse of `join_residuals`: the frozen residuals become separate leaves again."""
         split = {}
         for name, layer in self.layers.items():
             kind = layer.kind
@@ -171,15 +171,15 @@ def _draw_leaf(name: str, shape: Shape, rng: Generator) -> Float[Tensor, "..."]:
 
 
 def inject(model: nn.Module, settings: Adapter, default: Sequence[str] = ()) -> Lora:
-    """Wrap the layers that the settings name, in place; their weights are neither copied nor moved.
+    """Wrap the layers that the settings select, in place; weights are neither copied nor moved.
 
-    All have one rank, as in PEFT; a layer of a smaller side, as a table of ten classes, has more
-    factors than its update has need of.
+    All have one rank, as in PEFT; a layer with a smaller side, such as an embedding of ten classes,
+    has more terms than its update needs.
 
     Args:
-        model: frozen here.
-        settings: of the adapter.
-        default: the targets where the settings name none.
+        model: frozen by this call.
+        settings: the adapter's settings.
+        default: the targets if the settings name none.
 
     Raises:
         ConfigError: no layer matches, one cannot be adapted, or the rank is above all their sides.
@@ -219,13 +219,13 @@ def _make_layer(
 
 
 def _find_max_rank(layer: AdaptedLayer) -> int:
-    """The highest rank that an update of this layer can have: its smaller side."""
+    """The highest rank of an update of this layer: its smaller side."""
     a, b = layer.kind.shapes(layer.base, 1)
     return min(math.prod(a[1:]), b[0])
 
 
 def merge(model: nn.Module, lora: Lora, leaves: Leaves) -> None:
-    """Add the updates to the weights and take the sites out again: a plain model, in place."""
+    """Add the updates to the weights and unwrap the layers, in place: a plain model remains."""
     for name, layer in lora.layers.items():
         factors = lora.factors(name, leaves)
         if factors is not None:

@@ -1,6 +1,6 @@
-"""An adapter's folder, loaded by plain PEFT into the model at hand and compared with ours.
+"""Load an adapter's folder with plain PEFT into the current model, and compare it with ours.
 
-The model is not copied: PEFT wraps its layers, and afterwards they are put back as they were.
+The model is not copied: PEFT wraps its layers, and they are restored afterwards.
 """
 
 import math
@@ -21,15 +21,15 @@ from fedgen_edge.seeds import seed_global_generators
 from fedgen_edge.types import Leaves
 
 Forward = Callable[[], Tensor]
-"""One short pass through a model, always of the same input."""
+"""One short forward pass through a model, always on the same input."""
 RELATIVE_TOLERANCE = 1e-2
-"""How much PEFT's outputs may differ, relative to what the adapter changes."""
+"""How much PEFT's outputs may differ, relative to the change that the adapter makes."""
 ULP_TOLERANCE = 16
-"""The same, in units in the last place of the outputs."""
+"""The same tolerance in units in the last place of the outputs."""
 
 
 def draw_noisy(lora: Lora, rng: Generator) -> Leaves:
-    """An adapter no part of which is zero, with updates about as large as usual weights."""
+    """An adapter without zeros, whose updates are about as large as typical weights."""
     std = 0.5 / (lora.scale * math.sqrt(lora.rank))
     return {
         name: torch.randn(shape, generator=rng) * (_get_std(name, shape) or std)
@@ -38,7 +38,7 @@ def draw_noisy(lora: Lora, rng: Generator) -> Leaves:
 
 
 def _get_std(name: str, shape: tuple[int, ...]) -> float | None:
-    """The standard deviation of a first factor; none for a second one."""
+    """The standard deviation of a first factor; None for a second one."""
     if name.endswith("lora_A"):
         return 1 / math.sqrt(math.prod(shape[1:]))
     return 0.1 if name.endswith("lora_embedding_A") else None
@@ -48,14 +48,14 @@ def _get_std(name: str, shape: tuple[int, ...]) -> float | None:
 def compare(
     folder: Path, model: nn.Module, lora: Lora, leaves: Leaves, forward: Forward
 ) -> str | None:
-    """How PEFT's model of a folder differs from ours with these leaves; none if they agree.
+    """How PEFT's model of a folder differs from ours with these leaves; None if they agree.
 
     Args:
         folder: written from the leaves.
-        model: holds the layers of `lora`; unchanged afterwards.
+        model: contains the layers of `lora`; unchanged afterwards.
         lora: the adapted layers.
         leaves: one adapter.
-        forward: a pass through the model.
+        forward: a forward pass through the model.
     """
     device = next(model.parameters()).device
     backbone_outputs = forward().float()
@@ -71,7 +71,7 @@ def compare(
             raise
         return f"it refuses: {' '.join(str(error).split())[:160]}"
     if not bool(adapted_outputs.isfinite().all()):
-        return None  # trained away: its factors are equal, and there is no more to compare
+        return None  # training diverged: the factors are equal, and nothing else can be compared
     difference, change = (
         float((peft_outputs - adapted_outputs).norm()),
         float((adapted_outputs - backbone_outputs).norm()),
@@ -83,9 +83,9 @@ def compare(
 
 
 def _load(model: nn.Module, folder: Path, leaves: Leaves) -> str | None:
-    """Have PEFT wrap a model's layers; returns where its tensors are not the leaves."""
+    """Have PEFT wrap a model's layers, and return where its tensors differ from the leaves."""
     device = str(next(model.parameters()).device)
-    plain: Any = model  # PEFT's annotation knows transformers' models alone
+    plain: Any = model  # PEFT's annotation accepts only transformers' models
     wrapped = PeftModel.from_pretrained(
         plain, str(folder), autocast_adapter_dtype=False, torch_device=device
     )
@@ -102,7 +102,7 @@ def _load(model: nn.Module, folder: Path, leaves: Leaves) -> str | None:
 
 @contextmanager
 def _unwrap_layers(model: nn.Module, lora: Lora) -> Iterator[None]:
-    """Within it, the model is as its library made it; what wraps its layers then is taken off."""
+    """Inside the context, the model is as its library built it; later wrappers are removed."""
     layers = {module: dict(module._modules) for module in model.modules()}
     attributes = {*vars(model)}
     try:

@@ -1,6 +1,6 @@
-"""PEFT's folders, read and written: what `PeftModel.from_pretrained` loads, and vLLM and the rest.
+"""Read and write PEFT's folders, which `PeftModel.from_pretrained`, vLLM, and others load.
 
-Only safetensors: a folder that holds a pickle alone is refused, and nothing in it is run.
+Only safetensors are read: a folder that holds only a pickle is refused, and none of it is run.
 """
 
 import json
@@ -26,20 +26,20 @@ from fedgen_edge.types import Leaves
 PREFIX = "base_model.model."
 WEIGHTS = "adapter_model.safetensors"
 PIPELINE_WEIGHTS = "pytorch_lora_weights.safetensors"
-"""What diffusers calls an adapter's file."""
+"""diffusers' name for an adapter's file."""
 CONFIG = "adapter_config.json"
 PROVENANCE = "provenance.json"
 FROZEN_SUFFIX = ".base_layer.weight"
-"""Ends the names of frozen weights, which PEFT writes beside adapters of embeddings and heads."""
+"""Suffix of the frozen weights that PEFT writes beside adapters of embeddings and heads."""
 ALLOWED_FIELDS = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "runtime_config",
     "megatron_core", "qalora_group_size", "eva_config",
 }  # fmt: skip
-"""Fields of LoraConfig that are read, or say nothing of what an adapter computes."""
+"""Fields of LoraConfig that are read, or that do not affect what an adapter computes."""
 PLAIN_INITIAL = (True, False, None, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the backbone's weights as they are."""
+"""Values of `init_lora_weights` that leave the backbone's weights unchanged."""
 MAX_NUMBER = 2**31
 
 
@@ -52,15 +52,15 @@ def write(
     backbone: Mapping[str, Any],
     provenance: Mapping[str, Any],
 ) -> None:
-    """Fill a PEFT folder with one adapter, and `provenance.json` beside it.
+    """Write one adapter and its `provenance.json` into a PEFT folder.
 
     Args:
-        folder: there already.
-        leaves: one adapter, without an axis of clients.
-        lora: the layers that it belongs to.
-        settings: rank, alpha and dropout, as PEFT's configuration keeps them.
-        backbone: what PEFT's configuration says of it: `base_model_name_or_path`, `task_type`.
-        provenance: where it came from: backbone's hash, seed, settings, round, client.
+        folder: an existing folder.
+        leaves: one adapter, without a client axis.
+        lora: the layers that it adapts.
+        settings: rank, alpha, and dropout for PEFT's configuration.
+        backbone: PEFT's fields for the backbone: `base_model_name_or_path`, `task_type`.
+        provenance: the adapter's origin: backbone's hash, seed, settings, round, client.
     """
     alpha = _plain_alpha(settings)
     config = LoraConfig(
@@ -80,13 +80,13 @@ def write(
 
 
 def _plain_alpha(settings: Adapter) -> int | float:
-    """The alpha that gives the scale as alpha / rank: some readers know no other."""
+    """The alpha for which alpha / rank is the scale: some readers support no other formula."""
     alpha = settings.alpha * (math.sqrt(settings.rank) if settings.rslora else 1)
     return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _sort_targets(path: Path) -> None:
-    """Write the layers in one order: PEFT has them in a set, whose order each process draws."""
+    """Sort the target layers: PEFT keeps them in a set, whose order differs between processes."""
     config = json.loads(path.read_text())
     config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -95,16 +95,16 @@ def _sort_targets(path: Path) -> None:
 def write_pipeline_weights(
     folder: Path, component: str, leaves: Leaves, lora: Lora, settings: Adapter
 ) -> None:
-    """Add the file that diffusers' `load_lora_weights` and `load_lora_adapter` take from a folder.
+    """Add the file that diffusers' `load_lora_weights` and `load_lora_adapter` read from a folder.
 
-    Its metadata, which diffusers 0.42 reads, tell the scale and the layers; embeddings are among
-    them.
+    Its metadata, which diffusers 0.42 reads, contain the scale and the layers, including
+    embeddings.
 
     Args:
-        folder: there already.
-        component: what a pipeline calls the network: `unet`.
-        leaves: one adapter, without an axis of clients.
-        lora: the layers that it belongs to.
+        folder: an existing folder.
+        component: the network's name in a pipeline: `unet`.
+        leaves: one adapter, without a client axis.
+        lora: the layers that it adapts.
         settings: rank and alpha.
     """
     adapter_metadata = {
@@ -120,25 +120,25 @@ def write_pipeline_weights(
     save_file(
         {k: v.detach().float().contiguous().cpu() for k, v in tensors.items()},
         folder / PIPELINE_WEIGHTS,
-        metadata={"lora_adapter_metadata": metadata},  # of several keys the order is drawn
+        metadata={"lora_adapter_metadata": metadata},  # the order of several keys would be random
     )
 
 
 def change_rank(settings: Adapter, rank: int) -> Adapter:
-    """The settings at another rank, with the alpha that keeps the scale."""
+    """The settings with another rank, and with the alpha that preserves the scale."""
     ratio = rank / settings.rank
     alpha = settings.alpha * (math.sqrt(ratio) if settings.rslora else ratio)
     return replace(settings, rank=rank, alpha=alpha, ranks=())
 
 
 def read(folder: Path, lora: Lora, *, any_rank: bool = False) -> Leaves:
-    """One adapter from a PEFT folder, its scale turned into ours.
+    """One adapter from a PEFT folder, converted to our scale.
 
     Args:
-        folder: as `write` or PEFT has made it.
-        lora: the layers that it must belong to.
-        any_rank: whether it may have another one: of a higher rank the rest is frozen beside the
-            first ones, a lower one is filled with zeros.
+        folder: a folder from `write` or PEFT.
+        lora: the layers that it must adapt.
+        any_rank: whether another rank is allowed: a higher one's extra terms become a frozen
+            residual, and a lower one is padded with zeros.
 
     Raises:
         AdapterError: no such folder, a pickle, another rank, other layers, or a kind of adapter
@@ -156,31 +156,31 @@ def read(folder: Path, lora: Lora, *, any_rank: bool = False) -> Leaves:
     leaves = {from_peft(k): v.float() for k, v in tensors.items() if not k.endswith(FROZEN_SUFFIX)}
     _check_leaves(folder, leaves, replace(lora, rank=rank))
     ratio = file_scaling / lora.scale
-    ratio = 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-12) else ratio  # of the same scale
+    ratio = 1.0 if math.isclose(ratio, 1.0, rel_tol=1e-12) else ratio  # the same scale
     scaled = {k: v * ratio if k.endswith("_B") else v for k, v in leaves.items()}
     return lora.split_residuals(scaled) if rank > lora.rank else pad_ranks(scaled, lora.shapes())
 
 
 def to_peft(name: str) -> str:
-    """Our leaf's name in PEFT's file."""
+    """The name of our leaf in PEFT's file."""
     suffix = "" if "lora_embedding_" in name else ".weight"
     return f"{PREFIX}{name}{suffix}"
 
 
 def from_peft(name: str) -> str:
-    """PEFT's tensor's name among our leaves."""
+    """The name of PEFT's tensor among our leaves."""
     return name.removeprefix(PREFIX).removesuffix(".weight")
 
 
 def check_origin(folder: Path, backbone: str) -> None:
-    """Refuse an adapter that was trained on another backbone, where its folder says so.
+    """Refuse an adapter whose folder records that it was trained on another backbone.
 
     Args:
-        folder: as `write` or PEFT has made it; PEFT's own says nothing.
-        backbone: SHA-256 of the weights at hand.
+        folder: a folder from `write` or PEFT; PEFT's own records no backbone.
+        backbone: SHA-256 of the current weights.
 
     Raises:
-        AdapterError: it was; or its provenance cannot be read.
+        AdapterError: the backbones differ, or the provenance cannot be read.
     """
     path = folder / PROVENANCE
     origin = _read_json(path) if path.is_file() else {}
@@ -204,7 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a plain LoRA adapter, its numbers checked."""
+    """The configuration of a plain LoRA adapter, with its numbers checked."""
     path = folder / CONFIG
     if not path.is_file():
         raise AdapterError(f"{folder} is no PEFT folder: it has no {CONFIG}")
@@ -229,7 +229,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _is_plain(name: str, value: Any) -> bool:
-    """Whether a field leaves an adapter plain; one that is not known must be empty."""
+    """Whether a field leaves an adapter plain; an unknown field must be empty."""
     if name == "bias":
         return value in ("none", None)
     if name == "init_lora_weights":
@@ -257,7 +257,7 @@ def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _check_frozen(folder: Path, frozen: Mapping[str, torch.Tensor], lora: Lora) -> None:
-    """Pass over frozen weights that are the backbone's own, to the precision of bf16."""
+    """Check that frozen weights match the backbone's, to the precision of bf16."""
     for name, file_tensor in frozen.items():
         layer = name.removeprefix(PREFIX).removesuffix(FROZEN_SUFFIX)
         adapted_layer = lora.layers.get(layer)

@@ -1,8 +1,8 @@
-"""Adapters of several ranks: the first terms of a product, and zeros in the place of the others.
+"""Adapters of several ranks: the first terms of a product, with zeros in place of the others.
 
-All share the scale alpha / rank of the largest, so a truncated adapter is the same sum with fewer
-terms. Where a row of A and its column of B are both zero, so are both their gradients, and SGD and
-AdamW leave them at zero, weight decay or not.
+All share the scale alpha / rank of the largest rank, so a truncated adapter is the same sum with
+fewer terms. Where a row of A and its column of B are both zero, their gradients are zero too, and
+SGD and AdamW leave them at zero, with or without weight decay.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from fedgen_edge.types import PAIRS, RESIDUAL, Leaves
 
 
 def get_rank_axis(name: str) -> int | None:
-    """Where a leaf has the rank, of its dimensions; none where it has none, or one of its own.
+    """The dimension of a leaf that holds the adapter's rank; None if it has no such dimension.
 
-    That is the first dimension of A, and the second of B. Residuals have a rank of their own.
+    It is the first dimension of A, and the second of B. Residuals have a rank of their own.
     """
     last = name.rpartition(".")[2]
     axes = (pair.index(last) for pair in PAIRS if last in pair)
@@ -27,7 +27,7 @@ def get_rank_axis(name: str) -> int | None:
 def get_rank_shapes(
     full_shapes: Mapping[str, Sequence[int]], rank: int | None
 ) -> dict[str, tuple[int, ...]]:
-    """The shapes that `truncate_rank` makes of these."""
+    """The shapes after `truncate_rank`."""
     return {
         k: tuple(
             min(n, rank) if rank and at == get_rank_axis(k) else n for at, n in enumerate(shape)
@@ -37,7 +37,7 @@ def get_rank_shapes(
 
 
 def truncate_rank(leaves: Leaves, rank: int | None) -> Leaves:
-    """The first rows of A and columns of B, as many as the rank (none: all)."""
+    """The first `rank` rows of A and columns of B; None keeps all of them."""
     if rank is None:
         return leaves
     return {
@@ -47,11 +47,11 @@ def truncate_rank(leaves: Leaves, rank: int | None) -> Leaves:
 
 
 def pad_ranks(leaves: Leaves, full_shapes: Mapping[str, Sequence[int]]) -> Leaves:
-    """The leaves, with zeros up to these ranks; without an axis of clients.
+    """The leaves, padded with zeros to these ranks; without a client axis.
 
     Args:
-        leaves: A with no more rows, B with no more columns.
-        full_shapes: the shapes that they are to have; a leaf that is not among them stays as it is.
+        leaves: A has no more rows, and B no more columns, than the target shape.
+        full_shapes: the target shapes; a leaf without one is unchanged.
     """
     return {
         k: _zero_pad(v, get_rank_axis(k), full_shapes.get(k, v.shape)) for k, v in leaves.items()
@@ -59,7 +59,7 @@ def pad_ranks(leaves: Leaves, full_shapes: Mapping[str, Sequence[int]]) -> Leave
 
 
 def mask_rank(leaves: Leaves, rank: int | None) -> Leaves:
-    """The leaves in their shapes, with zeros beyond the rank (none: as they are)."""
+    """The leaves in their shapes, with zeros beyond the rank; None leaves them unchanged."""
     return pad_ranks(truncate_rank(leaves, rank), shapes(leaves))
 
 

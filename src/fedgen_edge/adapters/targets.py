@@ -1,4 +1,4 @@
-"""Which layers of a model the settings mean, as PEFT means them."""
+"""Which layers of a model the settings select, by PEFT's rules."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from fedgen_edge.adapters.layers import KINDS, find_kind
 from fedgen_edge.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
-"""Means every linear layer but the head."""
+"""Selects every linear layer except the head."""
 
 
 def choose_layers(
@@ -19,17 +19,17 @@ def choose_layers(
     """The names of the layers to adapt.
 
     Args:
-        model: that has the layers.
+        model: the model that contains the layers.
         named: its modules, by name.
         targets: `all-linear`, one regular expression, or names.
-        strict: whether each of them must match a layer.
+        strict: whether every target must match a layer.
 
     Raises:
-        ConfigError: one of them must and does not, or none does.
+        ConfigError: no layer matches, or `strict` is set and a target matches none.
     """
     chosen = [n for n, m in named.items() if _matches(model, n, m, targets)]
     missing = [t for t in targets if not any(_is_called(n, t) for n in chosen)]
-    several = len(targets) > 1  # one alone may be an expression
+    several = len(targets) > 1  # a single target may be an expression
     if not chosen or (strict and several and missing):
         raise ConfigError(
             f"adapter.target_modules={list(targets)}: {', '.join(missing)} match no layer: this "
@@ -39,12 +39,12 @@ def choose_layers(
 
 
 def list_adaptable(named: Mapping[str, nn.Module]) -> str:
-    """The last parts of the names of the layers that can be adapted."""
+    """The last name components of the layers that can be adapted."""
     return ", ".join(sorted({n.rsplit(".", 1)[-1] for n, m in named.items() if find_kind(m)}))
 
 
 def get_expert_share(model: nn.Module) -> float:
-    """The share of a model's weights in routed experts: one tensor `[experts, ...]` holds them."""
+    """Fraction of a model's weights in routed experts, stored as tensors `[experts, ...]`."""
     sizes = [
         weight.numel()
         for module in model.modules()
@@ -55,12 +55,12 @@ def get_expert_share(model: nn.Module) -> float:
 
 
 def is_expression(targets: Sequence[str]) -> bool:
-    """Whether targets are one regular expression, and neither names nor `all-linear`."""
+    """Whether the targets are one regular expression rather than names or `all-linear`."""
     return len(targets) == 1 and targets[0] != ALL_LINEAR and bool(re.search(r"[^\w.]", targets[0]))
 
 
 def _matches(model: nn.Module, name: str, layer: nn.Module, targets: Sequence[str]) -> bool:
-    """PEFT's meaning of target_modules: `all-linear`, one regular expression, or names."""
+    """Whether PEFT's `target_modules` (`all-linear`, one expression, or names) select a layer."""
     if list(targets) == [ALL_LINEAR]:
         heads = [m for get in ("get_output_embeddings",) if (m := getattr(model, get, lambda: 0)())]
         linear = find_kind(layer) in (KINDS[nn.Linear], KINDS[Conv1D])

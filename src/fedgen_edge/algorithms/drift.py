@@ -1,8 +1,8 @@
-"""How far clients move in the weights that a model computes with: of a layer, in its product B A.
+"""How far clients move in the effective weights: for a LoRA layer, in its product B A.
 
-Factors tell less: one product has many, and what a change of A does goes by what B is. Norms are
-Frobenius, over all layers together, without alpha / rank. A leaf that is no factor is its own
-weight, and a moving average, which follows others, is left out.
+Factors say less: a product has many factorizations, and the effect of a change of A depends on B.
+Norms are Frobenius, over all layers together, without alpha / rank. A leaf that is not a factor
+counts as its own weight, and moving averages, which follow other leaves, are left out.
 """
 
 import math
@@ -24,21 +24,21 @@ class ClientDrift(NamedTuple):
     """How far the clients of a round moved."""
 
     client_norms: list[float]
-    """Norm of each one's change."""
+    """Norm of each client's change."""
     mean_norm: float
     """Norm of their mean change, weighted by examples."""
 
 
 def measure_drift(updates: Sequence[Update], adapter: Leaves) -> ClientDrift | None:
-    """Of each client, and of all together; none where workers sent means of factors alone.
+    """Drift of each client and of their mean; None where workers sent only means of factors.
 
-    Cost: O(K (m + n) r^2) for a layer of m x n, K clients and rank r, and for the mean that of a
-    norm of R = (K + 1) r columns.
+    Cost: O(K (m + n) r^2) for a layer of m x n, K clients and rank r; the mean also takes a norm
+    of R = (K + 1) r columns.
 
     Args:
-        updates: under the names that leaves have in training; one at least.
-        adapter: the server's before the round, with the factors that nobody trains or sends. A
-            factor is compared as it is where the other one is neither there nor received.
+        updates: at least one, with the leaf names of training.
+        adapter: the server's adapter before the round, including factors that are not trained or
+            sent. A factor whose partner is neither here nor received is compared by itself.
 
     Raises:
         ValueError: no client has a positive weight.
@@ -78,10 +78,10 @@ def _read_aggregated_drift(updates: Sequence[Update]) -> ClientDrift:
 def _measure_layer(
     updates: Sequence[Update], adapter: Leaves, pair: FactorNames
 ) -> tuple[Float[Tensor, " clients"], Product]:
-    """Squares of the norms of clients' changes of a product, and their mean change.
+    """Squared norms of clients' changes of a product, and their mean change.
 
-    A change is B A - B0 A0 = (B - B0) A + B0 (A - A0): nothing large is taken from its like, so
-    float32 will do. What stands between the factors is multiplied into B, by the same rule.
+    A change is B A - B0 A0 = (B - B0) A + B0 (A - A0): no large, nearly equal numbers are
+    subtracted, so float32 is enough. The core is multiplied into B by the same rule.
     """
     squares, parts = torch.zeros(len(updates), dtype=torch.float64), list[Product]()
     total = sum(update.weight for update in updates)
@@ -106,7 +106,7 @@ def _measure_layer(
 
 
 def _group_by_start(updates: Sequence[Update]) -> list[tuple[Leaves, list[int]]]:
-    """What clients received, and the places of who did; mostly all received the same."""
+    """Received leaves, and the indices of the clients that received them; usually one group."""
     starts: dict[int, tuple[Leaves, list[int]]] = {}
     for place, update in enumerate(updates):
         received = update.order.received
@@ -117,7 +117,7 @@ def _group_by_start(updates: Sequence[Update]) -> list[tuple[Leaves, list[int]]]
 def _stack_changes(
     start: Leaves, updates: Sequence[Update], name: str
 ) -> tuple[Float[Tensor, "rows columns"], Float[Tensor, "clients rows columns"]]:
-    """A leaf as clients began with it, and each one's change of it, as matrices."""
+    """A leaf's starting value and each client's change of it, as matrices."""
     leaf = start[name].flatten(1)
     zeros = torch.zeros_like(leaf)
     changes = [u.delta[name].flatten(1) if name in u.delta else zeros for u in updates]
@@ -125,5 +125,5 @@ def _stack_changes(
 
 
 def _inner_product(left: Tensor, right: Tensor, a: Tensor, c: Tensor) -> Float[Tensor, "*clients"]:
-    """Of the products left a and right c, by their small Gram matrices."""
+    """The inner product of `left @ a` and `right @ c`, from small Gram matrices."""
     return ((left.mT @ right).double() * (a @ c.mT).double()).sum((-2, -1))

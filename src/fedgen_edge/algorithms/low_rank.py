@@ -1,6 +1,6 @@
-"""Algebra of low-rank products B A on their factors: the product itself, m x n, is never formed.
+"""Algebra of low-rank products B A through their factors, without forming the m x n product.
 
-Factors are float64 here, and matrices: a convolution's are flattened. QR and SVD of a product
+Factors here are float64 matrices: a convolution's factors are flattened. QR and SVD of a product
 whose factors have R columns take O((m + n) R^2 + R^3).
 """
 
@@ -15,29 +15,29 @@ from torch.nn import functional as F
 from fedgen_edge.types import CORE, PAIRS, RESIDUAL, Leaves
 
 QR_MIN_RATIO = 2
-"""A side of fewer times as many values as there are columns: QR costs more there than the product,
-and two factors have as many values."""
+"""Least ratio of a side to the number of columns for QR: below it, QR costs more than the dense
+product, and the two factors have as many values."""
 
 
 class FactorNames(NamedTuple):
-    """The names of two factors of one product."""
+    """The names of a product's two factors."""
 
     a: str
     b: str
 
     @property
     def layer(self) -> str:
-        """Whose product it is; a moving average counts as a layer of its own."""
+        """The layer's name; a moving average counts as a layer of its own."""
         return self.a.rpartition(".")[0]
 
     @property
     def residual(self) -> "FactorNames":
-        """The frozen pair beside it."""
+        """The names of the frozen residual pair."""
         return FactorNames(RESIDUAL + self.a, RESIDUAL + self.b)
 
     @property
     def core(self) -> str:
-        """What stands between them, where anything does."""
+        """The name of the matrix between the factors, if there is one."""
         return f"{self.layer}.{CORE}"
 
 
@@ -49,7 +49,7 @@ class Product(NamedTuple):
 
 
 class Spectrum(NamedTuple):
-    """A product's singular value decomposition, the largest first."""
+    """A product's singular value decomposition, largest values first."""
 
     left: Float[Tensor, "out rank"]
     values: Float[Tensor, " rank"]
@@ -57,7 +57,7 @@ class Spectrum(NamedTuple):
 
 
 def find_pairs(names: Iterable[str]) -> list[FactorNames]:
-    """The pairs of which both names are there."""
+    """The pairs whose names are both present."""
     known_names = dict.fromkeys(names)
     candidates = [
         FactorNames(name, name.removesuffix(a) + b)
@@ -74,7 +74,7 @@ def get_product(adapter: Leaves, pair: FactorNames) -> Product:
 
 
 def get_residual(adapter: Leaves, pair: FactorNames) -> Product:
-    """What is frozen beside a pair; of rank 0 where nothing is."""
+    """A pair's frozen residual, of rank 0 if there is none."""
     if pair.residual.a in adapter:
         return get_product(adapter, pair.residual)
     trained = get_product(adapter, pair)
@@ -82,7 +82,7 @@ def get_residual(adapter: Leaves, pair: FactorNames) -> Product:
 
 
 def sum_products(products: Sequence[Product], coefficients: Sequence[float] = ()) -> Product:
-    """The sum of the products, each times its factor (none: 1): their columns side by side."""
+    """The sum of products, each times its coefficient (default 1), by concatenating columns."""
     coefficients = coefficients or [1.0] * len(products)
     b = [p.b * scale for p, scale in zip(products, coefficients, strict=True)]
     return Product(torch.cat(b, 1), torch.cat([p.a for p in products]))
@@ -94,9 +94,9 @@ def transpose(matrix: Product) -> Product:
 
 
 def compute_svd(matrix: Product) -> Spectrum:
-    """By QR of both factors and the SVD of what is between them.
+    """The SVD of a product, by QR of both factors and an SVD of the small matrix between them.
 
-    The largest element of each left vector is positive, so that signs do not hang on the library.
+    The largest element of each left vector is positive, so signs do not depend on the library.
     """
     outer, inner = torch.linalg.qr(matrix.b), torch.linalg.qr(matrix.a.mT)
     left, values, right = torch.linalg.svd(outer.R @ inner.R.mT, full_matrices=False)
@@ -106,12 +106,12 @@ def compute_svd(matrix: Product) -> Spectrum:
 
 
 def truncate_svd(matrix: Product, rank: int, tolerance: float = 0.0) -> Product:
-    """The closest product of a rank in the Frobenius norm, each singular value split evenly.
+    """The closest product of a rank in the Frobenius norm, with singular values split evenly.
 
     Args:
         matrix: the product.
-        rank: the most columns; there are fewer where the product needs no more.
-        tolerance: singular values up to this are taken for zero.
+        rank: the maximum number of columns; a product of a lower rank gets fewer.
+        tolerance: singular values up to this count as zero.
     """
     left, values, right = compute_svd(matrix)
     count = min(rank, int((values > tolerance).sum()))
@@ -120,15 +120,15 @@ def truncate_svd(matrix: Product, rank: int, tolerance: float = 0.0) -> Product:
 
 
 def pad_rank(matrix: Product, rank: int) -> Product:
-    """The same product with zeros up to a rank."""
+    """The same product, padded with zeros to a rank."""
     missing = rank - len(matrix.a)
     return Product(F.pad(matrix.b, (0, missing)), F.pad(matrix.a, (0, 0, 0, missing)))
 
 
 def refill_rank(matrix: Product, before: Product) -> Product:
-    """The same product at the rank of another, whose A lends rows where B is zero.
+    """The same product at the rank of `before`, whose A supplies rows where B is zero.
 
-    They are the largest orthogonal ones of what is left of its A outside of the rows that are here,
+    These are the largest orthogonal rows of the part of its A outside the span of the present rows,
     and zeros where the rank is above what A can have.
     """
     rows = torch.linalg.qr(matrix.a.mT).Q
@@ -141,7 +141,7 @@ def refill_rank(matrix: Product, before: Product) -> Product:
 
 
 def align_factors(matrix: Product, reference: Product) -> Product:
-    """The same product, its factors turned by one orthogonal matrix to be closest to another's.
+    """The same product, with factors rotated by one orthogonal matrix to be closest to a reference.
 
     Source: Schoenemann 1966, "A generalized solution of the orthogonal Procrustes problem".
     """
@@ -150,7 +150,7 @@ def align_factors(matrix: Product, reference: Product) -> Product:
 
 
 def compact_columns(matrix: Product) -> Product:
-    """The same product with one side's columns where that is the smaller way to hold it."""
+    """The same product with as many columns as its smaller side, where that takes less memory."""
     out, in_ = len(matrix.b), matrix.a.shape[1]
     if QR_MIN_RATIO * len(matrix.a) <= min(out, in_):
         return matrix
@@ -160,18 +160,18 @@ def compact_columns(matrix: Product) -> Product:
 
 
 def norm(matrix: Product) -> float:
-    """Frobenius norm; by QR, as sums of small Gram matrices lose half of the digits."""
+    """Frobenius norm, by QR, because sums of small Gram matrices lose half of the digits."""
     return float(torch.linalg.matrix_norm(_reduce_rows(matrix.b) @ _reduce_rows(matrix.a.mT).mT))
 
 
 def _reduce_rows(factor: Float[Tensor, "side rank"]) -> Float[Tensor, "less rank"]:
-    """The same lengths and angles in as many rows as columns; a factor that is wide as it is."""
+    """A square factor with the same lengths and angles; a wide factor is unchanged."""
     side, rank = factor.shape
     return factor if side <= QR_MIN_RATIO * rank else torch.linalg.qr(factor, mode="r").R
 
 
 def effective_rank(matrix: Product) -> float:
-    """The exponential of the entropy of its singular values as shares; 0 of a product of zero.
+    """The exponential of the entropy of the normalized singular values; 0 for a zero product.
 
     Source: Roy & Vetterli 2007, "The effective rank: a measure of effective dimensionality".
     """

@@ -1,4 +1,4 @@
-"""Slots that make one change of many updates."""
+"""Slots that merge many updates into one change."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
@@ -11,35 +11,33 @@ from fedgen_edge import leaves
 from fedgen_edge.types import AVERAGE, Leaves, Update
 
 
-def assign_one_group(update: Update) -> Hashable:
-    """Every client is like every other."""
-    del update
+def assign_one_group(_update: Update) -> Hashable:
+    """One group for all clients."""
 
 
 class PartialAggregation(NamedTuple):
-    """How one change stands for those of many clients, in a rule that is a sum over them."""
+    """How one mean change can replace many clients' changes, for rules that sum over clients."""
 
     group_key: Callable[[Update], Hashable] = assign_one_group
-    """What clients have in common whose mean stands for each of them."""
+    """The key of a group of clients whose mean change replaces the change of each."""
     weight: Callable[[Update], float] = attrgetter("weight")
-    """What each counts in that mean."""
+    """A client's weight in that mean."""
 
 
-def weighted_average(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
+def weighted_average(_adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of the changes, weighted by training examples.
 
-    Source: McMahan et al. 2017, FedAvg (arXiv:1602.05629); of LoRA factors, each on its own:
+    Source: McMahan et al. 2017, FedAvg (arXiv:1602.05629); for LoRA factors, averaged separately:
     Zhang et al. 2024, FedIT (arXiv:2305.05644), which is FedGen-Edge's rule (arXiv:2511.11585).
     """
-    del adapter
     weights = torch.tensor([u.weight for u in updates], dtype=torch.float64)
     return leaves.mean([u.delta for u in updates], weights)
 
 
 def aggregate_partially(updates: Sequence[Update], aggregation: PartialAggregation) -> list[Update]:
-    """The same, each with the mean of those alike in its own change's place: sums are the same.
+    """The updates with each change replaced by its group's mean, which preserves weighted sums.
 
-    So of many clients one change is enough, whoever else there is. What each moved by is noted.
+    So one change per group is enough. The norm of each client's own change is recorded.
     """
     groups: dict[Hashable, list[Update]] = {}
     for update in updates:
@@ -59,10 +57,10 @@ def aggregate_partially(updates: Sequence[Update], aggregation: PartialAggregati
 
 
 def fednova(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
-    """Mean of the changes a step, weighted by examples, times the mean number of steps.
+    """Mean of the changes per step, weighted by examples, times the mean number of steps.
 
-    So a client that takes many steps pulls no harder than its examples say. Exact for plain SGD,
-    and a heuristic under AdamW. A moving average's change is no sum over steps: its mean stands.
+    So a client that takes many steps counts only by its examples. Exact for plain SGD, and a
+    heuristic with AdamW. A moving average's change is not a sum over steps, so its mean is used.
 
     Source: Wang et al. 2020, FedNova (arXiv:2007.07481).
     """
@@ -80,13 +78,13 @@ def fednova(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 def weigh_by_agreement(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """Mean of each layer's changes, weighted by examples and by agreement.
 
-    A client's agreement on a layer is the cosine of its change of the layer with the cohort's mean
-    change of it, and none where that is negative; where nobody agrees, the mean stands. A moving
-    average is weighed as what it follows.
+    A client's agreement on a layer is the cosine of its change with the cohort's mean change, or
+    zero if that is negative; if no client agrees, the plain mean is used. A moving average gets the
+    weights of the leaf that it follows.
 
-    Source: Rehman et al. 2023, L-DAWA (arXiv:2307.07393): weights a layer, by angles.
-    Differs: their angle is between a client's weights and the global ones, which says nothing of an
-    adapter, whose B begins at zero; and the weights are made to sum to one.
+    Source: Rehman et al. 2023, L-DAWA (arXiv:2307.07393): per-layer weights from angles.
+    Differs: their angle is between a client's weights and the global ones, which is meaningless for
+    an adapter, whose B starts at zero; and the weights are normalized to sum to one.
     """
     plain_mean = weighted_average(adapter, updates)
     layers: dict[str, list[str]] = {}

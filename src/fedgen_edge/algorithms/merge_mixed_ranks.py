@@ -1,8 +1,8 @@
 """Slots that merge adapters of unequal ranks: each client holds the first terms of every product.
 
-A term is a row of A and its column of B. What a client lacks is zero in its adapter, and scales are
-one for all, so alpha is never met here. Terms that nobody of a cohort holds stay as the server has
-them. Clients of one rank are a special case: each rule is then the plain one that it says.
+A term is a row of A and its column of B. Terms that a client lacks are zero in its adapter, and all
+clients share one scale, so alpha never appears here. Terms that no client in a cohort holds keep
+the server's values. If all clients have one rank, each rule equals the plain rule that it names.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ from fedgen_edge.types import AVERAGE, Leaves, Update
 
 
 def hetlora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
-    """Mean of each layer's factors, weighted by the size of the client's product.
+    """Mean of each layer's factors, weighted by the norm of the client's product.
 
-    A factor that lacks a term counts for zero in it, with its client's whole weight. So a term
-    that clients of a share s hold shrinks to s of its size in A, and in B too, in each round.
+    A factor that lacks a term counts as zero in that term, with its client's full weight. So a term
+    that a fraction s of the clients hold shrinks to s of its size, in A and in B, in each round.
 
-    Sizes are Frobenius norms, from the factors. Where all are zero, and for leaves that are no
-    pair, training examples weigh. Of one rank it is the mean of factors by those norms. A moving
-    average is weighed as what it follows.
+    Norms are Frobenius norms, computed from the factors. If all are zero, and for leaves without a
+    partner, the weights are training examples. With one rank it is the mean of factors weighted by
+    those norms. A moving average gets the weights of the leaf that it follows.
 
     Cost: O(K (m + n) r^2) for a layer of m x n, K clients and rank r.
 
@@ -37,9 +37,9 @@ def hetlora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
         ValueError: no client has a positive weight.
 
     Source: Cho et al. 2024, HetLoRA (arXiv:2401.06432).
-    Differs: ranks stay as they are set: its self-pruning, and the penalty on the last terms that
-    leads to it, are left out. Norms are of each layer, and terms that nobody holds are kept: at
-    zero in both factors they could never be trained again.
+    Differs: ranks stay fixed: its self-pruning, and the penalty on the last terms that leads to it,
+    are omitted. Norms are per layer, and terms that no client holds keep their values: if both
+    factors were zero, they could never be trained again.
     """
     change, max_rank = weighted_average(adapter, updates), _find_max_rank(updates)
     examples = torch.tensor([u.weight for u in updates], dtype=torch.float64)
@@ -56,9 +56,10 @@ def hetlora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 
 
 def rbla(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
-    """Mean of the changes of each term, over the clients that hold it, weighted by examples.
+    """Mean change of each term over the clients that hold it, weighted by examples.
 
-    So a client of low rank says nothing of the terms that it lacks. Of one rank it is `merge.mean`.
+    So a client of low rank does not affect the terms that it lacks. With one rank it is
+    `merge.weighted_average`.
 
     Raises:
         ValueError: no client has a positive weight.
@@ -74,16 +75,16 @@ def rbla(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 def raflora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
     """The closest product to the sum of the terms' means, each over the clients that hold it.
 
-    Terms between two neighbouring ranks are a partition: its clients are those of the higher rank
-    or above, and their weights are made to sum to one in it. Of one rank it is `products.flexlora`,
-    whose way to split singular values, cost and care for ranks that are not used this has.
+    Terms between two neighboring ranks form a partition: its clients have the higher rank or
+    above, and their weights are normalized to sum to one. With one rank it is
+    `merge_products.flexlora`; it splits singular values, refills unused ranks, and costs as that.
 
     Raises:
         ValueError: no client has a positive weight.
 
     Source: Wu et al. 2026, raFLoRA (arXiv:2602.13486).
-    Differs: by QR of the factors. Terms that nobody of a cohort holds join the sum as the
-    server has them.
+    Differs: uses QR of the factors. Terms that no client in a cohort holds enter the sum with the
+    server's values.
     """
     unheld_terms = leaves.subtract(adapter, mask_rank(adapter, _find_max_rank(updates)))
     get_scales, b_names = (
@@ -110,13 +111,13 @@ def raflora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 
 
 def _find_max_rank(updates: Sequence[Update]) -> int | None:
-    """The highest rank of a client that counts; none where one has them all."""
+    """The highest rank of a client with a positive weight; None if one has the full rank."""
     ranks = [u.order.rank for u in updates if u.weight > 0]
     return max((r for r in ranks if r), default=None) if all(ranks) else None
 
 
 def _make_term_scaling(updates: Sequence[Update]) -> Callable[[int], Float[Tensor, " rank"]]:
-    """For a rank, by what its terms' means over all clients make those over their holders."""
+    """For a rank, factors that turn terms' means over all clients into means over their holders."""
     total = sum(u.weight for u in updates)
 
     def get_scales(rank: int) -> Float[Tensor, " rank"]:
@@ -131,7 +132,7 @@ def _make_term_scaling(updates: Sequence[Update]) -> Callable[[int], Float[Tenso
 def _scale_terms(
     name: str, leaf: Tensor, get_scales: Callable[[int], Float[Tensor, " rank"]]
 ) -> Tensor:
-    """A factor's terms, each times its own number; other leaves are as they were."""
+    """A factor with each term multiplied by its scale; other leaves are unchanged."""
     rank_axis = get_rank_axis(name)
     if rank_axis is None:
         return leaf

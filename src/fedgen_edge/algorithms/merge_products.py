@@ -1,9 +1,9 @@
 """Slots that merge layers by their products B A: a product of means is not the mean of products.
 
 Both factors of a layer are merged together. Other leaves, and factors whose partner is not sent,
-are averaged as `merge.mean` does. A residual's change is to be added as it is: a server's optimiser
-has no use for it. Arithmetic is float64. Costs are for one layer of m x n,
-K clients and rank r; where they say R, it is O((m + n) R^2 + R^3).
+are averaged by `merge.weighted_average`. A residual's change must be added as it is, without a
+server optimizer. Arithmetic is float64. Costs are for one layer of m x n, K clients and rank r;
+a cost given as R means O((m + n) R^2 + R^3).
 """
 
 from collections.abc import Callable, Sequence
@@ -18,25 +18,25 @@ from fedgen_edge.algorithms.merge import weighted_average
 from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves, Update
 
 NOISE = torch.finfo(torch.float32).eps
-"""Singular values below this share of the clients' products are the rounding of float32 factors."""
+"""Singular values below this fraction of the clients' products are float32 rounding errors."""
 
 Rule = Callable[[FactorNames, Leaves, Sequence[Product], Sequence[float]], Leaves]
-"""One layer's change, from its names, the server's adapter, the clients' factors and shares."""
+"""One layer's change, given its names, the server's adapter, the clients' factors, and shares."""
 
 
 def flexlora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
-    """The best product of the adapter's rank for the mean of the clients' products.
+    """The product of the adapter's rank that is closest to the mean of the clients' products.
 
-    Each singular value is split evenly between B and A, so that both see gradients of one size; the
-    largest element of each column of B is positive.
+    Each singular value is split evenly between B and A, so that their gradients have similar sizes;
+    the largest element of each column of B is positive.
 
-    Where the mean has fewer ranks than the adapter, B and A would both be zero in the others, and
-    so would both their gradients from then on. There the factor that is drawn at the start (A; of
-    an embedding B) keeps what the clients received, as far as the ranks in use do not have it, and
-    its partner is zero, as at the start of training. So the drawn factor never loses rank.
+    Where the mean has a lower rank than the adapter, B and A would both be zero in the unused
+    ranks, and their gradients would stay zero. There, the randomly initialized factor (A; for an
+    embedding, B) keeps what the clients received, orthogonal to the ranks in use, and its partner
+    is zero, as at initialization. So the random factor never loses rank.
 
-    A moving average's factors are turned towards those that it follows, as clients mix the two
-    factor by factor; a turn of both leaves their product as it is.
+    A moving average's factors are rotated toward those that it follows, because clients mix the two
+    factor by factor; rotating both factors does not change their product.
 
     Cost: R = K r.
 
@@ -44,8 +44,8 @@ def flexlora(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
         ValueError: no client has a positive weight.
 
     Source: Bai et al. 2024, FlexLoRA (arXiv:2402.11505).
-    Differs: singular values are split, not all in B; by QR of the factors, where theirs decomposes
-    the dense product. A client of a lower rank receives the first columns, as there: the largest.
+    Differs: singular values are split rather than put into B, and QR of the factors replaces an SVD
+    of the dense product. As in the paper, a client of a lower rank gets the largest ones.
     """
     change = _merge_layers(adapter, updates, _truncate_mean)
     for pair in find_pairs(updates[0].delta):
@@ -72,11 +72,11 @@ def _truncate_mean(
 
 
 def lora_fair(ridge: float) -> Callable[[Leaves, Sequence[Update]], Leaves]:
-    """The means of A and of B, and B corrected for what their product misses.
+    """The means of A and of B, with B corrected for the error of their product.
 
-    The correction D has the least |ideal - (B + D) A|^2 + ridge |D|^2 in Frobenius norms, where
-    the ideal is the mean of the clients' products. It is E A^T (A A^T + ridge I)^-1, where
-    E = sum of p_k (B_k - B) (A_k - A) is what is missed: r equations are solved, for m rows.
+    The correction D minimizes |ideal - (B + D) A|^2 + ridge |D|^2 in Frobenius norms, where the
+    ideal is the mean of the clients' products. It is E A^T (A A^T + ridge I)^-1, where
+    E = sum of p_k (B_k - B) (A_k - A) is the error: r equations are solved for m rows.
 
     Cost: O(K (m + n) r^2).
 
@@ -84,11 +84,11 @@ def lora_fair(ridge: float) -> Callable[[Leaves, Sequence[Update]], Leaves]:
         ridge: above 0, in the units of A A^T, so without alpha / rank.
 
     Raises:
-        ValueError: no client has a positive weight; or the ridge is not above 0.
+        ValueError: no client has a positive weight, or the ridge is not above 0.
 
     Source: Bian et al. 2024, LoRA-FAIR (arXiv:2411.14961).
-    Differs: the closed solution for the Frobenius norm, where theirs iterates on a measure of
-    similarity.
+    Differs: a closed-form solution for the Frobenius norm; theirs optimizes a similarity measure
+    iteratively.
     """
     if not ridge > 0:
         raise ValueError(f"ridge={ridge} must be above 0")
@@ -109,24 +109,24 @@ def lora_fair(ridge: float) -> Callable[[Leaves, Sequence[Update]], Leaves]:
 
 
 def fedex_lora(cap: int) -> Callable[[Leaves, Sequence[Update]], Leaves]:
-    """The means of A and of B, and what their product misses in a frozen pair beside them.
+    """The means of A and of B, with the error of their product in a frozen residual pair.
 
-    That is the sum of p_k (B_k - B) (A_k - A), of rank (K - 1) r at most. It joins the residual of
-    the rounds before, and the sum is cut to the closest product of rank `cap`. So a layer is exact
-    while `cap` is at least the smaller of its sides, or (K - 1) r times the rounds.
+    The error is the sum of p_k (B_k - B) (A_k - A), of rank (K - 1) r at most. It is added to the
+    residual of earlier rounds, and the sum is truncated to the closest product of rank `cap`. So a
+    layer is exact while `cap` is at least its smaller side, or (K - 1) r times the rounds.
 
-    Cost: R = K r + cap. Clients receive a pair of rank `cap` more, and send no more.
+    Cost: R = K r + cap. Clients also receive a pair of rank `cap`, and send nothing extra.
 
     Args:
-        cap: rank of the residual, whose leaves the adapter has: see `residuals`.
+        cap: rank of the residual, which is part of the adapter: see `make_residuals`.
 
     Raises:
-        ValueError: no client has a positive weight; or the residual has another rank.
+        ValueError: no client has a positive weight, or the residual has another rank.
         KeyError: the adapter has no residual.
 
     Source: Singhal et al. 2024, FedEx-LoRA (arXiv:2410.09432).
-    Differs: theirs goes into the backbone, whole or cut in each round; here the backbone stays as
-    it is, and the residual of all rounds is cut as one. `adapter.dropout` reaches it too.
+    Differs: theirs is added to the backbone, complete or truncated in each round; here the backbone
+    is unchanged, and the residual of all rounds is truncated once. `adapter.dropout` applies to it.
     """
 
     def rule(
@@ -148,24 +148,24 @@ def fedex_lora(cap: int) -> Callable[[Leaves, Sequence[Update]], Leaves]:
 
 
 def flora(cap: int) -> Callable[[Leaves, Sequence[Update]], Leaves]:
-    """The mean of products joins a frozen pair, and the trained pair stays as it was.
+    """The mean of products is added to a frozen pair, and the trained pair is reset to its start.
 
-    The frozen one is cut to the closest product of rank `cap`: exact while `cap` is at least the
-    smaller of a layer's sides, or K r times the rounds. A trained pair begins with a product of
-    zero; should it have another, that is taken off what joins.
+    The frozen pair is truncated to the closest product of rank `cap`: exact while `cap` is at least
+    a layer's smaller side, or K r times the rounds. A trained pair starts with a product of zero;
+    any other starting product is subtracted from what is added.
 
-    Cost: R = (K + 1) r + cap. Clients receive a pair of rank `cap` more, and send no more.
+    Cost: R = (K + 1) r + cap. Clients also receive a pair of rank `cap`, and send nothing extra.
 
     Args:
-        cap: rank of the residual, whose leaves the adapter has: see `residuals`.
+        cap: rank of the residual, which is part of the adapter: see `make_residuals`.
 
     Raises:
-        ValueError: no client has a positive weight; or the residual has another rank.
+        ValueError: no client has a positive weight, or the residual has another rank.
         KeyError: the adapter has no residual.
 
     Source: Wang et al. 2024, FLoRA (arXiv:2409.05976).
-    Differs: A is not drawn anew in each round; the clients' factors side by side are neither sent
-    nor added to the backbone, but cut to a pair of bounded rank.
+    Differs: A is not redrawn in each round; the clients' stacked factors are neither sent nor added
+    to the backbone, but truncated to a pair of bounded rank.
     """
 
     def rule(
@@ -183,11 +183,11 @@ def flora(cap: int) -> Callable[[Leaves, Sequence[Update]], Leaves]:
 
 
 def make_residuals(adapter: Leaves, cap: int) -> Leaves:
-    """An adapter's residual pairs before the first round: zero.
+    """An adapter's residual pairs before the first round, all zero.
 
     Args:
         adapter: its trained leaves.
-        cap: their rank, or the smaller side of a layer where that is less.
+        cap: the residuals' rank, which a layer's smaller side limits.
     """
     frozen: Leaves = {}
     for pair in find_pairs(adapter):
@@ -199,7 +199,7 @@ def make_residuals(adapter: Leaves, cap: int) -> Leaves:
 
 
 def _merge_layers(adapter: Leaves, updates: Sequence[Update], rule: Rule) -> Leaves:
-    """The plain mean, with the rule's own change of each pair."""
+    """The weighted average, with the rule's change of each pair."""
     change, shares = weighted_average(adapter, updates), _compute_shares(updates)
     for pair in find_pairs(updates[0].delta):
         change |= rule(pair, adapter, _get_client_products(updates, pair), shares)
@@ -207,7 +207,7 @@ def _merge_layers(adapter: Leaves, updates: Sequence[Update], rule: Rule) -> Lea
 
 
 def _merge_with_residuals(adapter: Leaves, updates: Sequence[Update], rule: Rule) -> Leaves:
-    """The same, and the frozen pair of a moving average is that of what it follows: no lag."""
+    """`_merge_layers`, where a moving average shares the residual of the leaf that it follows."""
     change = _merge_layers(adapter, updates, rule)
     for pair in find_pairs(updates[0].delta):
         if pair.a.startswith(AVERAGE):
@@ -224,14 +224,14 @@ def _compute_shares(updates: Sequence[Update]) -> list[float]:
 
 
 def _get_client_products(updates: Sequence[Update], pair: FactorNames) -> list[Product]:
-    """Each client's own factors: what it received, and its change."""
+    """Each client's factors: the received ones plus its change."""
     starts = [get_product(u.order.received, pair) for u in updates]
     changes = [get_product(u.delta, pair) for u in updates]
     return [Product(s.b + m.b, s.a + m.a) for s, m in zip(starts, changes, strict=True)]
 
 
 def _average_factors(clients: Sequence[Product], shares: Sequence[float]) -> Product:
-    """Each factor's own mean."""
+    """The mean of each factor separately."""
     members = [c._asdict() for c in clients]
     return Product(**leaves.mean(members, torch.tensor(shares, dtype=torch.float64)))
 
@@ -239,19 +239,19 @@ def _average_factors(clients: Sequence[Product], shares: Sequence[float]) -> Pro
 def _compute_covariance(
     clients: Sequence[Product], mean_factors: Product, shares: Sequence[float]
 ) -> Product:
-    """The mean of products less the product of means: the covariance of B and A over clients."""
+    """The mean of products minus the product of means: the covariance of B and A over clients."""
     return low_rank.sum_products(
         [Product(c.b - mean_factors.b, c.a - mean_factors.a) for c in clients], shares
     )
 
 
 def _cap_rank(matrix: Product, cap: int) -> int:
-    """Of a residual: no product has more than its smaller side."""
+    """The rank of a residual, at most the smaller side of its product."""
     return min(cap, len(matrix.b), matrix.a.shape[1])
 
 
 def _truncate_residual(pair: FactorNames, matrix: Product, cap: int, adapter: Leaves) -> Leaves:
-    """The change of a residual to the closest product of its rank."""
+    """The change that makes a residual the closest product of its rank."""
     rank = _cap_rank(matrix, cap)
     if len(adapter[pair.a]) != rank:
         raise ValueError(f"{pair.a} has rank {len(adapter[pair.a])}, and not {rank}")
@@ -261,24 +261,24 @@ def _truncate_residual(pair: FactorNames, matrix: Product, cap: int, adapter: Le
 
 
 def _compute_change(pair: FactorNames, target: Product, adapter: Leaves) -> Leaves:
-    """What makes the adapter's factors these, in their own shapes."""
+    """The change that turns the adapter's factors into the target, in their own shapes."""
     targets = {pair.a: target.a, pair.b: target.b}
     current = {name: adapter[name] for name in targets}
     return {k: (targets[k].reshape(v.shape) - v.double()).float() for k, v in current.items()}
 
 
 class LayerSize(NamedTuple):
-    """How large one layer's product and factors are."""
+    """Effective rank and norms of one layer."""
 
     rank: float
     """Effective rank of the product with its residual."""
     a: float
     b: float
-    """Frobenius norms of A and B, without the residual's."""
+    """Frobenius norms of A and B, without the residual."""
 
 
 def measure_sizes(adapter: Leaves) -> dict[str, LayerSize]:
-    """Every layer's, by its name. Cost: R = r + cap."""
+    """The size of every layer, by name. Cost: R = r + cap."""
     by_layer = {}
     for pair in find_pairs(k for k in adapter if not k.startswith(RESIDUAL)):
         a, b = (float(torch.linalg.vector_norm(adapter[k].double())) for k in pair)
@@ -289,11 +289,11 @@ def measure_sizes(adapter: Leaves) -> dict[str, LayerSize]:
 
 
 def measure_errors(updates: Sequence[Update], after: Leaves) -> dict[str, float]:
-    """How far each layer's new product is from the ideal one, as a share of it, by any rule.
+    """Relative error of each layer's new product against the ideal one, for any merge rule.
 
-    Ideal is the weighted mean of what the clients computed with: their product, and the residual
-    that they received. New is the server's adapter after the round, in float32, so 1e-7 is none.
-    Norms are Frobenius; where the ideal is zero it is the new one's norm.
+    The ideal is the weighted mean of what the clients computed with: their product plus the
+    received residual. The new product is the server's after the round, in float32, so 1e-7 means
+    no error. Norms are Frobenius; if the ideal is zero, the error is the new product's norm.
 
     Cost: R = (K + 1) r and both residuals' ranks.
 
@@ -317,7 +317,7 @@ def measure_errors(updates: Sequence[Update], after: Leaves) -> dict[str, float]
 def _average_residuals(
     updates: Sequence[Update], pair: FactorNames, shares: Sequence[float]
 ) -> Product:
-    """The mean of the residuals that the clients received; most often it is one for all."""
+    """The mean of the residuals that the clients received; usually all received the same one."""
     received = {id(u.order.received): u.order.received for u in updates}
     share_by_id = dict.fromkeys(received, 0.0)
     for update, share in zip(updates, shares, strict=True):
@@ -327,7 +327,7 @@ def _average_residuals(
 
 
 def _get_effective_product(adapter: Leaves, pair: FactorNames) -> Product:
-    """A pair's product, with what stands between its factors, and its residual."""
+    """A pair's product, including its core and its residual."""
     trained = get_product(adapter, pair)
     if pair.core in adapter:
         trained = trained._replace(b=trained.b @ adapter[pair.core].double())

@@ -1,25 +1,25 @@
-"""What holds of a method's merging, as its line in the catalogue declares it.
+"""Properties of a method's merging, as declared in the table of methods.
 
-The contract suite tests what is declared, and shows by an example that what is not does not hold.
-Of every method it asks two laws more, which none can be without: the order of clients does not
-matter, and float32 and float64 agree.
+The contract suite tests each declared property, and shows by example that the others do not hold.
+It also tests two properties of every method: the order of clients does not matter, and float32 and
+float64 agree.
 """
 
 from typing import NamedTuple
 
 
 class MergeProperties(NamedTuple):
-    """The ones that methods differ in; FedAvg's by default."""
+    """The properties in which methods differ; the defaults are FedAvg's."""
 
     alone: bool = True
-    """Of one client, or of clients that agree, the server has what they have."""
+    """With one client, or clients that agree, the server gets exactly what they have."""
     halves: bool = True
-    """A client may be cut into two that each have half of its examples."""
+    """Splitting a client into two with half of its examples each changes nothing."""
     weighed: bool = True
-    """Clients count by something of theirs, and to have nothing is an error: else all alike."""
+    """Clients have weights, and a total of zero is an error; if False, all count equally."""
     splits: bool = False
-    """However a client splits its product, as A / c and c B, the server has the same one."""
+    """The server's product is the same however a client scales its factors, as A / c and c B."""
     sums: bool = True
-    """The server needs no more than weighted sums of what clients send, which others may form."""
+    """The server needs only weighted sums of client updates, which others may compute."""
     exact: bool = False
-    """The server's product is the mean of the clients', by examples."""
+    """The server's product is the mean of the clients' products, weighted by examples."""

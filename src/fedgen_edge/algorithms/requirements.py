@@ -1,4 +1,4 @@
-"""What a method asks of the other settings: a reason against them, or none."""
+"""What a method requires of the other settings: the conflict, or None."""
 
 from collections.abc import Callable
 
@@ -6,17 +6,16 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Downlink, Settings, Uplink
 
 PLAIN_SGD = {"optimiser": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0}
-"""Fields of `training` under which a step is the learning rate times the gradient."""
+"""Fields of `training` with which a step is the learning rate times the gradient."""
 
 
-def find_no_conflict(settings: Settings) -> str | None:
-    """Every setting will do."""
-    del settings
+def find_no_conflict(_settings: Settings) -> str | None:
+    """Accept any settings."""
     return None
 
 
 def find_downlink_conflict(settings: Settings) -> str | None:
-    """What is merged is what clients hold: what a downlink hides would be merged as lost."""
+    """Reject a lossy downlink: values that it drops would be merged as if clients had lost them."""
     if settings.downlink.keep == "all":
         return None
     return (
@@ -27,7 +26,7 @@ def find_downlink_conflict(settings: Settings) -> str | None:
 
 
 def find_bases_conflict(settings: Settings) -> str | None:
-    """Bases are found in the first rounds, from a backbone alone; both sides hold the same."""
+    """Reject settings under which the first rounds cannot compute bases that all sides share."""
     if settings.downlink != Downlink():
         return "needs its bases as they are, and [downlink] changes them: leave it out"
     if (settings.uplink.rank, settings.uplink.keep) != (0, "all"):
@@ -55,7 +54,7 @@ def find_bases_conflict(settings: Settings) -> str | None:
 
 
 def find_sgd_conflict(settings: Settings) -> str | None:
-    """A client's mean gradient must be what it moved by over rate and steps, as it was sent."""
+    """Require that a client's change, as sent, is learning rate times steps times mean gradient."""
     if (settings.uplink, settings.downlink) != (Uplink(), Downlink()):
         return (
             "has both sides reckon with what was sent, and [uplink] and [downlink] change it: "
@@ -71,7 +70,7 @@ def find_sgd_conflict(settings: Settings) -> str | None:
 
 
 def find_adapter_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
-    """Whole models are neither stacked nor begun from an adapter."""
+    """Reject stacking full models and starting them from an adapter."""
     if algorithm.adapts == "lora":
         return None
     if settings.engine.name == "stacked":
@@ -88,7 +87,7 @@ def find_adapter_conflict(algorithm: Algorithm, settings: Settings) -> str | Non
 
 
 def find_epochs_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
-    """Where what stays is trained in the first epochs, there must be others."""
+    """Require epochs for the shared leaves after those for the personal leaves."""
     t, head_epochs = settings.training, algorithm.head_epochs
     if not head_epochs or (not t.steps and t.epochs > head_epochs):
         return None
@@ -101,7 +100,7 @@ def find_epochs_conflict(algorithm: Algorithm, settings: Settings) -> str | None
 
 
 def find_sums_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
-    """Workers add up what the server would."""
+    """Reject sums on workers for a method that needs every client's own change."""
     if algorithm.partial_aggregation or settings.engine.name != "ray" or not settings.engine.sums:
         return None
     return "needs each client's change by itself, and cannot with engine.sums=true: leave it out"
@@ -113,4 +112,4 @@ COMMON_REQUIREMENTS: tuple[Requirement, ...] = (
     find_epochs_conflict,
     find_sums_conflict,
 )
-"""What is asked of every method's settings."""
+"""Requirements of every method."""

@@ -1,6 +1,6 @@
-"""Slots about what the server does with the merged change.
+"""Slots that apply the merged change at the server.
 
-A moving average is not stepped: it follows what the rest has become, so its change is added.
+A moving average takes no optimizer step: it follows other leaves, so its change is added.
 """
 
 from collections.abc import Callable
@@ -12,11 +12,11 @@ from fedgen_edge import leaves
 from fedgen_edge.types import AVERAGE, Leaves, ServerState
 
 FIRST_MOMENT, SECOND_MOMENT = "first moment/", "second moment/"
-"""Begin, in the server's memory, the names of what a step keeps of a leaf."""
+"""Prefixes, in the server's memory, of the moments of a leaf."""
 
 
 def add(state: ServerState, change: Leaves) -> ServerState:
-    """Add it: FedAvg's step, of size one."""
+    """Add the change: FedAvg's step, of size one."""
     return replace(state, adapter=leaves.add(state.adapter, change))
 
 
@@ -48,14 +48,14 @@ def adaptive(
 ) -> Callable[[ServerState, Leaves], ServerState]:
     """Add rate * m / (sqrt(v) + floor), element by element.
 
-    m = decay m + (1 - decay) change, from 0; v is made of the squares of changes, not of m, and
-    begins at floor^2.
+    m = decay m + (1 - decay) change, starting at 0; v accumulates squared changes, not squares of
+    m, and starts at floor^2.
 
     Args:
         second_moment: the new v from the old one and the squared change: `adagrad`, `adam`,
             `yogi`.
         learning_rate: the server's learning rate.
-        decay: of m.
+        decay: decay rate of m.
         floor: keeps small changes small; the paper's tau.
 
     Source: Reddi et al. 2021, Adaptive Federated Optimization (arXiv:2003.00295), algorithm 2.
@@ -90,20 +90,20 @@ def adagrad(previous: Tensor, square: Tensor) -> Tensor:
 
 
 def adam(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Their mean, which forgets.
+    """The exponential moving average of squares.
 
-    Differs: no correction of the first rounds' bias, which Flower's FedAdam adds to the paper.
+    Differs: no bias correction in the first rounds, which Flower's FedAdam adds to the paper.
     """
     return lambda before, square: decay * before + (1 - decay) * square
 
 
 def yogi(decay: float) -> Callable[[Tensor, Tensor], Tensor]:
-    """Nearer to the last square by a share of it, however far away that is."""
+    """A step toward the last square, by a fraction of it, however far away it is."""
     return lambda before, square: before - (1 - decay) * square * (before - square).sign()
 
 
 def _split_averages(change: Leaves) -> tuple[Leaves, Leaves]:
-    """What is stepped, and moving averages."""
+    """The leaves that take optimizer steps, and the moving averages."""
     averages = leaves.select(change, lambda name: name.startswith(AVERAGE))
     return {k: v for k, v in change.items() if k not in averages}, averages
 

@@ -1,4 +1,4 @@
-"""Slots about what is trained, what is shared, and whose data train together."""
+"""Slots that choose which leaves are trained, which are shared, and whose data train together."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -8,72 +8,64 @@ from fedgen_edge.errors import ConfigError
 from fedgen_edge.types import AVERAGE, Leaves
 
 
-def train_all(name: str, round_: int, epoch: int) -> bool:
+def train_all(_name: str, _round: int, _epoch: int) -> bool:
     """Train every leaf in every epoch."""
-    del name, round_, epoch
     return True
 
 
-def share_all(names: Sequence[str], round_: int | None) -> set[str]:
+def share_all(names: Sequence[str], _round: int | None) -> set[str]:
     """Share every leaf."""
-    del round_
     return set(names)
 
 
-def never_survey(round_: int) -> bool:
+def never_survey(_round: int) -> bool:
     """Train in every round."""
-    del round_
     return False
 
 
 def keep_adapter(adapter: Leaves) -> Leaves:
-    """Begin with the task's adapter."""
+    """Start with the task's adapter."""
     return adapter
 
 
-def share_nothing(names: Sequence[str], round_: int | None) -> set[str]:
+def share_nothing(_names: Sequence[str], _round: int | None) -> set[str]:
     """Share no leaf: every client trains alone."""
-    del names, round_
     return set()
 
 
 def is_random_init(name: str) -> bool:
-    """Whether a leaf begins at random, where its partner begins at zero: an embedding's B."""
+    """Whether a leaf is the randomly initialized factor: A, or an embedding's B."""
     return name.endswith((".lora_A", ".lora_embedding_B"))
 
 
-def share_all_but_b(names: Sequence[str], round_: int | None) -> set[str]:
-    """Share A, and what is no factor; B stays at the client.
+def share_all_but_b(names: Sequence[str], _round: int | None) -> set[str]:
+    """Share A and all leaves that are not factors; B stays at the client.
 
     Source: Guo et al. 2024, FedSA-LoRA (arXiv:2410.01463).
     """
-    del round_
     return {*names} - {pair.b for pair in find_pairs(names)}
 
 
-def train_zero_init(name: str, round_: int, epoch: int) -> bool:
-    """Train only factors that begin at zero: the mean of products is the product of means.
+def train_zero_init(name: str, _round: int, _epoch: int) -> bool:
+    """Train only factors that start at zero: the mean of products is the product of means.
 
     Source: Sun et al. 2024, FFA-LoRA (arXiv:2403.12313).
     """
-    del round_, epoch
     return not is_random_init(name)
 
 
-def share_zero_init(names: Sequence[str], round_: int | None) -> set[str]:
-    """Share what `train_zero_init` trains; the rest is where it began, at every client."""
-    del round_
+def share_zero_init(names: Sequence[str], _round: int | None) -> set[str]:
+    """Share what `train_zero_init` trains; other leaves keep their start at every client."""
     return {name for name in names if not is_random_init(name)}
 
 
-def train_alternating(name: str, round_: int, epoch: int) -> bool:
-    """Train the factors that begin at zero, and those drawn at random, in turn; others always.
+def train_alternating(name: str, round_: int, _epoch: int) -> bool:
+    """Train the zero-initialized and the random factors in alternate rounds; others always.
 
-    Moving averages are among the others: they come nearer to a factor that rests, too.
+    The others include moving averages, which also approach a factor that is not being trained.
 
     Source: Chen et al. 2024, RoLoRA (arXiv:2409.02346): odd rounds, counted from 1, train B.
     """
-    del epoch
     is_factor = name.rpartition(".")[2].startswith("lora_") and not name.startswith(AVERAGE)
     return not is_factor or is_random_init(name) == bool(round_ % 2)
 
@@ -84,18 +76,17 @@ def share_alternating(names: Sequence[str], round_: int | None) -> set[str]:
 
 
 def share_all_but_last(num_layers: int) -> Callable[[Sequence[str], int | None], set[str]]:
-    """Share all leaves but those of the last layers.
+    """Share all leaves except those of the last layers.
 
-    A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`). Layers come
-    in the order of their numbers, the way in (an encoder, a UNet's way down) before the middle and
-    the way out; leaves without a number, such as an embedding's, are shared. A GAN's critic has
-    last layers of its own, and a moving average belongs to the layer that it follows.
+    A leaf's layer is its name up to the first number (`model.layers.7`, `up_blocks.1`). Layers are
+    ordered by number, with the encoder (a UNet's down blocks) before the middle and the decoder;
+    leaves without a number, such as an embedding's, are shared. A GAN's critic has its own last
+    layers, and a moving average belongs to the layer that it follows.
 
     Source: Arivazhagan et al. 2019, FedPer (arXiv:1912.00818), its base layers.
     """
 
-    def sends(names: Sequence[str], round_: int | None) -> set[str]:
-        del round_
+    def sends(names: Sequence[str], _round: int | None) -> set[str]:
         plain_names = {n: n.removeprefix(AVERAGE) for n in names}
         layer_of = {n: m[0] for n in names if (m := re.match(r".*?\.\d+(?=\.)", plain_names[n]))}
         layer_names = sorted(set(layer_of.values()), key=_get_layer_order)
@@ -114,17 +105,17 @@ def share_all_but_last(num_layers: int) -> Callable[[Sequence[str], int | None],
 
 
 def _get_layer_order(layer: str) -> tuple[int, str, int]:
-    """Where a layer comes, whatever the order of names is."""
+    """A layer's sort key, independent of the order of names."""
     network, _, number = layer.rpartition(".")
     stage = 0 if re.match("encoder|down", network) else 1 if network.startswith("mid") else 2
     return stage, network, int(number)
 
 
 def separate_clients(cohort: Sequence[int]) -> list[tuple[int, ...]]:
-    """A learner for every client."""
+    """One learner per client."""
     return [(client,) for client in cohort]
 
 
 def pool_clients(cohort: Sequence[int]) -> list[tuple[int, ...]]:
-    """One learner for the whole cohort's data: what could be learnt were they pooled."""
+    """One learner on the entire cohort's pooled data: what pooling could achieve."""
     return [tuple(cohort)]

@@ -1,4 +1,4 @@
-"""Slots about what an update counts that began from an older version than the server's."""
+"""Slots that weight an update trained from an older version than the server's."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -7,24 +7,23 @@ from fedgen_edge import leaves
 from fedgen_edge.types import Update
 
 
-def ignore_staleness(staleness: int) -> float:
-    """All of it, however old it is."""
-    del staleness
+def ignore_staleness(_staleness: int) -> float:
+    """Full weight, however stale the update is."""
     return 1.0
 
 
 def make_polynomial_decay(exponent: float) -> Callable[[int], float]:
-    """(1 + s)^-exponent of an update that is s commits behind.
+    """The weight (1 + s)^-exponent for an update that is s commits behind.
 
-    The mean of a buffer is over the examples of all that is in it, so a stale buffer moves the
-    server less, as the paper has it, and a fresh one moves it as FedAvg does.
+    A buffer's mean divides by the examples of all its updates, so a stale buffer moves the server
+    less, as in the paper, and a fresh one moves it as FedAvg does.
 
     Source: Nguyen et al. 2022, FedBuff (arXiv:2106.06639), whose exponent is 1/2.
-    Differs: updates are weighed by examples too, and not alike.
+    Differs: updates are also weighted by examples, not equally.
     """
     return lambda behind: (1.0 + behind) ** -exponent
 
 
 def discount_update(update: Update, factor: float) -> Update:
-    """The update with so much of its change."""
+    """The update with its change scaled by the factor."""
     return replace(update, delta=leaves.scale(update.delta, factor))

@@ -1,4 +1,4 @@
-"""A frozen backbone and the leaves that adapt it: on the disk and off it, whatever the task."""
+"""A frozen backbone and its adapter, in memory and on disk, for any task."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,32 +25,32 @@ from fedgen_edge.types import AVERAGE, RESIDUAL, Leaves
 
 @dataclass(frozen=True)
 class AdaptedModel:
-    """One backbone in memory, and where it came from."""
+    """One backbone in memory, and its origin."""
 
     network: nn.Module
     adapter: Lora | Full
     folder: Path
-    """Where others load the same backbone from."""
+    """The folder from which other libraries load the same backbone."""
     sha256: str
-    """Of its weights."""
+    """Hash of its weights."""
     write: Callable[[Path, Leaves], None]
-    """Writes a whole model with these weights into a folder, as its library does."""
+    """Writes a full model with these weights into a folder, as its library does."""
     weights: str
-    """The file of the weights in such a folder."""
+    """The name of the weights file in such a folder."""
     peft: Mapping[str, Any] = field(default_factory=dict)
-    """What else an adapter's configuration says of it, such as PEFT's name of the task."""
+    """More fields for an adapter's configuration, such as PEFT's task type."""
     part: str | None = None
-    """What diffusers' pipelines call the network, where they load adapters for it."""
+    """The network's name in diffusers' pipelines, if they can load adapters for it."""
     initial: Leaves | None = None
-    """An adapter to begin from."""
+    """The adapter to start from."""
     averaged: str = "-"
-    """Begins the names of the leaves that have a moving average beside them."""
+    """Prefix of the leaves that have a moving average."""
     forward: peft_check.Forward | None = None
-    """A short pass through the network, by which other readers of its adapters are compared."""
+    """A short forward pass, used to compare how other libraries read its adapters."""
 
     @property
     def is_stackable(self) -> bool:
-        """Whether clients' adapters can share one pass."""
+        """Whether clients' adapters can share one forward pass."""
         return isinstance(self.adapter, Lora)
 
     @property
@@ -59,7 +59,7 @@ class AdaptedModel:
         return next(self.network.parameters()).dtype
 
     def init(self, rng: Generator) -> Leaves:
-        """The initial adapter if there is one, else a fresh one."""
+        """The initial adapter if there is one, otherwise a fresh one."""
         return self._with_averages(self.initial or self.adapter.init(rng))
 
     def _with_averages(self, leaves: Leaves) -> Leaves:
@@ -67,7 +67,7 @@ class AdaptedModel:
         return {**leaves, **{AVERAGE + k: leaves[k].clone() for k in averaged_names}}
 
     def get_backbone_leaves(self) -> Leaves:
-        """The leaves under which the backbone is as it came."""
+        """The leaves with which the model equals the original backbone."""
         return {} if isinstance(self.adapter, Lora) else self.adapter.init(Generator())
 
     def leaf_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -76,17 +76,17 @@ class AdaptedModel:
         return shapes | {AVERAGE + k: v for k, v in shapes.items() if k.startswith(self.averaged)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every weight of the backbone, tied ones once."""
+        """The shape of every weight of the backbone; tied weights appear once."""
         named = self.network.named_parameters()
         return {name.replace(".base.", "."): tuple(p.shape) for name, p in named}
 
     def save(
         self, folder: Path, leaves: Leaves, settings: Settings, provenance: Mapping[str, Any]
     ) -> None:
-        """Write an adapter as a PEFT folder, which diffusers too loads where it can.
+        """Write an adapter as a PEFT folder, which diffusers also loads if it supports the network.
 
-        A full model is written as its library's folder. Moving averages are written in the place of
-        what they follow.
+        A full model is written in its library's format. Moving averages replace the leaves that
+        they follow.
         """
         if isinstance(self.adapter, Full):
             self._save_whole(folder, leaves, provenance)
@@ -108,10 +108,10 @@ class AdaptedModel:
                 )
 
     def check_peft(self, settings: Settings) -> None:
-        """Refuse layers whose adapters PEFT reads as something else.
+        """Refuse layers whose adapters PEFT would read differently.
 
         Raises:
-            ConfigError: it does; the line names layers of which it reads the same.
+            ConfigError: PEFT differs; the message names layers that work.
         """
         fault = self._find_reading_fault(settings)
         if fault is None or not isinstance(self.adapter, Lora):
@@ -130,10 +130,10 @@ class AdaptedModel:
         )
 
     def _restrict_layers(self, *names: str) -> "AdaptedModel":
-        """The same with adapters of the layers with these last names alone.
+        """This backbone with adapters only for the layers with these last name components.
 
-        Where the targets are no last names, they stand for fewer layers than their last names
-        would: then the layers are named in full.
+        If the targets are not last components, these would match more layers than the targets do:
+        then layers are named in full.
         """
         assert isinstance(self.adapter, Lora)
         are_last_names = {*self.adapter.targets} <= {
@@ -144,9 +144,9 @@ class AdaptedModel:
         return replace(self, adapter=replace(self.adapter, layers=layers, targets=targets))
 
     def _find_reading_fault(self, settings: Settings) -> str | None:
-        """What PEFT makes otherwise of a noisy adapter that is written and read; none if nothing.
+        """How PEFT differs after writing and reading a noisy adapter; None if it agrees.
 
-        A fresh one would prove nothing: its update is zero.
+        A fresh adapter would prove nothing, because its update is zero.
         """
         if self.forward is None or not isinstance(self.adapter, Lora) or not self.adapter.layers:
             return None
@@ -161,7 +161,7 @@ class AdaptedModel:
         return peft_check.compare(folder, self.network, self.adapter, leaves, self.forward)
 
     def check_written(self, folder: Path, leaves: Leaves) -> None:
-        """Compare what `save` wrote of an adapter with the adapter, as PEFT reads it.
+        """Compare a folder written by `save`, as PEFT reads it, with the adapter.
 
         Raises:
             AdapterError: they differ.
@@ -176,7 +176,7 @@ class AdaptedModel:
             )
 
     def load(self, folder: Path) -> Leaves:
-        """What `save` wrote."""
+        """The leaves that `save` wrote."""
         if isinstance(self.adapter, Lora):
             return self._with_averages(peft_io.read(folder, self.adapter, any_rank=True))
         path = folder / self.weights
@@ -188,14 +188,14 @@ class AdaptedModel:
         return self._with_averages(weights)
 
     def save_merged(self, folder: Path, leaves: Leaves) -> None:
-        """Write the backbone with an adapter merged into it; this model is spent afterwards."""
+        """Write the backbone with an adapter merged into it; do not use this model afterwards."""
         if isinstance(self.adapter, Lora):
             merge(self.network.float(), self.adapter, use_averages(leaves))
             leaves = self.network.state_dict()
         self._save_whole(folder, leaves, {"backbone_sha256": self.sha256, "merged": True})
 
     def write_whole(self, folder: Path, leaves: Leaves) -> None:
-        """Fill a folder with a whole model of these weights, as its library does."""
+        """Fill a folder with a full model of these weights, as its library does."""
         self.write(folder, use_averages(leaves))
 
     def _save_whole(self, folder: Path, leaves: Leaves, provenance: Mapping[str, Any]) -> None:
@@ -208,10 +208,10 @@ class AdaptedModel:
 
 @contextmanager
 def _replace_folder(folder: Path) -> Iterator[Path]:
-    """A draft folder, as `files.folder` has it.
+    """A draft folder from `files.replace_folder`.
 
     Raises:
-        OSError: the disk is full or failing, of which safetensors has an error of its own.
+        OSError: the disk is full or failing, for which safetensors has its own error.
     """
     try:
         with files.replace_folder(folder) as draft:
@@ -226,18 +226,18 @@ def drop_averages(leaves: Leaves) -> Leaves:
 
 
 def use_averages(leaves: Leaves) -> Leaves:
-    """What a model is used with: moving averages in the place of what they follow."""
+    """The leaves for inference: moving averages replace the leaves that they follow."""
     return {k: leaves.get(_name_average(k), v) for k, v in drop_averages(leaves).items()}
 
 
 def _name_average(name: str) -> str:
-    """What follows a leaf, if anything does."""
+    """The name of a leaf's moving average."""
     leaf_name = name.removeprefix(RESIDUAL)
     return f"{name.removesuffix(leaf_name)}{AVERAGE}{leaf_name}"
 
 
 def update_averages(leaves: Leaves, decay: float) -> Leaves:
-    """The moving averages, each a step nearer to what it follows."""
+    """The moving averages, each one step closer to the leaf that it follows."""
     return {
         k: torch.lerp(leaves[k.removeprefix(AVERAGE)], average, decay)
         for k, average in leaves.items()
@@ -248,14 +248,14 @@ def update_averages(leaves: Leaves, decay: float) -> Leaves:
 def adapt(
     network: nn.Module, settings: Adapter, targets: Sequence[str], *, full: bool, **where: Any
 ) -> AdaptedModel:
-    """Freeze a network, and give it an adapter or open all its weights.
+    """Freeze a network, and give it an adapter or make all its weights trainable.
 
     Args:
         network: changed in place.
-        settings: of the adapter, and where it begins.
-        targets: the layers where the settings name none.
-        full: train every weight instead.
-        where: what else an `AdaptedModel` knows.
+        settings: the adapter's settings, including its initial adapter.
+        targets: the layers to adapt if the settings name none.
+        full: train every weight instead of an adapter.
+        where: the other fields of `AdaptedModel`.
     """
     if full:
         network.requires_grad_(False)
@@ -268,7 +268,7 @@ def adapt(
 
 
 def _check_weights(path: Path, weights: Leaves, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a full model's file that has other weights than the model, or unusable ones."""
+    """Refuse a full model's file whose weights do not match the model or are unusable."""
     for name in sorted({*shapes} ^ {*weights}):
         problem = "lacks" if name in shapes else "has another weight,"
         raise AdapterError(f"{path} {problem} {name}: it is not this backbone's: restore it")

@@ -14,7 +14,7 @@ from fedgen_edge.errors import ConfigError
 
 @dataclass(frozen=True)
 class Decoding:
-    """How each next token is chosen; the names are those of transformers."""
+    """How each next token is chosen, with the option names of transformers."""
 
     max_new_tokens: int = 60
     temperature: float = 0.7
@@ -28,8 +28,8 @@ class Decoding:
 class Generation(nn.Module):
     """A model's `generate` as a forward pass, so that an adapter can be bound to it.
 
-    Of the model's own `generation_config` the end marks alone count: it could ask for beams, or for
-    a way of decoding whose code transformers fetches from the hub.
+    Only the end tokens of the model's `generation_config` are used: it could ask for beam search,
+    or for a decoding method whose code transformers fetches from the hub.
     """
 
     def __init__(self, model: Any, tokenizer: Any, decoding: Decoding) -> None:
@@ -51,7 +51,7 @@ class Generation(nn.Module):
         }
 
     def forward(self, ids: Tensor) -> Tensor:
-        """The tokens after these, `[1, new]` from `[1, length]`."""
+        """The generated tokens, `[1, new]`, after a prompt of `[1, length]`."""
         model_config, self.model.generation_config = (
             self.model.generation_config,
             GenerationConfig(),
@@ -73,7 +73,7 @@ def find_end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def encode_chat(tokenizer: Any, prompt: str) -> list[int]:
-    """Token numbers of a user's message, and of the start of the answer.
+    """Token ids of a user's message and of the start of the answer.
 
     Raises:
         ConfigError: the tokenizer has no chat template, or its template does not work.
@@ -94,7 +94,7 @@ def encode_chat(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def is_chat_data(tokenizer: Any, texts: Sequence[str]) -> bool:
-    """Whether most of these texts mark a user's message as the chat template does."""
+    """Whether most of these texts mark user messages as the chat template does."""
     if not tokenizer.chat_template:
         return False
     try:

@@ -1,4 +1,4 @@
-"""The contract of a task: a frozen backbone, and how to train and judge an adapter; TASKS."""
+"""The protocol of a task (a frozen backbone, and how to train and judge an adapter), and TASKS."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -21,11 +21,11 @@ from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics
 
 @runtime_checkable
 class Task(Protocol):
-    """What a federation trains; the backbone is its own, and never changes."""
+    """What a federation trains; a task owns its backbone, which never changes."""
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """Parts of the adapter, trained in this order on each batch; one `Phase()` is all."""
+        """Parts of the adapter, trained in this order on each batch; one `Phase()` covers all."""
         ...
 
     def init(self, rng: Generator) -> Leaves:
@@ -39,13 +39,13 @@ class Task(Protocol):
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
         """Summed loss, in the measure's unit, and count, each `[*clients]`. Deterministic.
 
-        What `batch["mask"]` leaves out adds nothing to either: rows of zeros are padding.
+        Entries where `batch["mask"]` is zero add nothing to either: they are padding.
         """
         ...
 
     @property
     def settle(self) -> Callable[[Leaves], Leaves]:
-        """After a batch: new values of the leaves that follow others, `[*clients, *shape]` each."""
+        """Computes, after a batch, the leaves that follow others, `[*clients, *shape]` each."""
         ...
 
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
@@ -53,35 +53,35 @@ class Task(Protocol):
         ...
 
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
-        """Metrics of those sums, `[*clients]` each; `loss` is the one that training lowers."""
+        """Metrics from those sums, `[*clients]` each; `loss` is the one that training lowers."""
         ...
 
 
 @runtime_checkable
 class PrecomputableTask(Task, Protocol):
-    """A task of which some work on examples is the same whenever they are met."""
+    """A task that can precompute work on examples that is the same in every epoch."""
 
     def precompute(self, client_examples: Iterable[Batch]) -> list[Batch] | None:
-        """Clients' examples with that work done, `[rows, ...]` each; none, if there is none.
+        """Clients' examples with that work done, `[rows, ...]` each; None if there is no such work.
 
-        Loss and evaluation are the same with it, and do it where examples come without.
+        Loss and evaluation give the same results, and do the work themselves where it is missing.
         """
         ...
 
 
 class Sample(NamedTuple):
-    """What a model made when it was asked to."""
+    """One generated sample."""
 
     prompt: str
     text: str = ""
-    """Of a language model: the prompt and how it goes on."""
+    """For a language model: the prompt and its continuation."""
     image: Tensor | None = None
     """uint8 `[channels, height, width]`."""
 
 
 @runtime_checkable
 class TrainableTask(Task, Protocol):
-    """What a run needs of a task beside its training."""
+    """What a run needs from a task besides training."""
 
     @property
     def model(self) -> AdaptedModel:
@@ -90,52 +90,52 @@ class TrainableTask(Task, Protocol):
 
     @property
     def measure(self) -> Measure:
-        """What its models are judged by."""
+        """The metric for its models."""
         ...
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
-        """Some of the corpus as batches hold them: `[rows, ...]` each, and `mask`.
+        """Selected examples of the corpus as batch fields, `[rows, ...]` each, and `mask`.
 
         Raises:
-            ConfigError: they are not for this task, or not for its backbone.
+            ConfigError: the examples do not fit this task or its backbone.
         """
         ...
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
-        """What the model makes of each prompt, or of its own choice where there are none."""
+        """What the model generates for each prompt, or unprompted if there are none."""
         ...
 
 
 @runtime_checkable
 class TextTask(TrainableTask, Protocol):
-    """What generating text needs of a task."""
+    """What text generation needs from a task."""
 
     def generate(
         self, adapter: Leaves, prompt: str, decoding: Decoding, seed: int, *, chat: bool = False
     ) -> str:
-        """A prompt and how it goes on, or the answer to it."""
+        """A prompt and its continuation, or the answer to it."""
         ...
 
     def is_chat_data(self, texts: Sequence[str]) -> bool:
-        """Whether most texts are written by the backbone's chat template."""
+        """Whether most texts follow the backbone's chat template."""
         ...
 
 
 @runtime_checkable
 class ImageTask(TrainableTask, Protocol):
-    """What judging by samples needs of a task."""
+    """What evaluation by samples needs from a task."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a picture: channels, height and width."""
+        """The shape of an image: channels, height and width."""
         ...
 
     def generate(
         self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
     ) -> Tensor:
-        """Pictures of these classes, uint8 `[pictures, channels, height, width]`.
+        """Images of these classes, uint8 `[images, channels, height, width]`.
 
-        The noise of each goes by the key and its place, the same for every model.
+        The noise of each depends on the key and its position, and is the same for every model.
         """
         ...
 
@@ -169,20 +169,20 @@ def _import_task(name: str) -> Any:
 
 
 def get_network_shape(settings: Settings, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what a network of these settings works on, for pictures of this shape."""
+    """The shape of a network's input under these settings, for images of this shape."""
     if settings.backbone.autoencoder is None or settings.task != "diffusion":
         return image_shape
     return _import_task(settings.task).get_network_shape(settings.backbone, image_shape)
 
 
 def make_untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -> Path:
-    """A folder with a network of the task that has learnt nothing, equal on every machine.
+    """A folder with an untrained network for the task, identical on every machine.
 
     Args:
-        name: of the task.
+        name: the task's name.
         size: tiny, small or large.
-        shape: of what it works on: channels, height and width.
-        classes: how many it is to know.
+        shape: the network's input shape: channels, height and width.
+        classes: the number of classes.
     """
     module = _import_task(name)
     shape_text = "x".join(map(str, shape))
@@ -193,5 +193,5 @@ def make_untrained(name: str, size: str, shape: tuple[int, ...], classes: int) -
 TASKS: dict[str, Callable[..., TrainableTask]] = {
     name: partial(_build_task, name) for name in _HOMES
 }
-"""How each task is built: from settings, `full` (train every weight instead of an adapter) and a
-device. Its libraries are imported then, and not before."""
+"""Builders of tasks, from settings, `full` (train every weight instead of an adapter) and a device.
+A task's libraries are imported when it is built."""

@@ -1,1 +1,1 @@
-"""How does a pretrained model get from a folder into memory, whole and without code of its own?"""
+"""How is a pretrained model loaded from a folder, complete and without running its code?"""

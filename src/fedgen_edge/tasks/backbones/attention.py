@@ -1,8 +1,8 @@
-"""Attention within short blocks on a processor, several times as fast as torch's own.
+"""Attention for short blocks on a CPU, several times as fast as torch's own.
 
-torch's kernel for processors never holds all scores, for which its backward pass computes them
-again: slowly, in bf16. For blocks of a few hundred tokens the scores are small, and three batched
-products and a softmax do. Where nothing is learnt, torch's own kernel is the quicker one.
+torch's CPU kernel never stores all scores, so its backward pass recomputes them, slowly in bf16.
+For blocks of a few hundred tokens the scores are small, and three batched products and a softmax
+are enough. Without gradients, torch's own kernel is faster.
 """
 
 from math import sqrt
@@ -16,7 +16,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION_NAME = "fedgen-grouped"
 MAX_LENGTH = 512
-"""Tokens in a block, up to which scores take less room than the layer's other activations."""
+"""Longest block, in tokens, whose scores take less memory than the layer's other activations."""
 
 
 def grouped_attention(
@@ -27,7 +27,7 @@ def grouped_attention(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers asks for it; what it does not do, transformers' own for torch does.
+    """Attention with transformers' interface, which falls back to transformers' own for torch.
 
     Heads that share keys and values are rows of one product, so that nothing is repeated for them.
 
@@ -37,7 +37,7 @@ def grouped_attention(
         key: `[rows, groups, length, width]`.
         value: like the key.
         attention_mask: added to scores, `[rows, 1, length, length]`.
-        options: `scaling` of the scores, of which none is one over the root of the width; and more.
+        options: `scaling` of the scores (None: 1 / sqrt(width)), and others.
 
     Returns:
         `[rows, length, heads, width]`, and no scores.
@@ -81,6 +81,6 @@ AttentionMaskInterface.register(ATTENTION_NAME, sdpa_mask)
 
 
 def use_grouped_attention(model: Any) -> None:
-    """Have a model whose attention is torch's use this on a processor."""
+    """Make a model with torch's attention use this one on a CPU."""
     if model.device.type == "cpu" and getattr(model.config, "_attn_implementation", "") == "sdpa":
         model.set_attn_implementation(ATTENTION_NAME)

@@ -1,4 +1,4 @@
-"""A GGUF file, unpacked as a Hugging Face folder that computes the same."""
+"""Convert a GGUF file into a Hugging Face folder that computes the same results."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,11 @@ from fedgen_edge.tasks.backbones import whole_models
 from fedgen_edge.tasks.backbones.loading import check_weights, describe, format_names
 
 VERSION = 3
-"""Of what a file is converted to; folders of another version in the cache are not used."""
+"""Version of the conversion; cached folders of other versions are not used."""
 LINEAR_SCALING_KEYS = {"scale_linear"} | {
     f"scaling.{key}" for key in ("type", "factor", "finetuned", "original_context_length")
 }
-"""Keys of linear scaling of rotary positions, which takes no more than a factor."""
+"""Keys of linear scaling of rotary positions, which needs only a factor."""
 FREQUENCY_TENSORS = {"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"}
 """Tensors by which rotary frequencies are divided."""
 LLAMA3_SCALING = {
@@ -41,12 +41,12 @@ def convert(file: Path, setting: str, folder: Path) -> None:
     """Write a GGUF file's model and tokenizer into a folder.
 
     Args:
-        file: to read; nothing beside it is read.
-        setting: that names it, with its value.
-        folder: to fill.
+        file: the file to read; no file beside it is read.
+        setting: the setting that names it, with its value.
+        folder: the folder to fill.
 
     Raises:
-        ConfigError: it is damaged or no language model, or holds what cannot be carried over.
+        ConfigError: it is damaged, not a language model, or has parts that cannot be converted.
     """
     model, tokenizer, scaling = _read_and_check(file, setting)
     values = {k: v for k, v in model.config.to_dict().items() if k not in DROPPED_KEYS} | scaling
@@ -58,14 +58,14 @@ def convert(file: Path, setting: str, folder: Path) -> None:
 
 
 def _read_and_check(file: Path, setting: str) -> tuple[Any, Any, dict[str, Any]]:
-    """A file's model, its tokenizer, and the scaling of positions that its configuration lacks."""
-    with TemporaryDirectory() as place:  # transformers reads what lies beside a file
+    """A file's model, tokenizer, and the position scaling that its configuration lacks."""
+    with TemporaryDirectory() as place:  # transformers reads files beside it
         link = Path(place) / "model.gguf"
         link.symlink_to(file.resolve())
         try:
             model, tokenizer, loading = _load_file(link)
             reader = GGUFReader(link)
-        except Exception as error:  # the libraries of GGUF and tokenizers raise nothing narrower
+        except Exception as error:  # the GGUF and tokenizers libraries raise nothing narrower
             reason = describe(error).replace(str(link), file.name)
             raise ConfigError(
                 f"{setting} cannot be read as a GGUF language model ({reason}): fetch it "
@@ -77,13 +77,13 @@ def _read_and_check(file: Path, setting: str) -> tuple[Any, Any, dict[str, Any]]
 
 
 DROPPED_KEYS = {"quantization_config", "_name_or_path"}
-"""What a configuration says of the file that it was read from."""
+"""Values of a configuration about the file that it was read from."""
 
 
 def _load_file(file: Path) -> tuple[Any, Any, Mapping[str, Any]]:
-    """The model in float32, the tokenizer, and what transformers says of loading.
+    """The model in float32, the tokenizer, and transformers' loading information.
 
-    The configuration is read first: its reader minds the file's end, whatever a header claims.
+    The configuration is read first: its reader respects the file's end, whatever a header claims.
     """
     from_file = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     config = AutoConfig.from_pretrained(file.parent, **from_file)
@@ -102,10 +102,10 @@ def _load_file(file: Path) -> tuple[Any, Any, Mapping[str, Any]]:
 
 
 def _check_all_is_used(reader: GGUFReader, model: Any, setting: str) -> None:
-    """Refuse a file that holds more than the model: transformers leaves out what it does not map.
+    """Refuse a file with more weights than the model: transformers ignores what it does not map.
 
-    Counted in values, as one tensor there may be several here. Factors of rotary frequencies are
-    no weights; they are judged with the rest of their scaling.
+    Values are counted, because one tensor there may be several here. Factors of rotary frequencies
+    are not weights; they are checked with the rest of their scaling.
     """
     tensors = {t.name: int(t.n_elements) for t in reader.tensors if t.name not in FREQUENCY_TENSORS}
     in_model = {t.data_ptr(): t.numel() for t in model.state_dict().values()}
@@ -132,10 +132,10 @@ def _read_scalars(reader: GGUFReader) -> dict[str, Any]:
 
 
 def _read_rope_scaling(reader: GGUFReader, config: Any, setting: str) -> dict[str, Any]:
-    """How rotary positions are scaled, as a configuration says it; transformers reads none of it.
+    """The scaling of rotary positions as configuration values; transformers does not read it.
 
     Raises:
-        ConfigError: in a way that is not carried over.
+        ConfigError: the scaling cannot be converted.
     """
     header = _read_scalars(reader)
     prefix = f"{header['general.architecture']}.rope."
@@ -166,7 +166,7 @@ def _read_rope_scaling(reader: GGUFReader, config: Any, setting: str) -> dict[st
 
 
 def _match_llama3(config: Any, divisors: Tensor) -> dict[str, Any] | None:
-    """The scaling of Llama 3 that divides rotary frequencies by these numbers, if it does.
+    """Llama 3's scaling, if it divides rotary frequencies by these numbers; otherwise None.
 
     Source: llama.cpp, convert_hf_to_gguf.py, which writes these numbers for Llama 3.1 and later.
     """

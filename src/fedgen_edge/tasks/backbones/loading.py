@@ -1,7 +1,7 @@
-"""Models and tokenizers from Hugging Face folders: whole, and without code of the folder's own.
+"""Load complete models and tokenizers from Hugging Face folders, without running their code.
 
-Transformers draws at random what a folder lacks, leaves out what it does not know, and can run
-Python files that lie beside the weights. Here each of these is a mistake of one line.
+Transformers randomizes weights that a folder lacks, ignores those that it does not know, and can
+run Python files beside the weights. Here each of these is a one-line error.
 """
 
 import json
@@ -31,20 +31,20 @@ FAILURES = (
     SafetensorError,
     StrictDataclassError,
 )
-"""What transformers raises where a folder's files are damaged or do not belong together."""
+"""Exceptions of transformers for files that are damaged or do not belong together."""
 SAVED_MASK_PATTERN = re.compile(r"\.(attn|attention)\.(bias|masked_bias)$")
-"""Ends the names of masks that transformers saved with GPT-2, GPT-Neo and their like."""
+"""Suffix of the names of masks that transformers saved with GPT-2, GPT-Neo and similar models."""
 MAX_NAMED_WEIGHTS = 3
-"""Weights that a message names; of more it says how many."""
+"""Number of weights that a message names before it only counts them."""
 UNUSUAL_TEXT = "\U000f1234 \u2603"
-"""A private character and a snowman: words that hardly any vocabulary holds."""
+"""A private-use character and a snowman, which hardly any vocabulary contains."""
 
 
 def describe(error: Exception, length: int = 200) -> str:
-    """What a library says of a failure, in one line; with its type where that says the most.
+    """A library's error message in one line, with its type if the message is vague.
 
     Raises:
-        Exception: the failure itself where there was no memory left, for which no file is to blame.
+        Exception: the error itself if memory ran out, which is not a file's fault.
     """
     if is_out_of_memory(error):
         raise error
@@ -58,10 +58,10 @@ def read_config_file(file: Path, setting: str) -> Mapping[str, Any]:
 
     Args:
         file: to read.
-        setting: that names it, with its value, as messages begin.
+        setting: the setting that names it, with its value, for messages.
 
     Raises:
-        ConfigError: it is no JSON, or no model's.
+        ConfigError: it is not JSON, or not a model's configuration.
     """
     try:
         values = json.loads(file.read_text("utf-8"))
@@ -78,7 +78,7 @@ def read_config_file(file: Path, setting: str) -> Mapping[str, Any]:
 
 
 def check_quantization(values: Mapping[str, Any], setting: str) -> None:
-    """Refuse a model whose weights are quantized, before anything of it is loaded.
+    """Refuse a model with quantized weights, before loading it.
 
     Raises:
         ConfigError: its config.json says so.
@@ -95,13 +95,13 @@ def check_quantization(values: Mapping[str, Any], setting: str) -> None:
 
 
 def check_code(values: Mapping[str, Any], config: Any, setting: str) -> None:
-    """Refuse a model that is computed by Python files of its own.
+    """Refuse a model that needs its own Python files.
 
-    Many folders carry code of an architecture that transformers has since learnt. Such a model is
-    loaded without that code if its classes have the names of transformers' own.
+    Many folders contain code for an architecture that transformers now supports. Such a model is
+    loaded without that code if its classes have the same names as those in transformers.
 
     Raises:
-        ConfigError: the code is another architecture's.
+        ConfigError: the code is for another architecture.
     """
     classes = values.get("auto_map")
     if not isinstance(classes, Mapping):
@@ -119,7 +119,7 @@ def check_code(values: Mapping[str, Any], config: Any, setting: str) -> None:
 
 
 def _read_folder_config(folder: Path, setting: str) -> Mapping[str, Any]:
-    """The values of a folder's config.json, which are those of a plain model."""
+    """The values of a folder's config.json, checked to be those of a plain model."""
     if (folder / "adapter_config.json").is_file():  # transformers would load it into the model
         raise ConfigError(
             f"{setting} holds an adapter (adapter_config.json): give the folder of the model "
@@ -136,7 +136,7 @@ def read_config(folder: Path, setting: str) -> Any:
     """The configuration of a folder's causal language model.
 
     Raises:
-        ConfigError: there is none that can be used; or its model is quantized, or needs code.
+        ConfigError: it is missing or unusable, or its model is quantized or needs code.
     """
     values = _read_folder_config(folder, setting)
     try:
@@ -158,10 +158,10 @@ def read_config(folder: Path, setting: str) -> Any:
 
 
 def check_text(config: Any, setting: str, *names: str) -> None:
-    """Refuse a model whose configuration does not say these things of text.
+    """Refuse a model whose configuration lacks these values for text.
 
     Raises:
-        ConfigError: it has none of a language model within it, or several, or lacks a value.
+        ConfigError: it contains no language model, or several, or lacks a value.
     """
     try:
         text = config.get_text_config()
@@ -176,10 +176,10 @@ def check_text(config: Any, setting: str, *names: str) -> None:
 
 
 def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> Any:
-    """The model of a folder, every weight of which is the folder's.
+    """The model of a folder, with every weight from the folder.
 
     Raises:
-        ConfigError: weights are missing, not used, or of other sizes; or it cannot be loaded.
+        ConfigError: weights are missing, unused, or of other sizes, or loading fails.
     """
     _check_depth(folder, config, setting)
     try:
@@ -190,7 +190,7 @@ def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> A
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # they are told below, all of them
+            ignore_mismatched_sizes=True,  # reported below, all at once
             output_loading_info=True,
         )
     except FAILURES as error:
@@ -204,7 +204,7 @@ def read_model(folder: Path, config: Any, dtype: torch.dtype, setting: str) -> A
 
 
 def _check_depth(folder: Path, config: Any, setting: str) -> None:
-    """Refuse more layers than the files have tensors before they are all made."""
+    """Refuse more layers than the files have tensors, before the layers are allocated."""
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     tensors = sum(len(file.keys()) for file in _open_files(folder))
     if isinstance(layers, int) and layers > tensors > 0:
@@ -215,9 +215,9 @@ def _check_depth(folder: Path, config: Any, setting: str) -> None:
 
 
 def _find_saved_masks(folder: Path, names: Collection[str]) -> set[str]:
-    """Those of these names that are masks of causal attention, which transformers once saved.
+    """The names of causal attention masks, which older transformers versions saved.
 
-    They hold nothing that a model learns, and today's classes make them anew.
+    They contain nothing trainable, and current classes recompute them.
     """
     mask_names = {name for name in names if SAVED_MASK_PATTERN.search(name)}
     masks = set()
@@ -230,7 +230,7 @@ def _find_saved_masks(folder: Path, names: Collection[str]) -> set[str]:
 
 
 def _is_mask(tensor: Tensor) -> bool:
-    """Whether a tensor is the number that hides, or ones and zeros that show no later token."""
+    """Whether a tensor is a mask's fill value, or ones and zeros that hide all later tokens."""
     if tensor.ndim != 4:
         return tensor.ndim == 0
     visible = tensor != 0
@@ -239,25 +239,24 @@ def _is_mask(tensor: Tensor) -> bool:
 
 
 def _open_files(folder: Path) -> Iterator[Any]:
-    """The safetensors files of a folder, one after the other; those that are damaged aside."""
+    """The safetensors files of a folder, one at a time, skipping damaged ones."""
     for path in sorted(folder.glob("*.safetensors")):
         with suppress(SafetensorError), safe_open(path, "pt") as file:
             yield file
 
 
 def check_weights(loading: Mapping[str, Any], kind: str, setting: str) -> None:
-    """Refuse a model of which not every weight was in its files, or whose files hold more.
+    """Refuse a model with weights missing from its files, or files with extra weights.
 
-    Weights that are tied to others, and what transformers itself declares to be left out, are
-    neither missing nor too many.
+    Tied weights, and those that transformers declares as ignored, count as neither.
 
     Args:
-        loading: what transformers says of it, by `output_loading_info`.
-        kind: class of the model.
-        setting: that names the files, with its value.
+        loading: transformers' `output_loading_info`.
+        kind: the model's class.
+        setting: the setting that names the files, with its value.
 
     Raises:
-        ConfigError: they do not belong together.
+        ConfigError: the model and its files do not match.
     """
     sizes = [
         f"{name} ({list(in_file)} in the file, {list(in_model)} by its configuration)"
@@ -286,25 +285,24 @@ def _format_count(names: list[str]) -> str:
 
 
 def format_names(names: Sequence[str]) -> str:
-    """Some of them, in one line."""
+    """The first few names, in one line."""
     return ", ".join(names[:MAX_NAMED_WEIGHTS]) + (
         ", ..." if len(names) > MAX_NAMED_WEIGHTS else ""
     )
 
 
 def read_tokenizer(folder: Path, setting: str) -> Any:
-    """The tokenizer of a folder, which reads any text.
+    """The tokenizer of a folder, checked to accept any text.
 
     Raises:
-        ConfigError: there is none, it needs code of the folder's own, or it fails at words that it
-            does not know.
+        ConfigError: it is missing, needs the folder's own code, or fails on unknown words.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
         tokenizer(UNUSUAL_TEXT)
-    except Exception as error:  # the library of tokenizers raises nothing narrower
+    except Exception as error:  # the tokenizers library raises nothing narrower
         _check_tokenizer_code(folder, None, setting)
         raise ConfigError(
             f"{setting}: its tokenizer cannot be used ({describe(error)}): correct its files, or "
@@ -315,7 +313,7 @@ def read_tokenizer(folder: Path, setting: str) -> Any:
 
 
 def _check_tokenizer_code(folder: Path, tokenizer: Any, setting: str) -> None:
-    """Refuse a tokenizer that is Python code of the folder's own, and what stands in for it."""
+    """Refuse a tokenizer that needs the folder's own Python code, or a substitute for it."""
     try:
         values = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
         classes = values.get("auto_map") or {}

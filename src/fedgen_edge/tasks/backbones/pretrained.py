@@ -30,7 +30,7 @@ from fedgen_edge.tasks.backbones.gguf_files import VERSION, convert, is_gguf
 from fedgen_edge.tasks.backbones.loading import read_config, read_model, read_tokenizer
 
 SPEED = 5e6
-"""Bytes of a GGUF file that one core of a busy machine converts in a second."""
+"""Bytes of a GGUF file that one core of a busy machine converts per second."""
 SAFE_PATTERNS = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 BACKBONE_HINT = "give a folder, a GGUF file, package:NAME, tiny, or a hub id"
 
@@ -42,17 +42,17 @@ class LoadedModel:
     model: Any
     tokenizer: Any
     folder: Path
-    """Where PEFT and others load the same backbone from."""
+    """The folder from which PEFT and other libraries load the same backbone."""
     sha256: str
-    """Of its weights, file by file."""
+    """Hash of its weights, file by file."""
 
 
 def load(settings: Backbone, device: torch.device) -> LoadedModel:
     """The backbone in the settings' precision, on the device.
 
     Raises:
-        ConfigError: there is none, or its folder is not that of one whole causal language model
-            with safetensors weights, which needs no code of its own.
+        ConfigError: there is none, or its folder is not one complete causal language model with
+            safetensors weights that needs no code of its own.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -87,7 +87,7 @@ def list_weight_files(folder: Path, setting: str) -> list[Path]:
 
 
 def _disable_token_cache(tokenizer: Any) -> None:
-    """Have a tokenizer that cuts no text into words keep no texts: ten thousand take 60 MB."""
+    """Disable the cache of a tokenizer without pre-tokenization: ten thousand texts take 60 MB."""
     inner = getattr(tokenizer, "backend_tokenizer", None)
     if inner is not None and inner.pre_tokenizer is None and hasattr(inner.model, "_resize_cache"):
         inner.model._resize_cache(0)
@@ -100,7 +100,7 @@ def _place_model(model: Any, device: torch.device) -> Any:
 
 
 def choose_dtype(settings: Backbone, device: torch.device) -> torch.dtype:
-    """The type of the frozen weights: bf16 where the device does it natively, or as told."""
+    """The dtype of frozen weights: the setting's, or bf16 if the device supports it natively."""
     if settings.precision != "auto":
         return torch.bfloat16 if settings.precision == "bf16" else torch.float32
     if device.type == "cuda":
@@ -110,7 +110,7 @@ def choose_dtype(settings: Backbone, device: torch.device) -> torch.dtype:
 
 
 def find_folder(settings: Backbone) -> Path:
-    """The local Hugging Face folder of a backbone; one is made of a GGUF file."""
+    """The local Hugging Face folder of a backbone; a GGUF file is converted to one."""
     path = settings.path
     if path == "tiny":
         return _make_tiny()
@@ -144,7 +144,7 @@ def _find_in_package(name: str) -> Path:
 
 
 def _convert_gguf(file: Path) -> Path:
-    """Convert once; the cache is named by the file's hash and the converter's version."""
+    """Convert once; the cached folder's name has the file's hash and the converter's version."""
     if not file.is_file():
         raise ConfigError(f"backbone.path={str(file)!r}: no such GGUF file: {BACKBONE_HINT}")
     name = f"{file.stem}-{files.digest(file)[:16]}-{VERSION}"
@@ -153,12 +153,12 @@ def _convert_gguf(file: Path) -> Path:
 
 
 def _make_tiny() -> Path:
-    """A small random Llama over bytes, equal on every machine: for trying out, not for quality."""
+    """A small random Llama over bytes, identical on every machine: for tests, not for quality."""
     return fill_cache("tiny-1", _write_tiny)
 
 
 def fill_cache(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of the user's cache, filled the first time that it is asked for."""
+    """A folder in the user's cache, filled on first use."""
     folder = get_cache_folder() / name
     if not folder.is_dir():
         with files.replace_folder(folder) as draft:
@@ -192,7 +192,7 @@ def _write_tiny(folder: Path) -> None:
 
 
 def get_cache_folder() -> Path:
-    """The user's, for what can be made again."""
+    """The user's cache folder, for files that can be recreated."""
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "fedgen-edge"
 
@@ -204,9 +204,9 @@ def hash_weights(weights: list[Path]) -> str:
 
 
 def announce_conversion(file: Path, convert: Callable[[Path], None], folder: Path) -> None:
-    """Convert a GGUF file into a folder, and say beforehand that it takes a while.
+    """Convert a GGUF file into a folder, after announcing how long it takes.
 
-    The bar over its tensors is tqdm's own: transformers shows it with all its bars disabled.
+    The hidden progress bar is tqdm's: transformers shows it even with its own bars disabled.
     """
     seconds = max(1, round(file.stat().st_size / SPEED))
     print(

@@ -1,8 +1,8 @@
-"""A whole language model's folder, of which every reader computes the same.
+"""Write a language model's folder with which every library computes the same results.
 
-transformers 4, and what is built like it, take the base of rotary positions from `rope_theta` and
-their scaling from `rope_scaling`, and where these are missing a default, without a word. What
-transformers 5 writes has neither.
+transformers 4 and similar libraries read the base of rotary positions from `rope_theta` and their
+scaling from `rope_scaling`, and silently use defaults if these are missing. transformers 5 writes
+neither.
 """
 
 import json
@@ -12,11 +12,11 @@ from typing import Any
 from fedgen_edge.types import Leaves
 
 TOKENIZER = "PreTrainedTokenizerFast"
-"""The class by whose name every version loads a tokenizer.json; the name since 5 is its alias."""
+"""A class name with which every version loads tokenizer.json; version 5's name is an alias."""
 
 
 def write(model: Any, tokenizer: Any, folder: Path, weights: Leaves) -> None:
-    """Fill a folder with a model of these weights and its tokenizer."""
+    """Fill a folder with a model with these weights and its tokenizer."""
     for config in (model.config, model.config.get_text_config()):
         if getattr(config, "tie_word_embeddings", False) and _is_untied(model):
             config.tie_word_embeddings = False
@@ -26,13 +26,13 @@ def write(model: Any, tokenizer: Any, folder: Path, weights: Leaves) -> None:
 
 
 def _is_untied(model: Any) -> bool:
-    """Whether merging an adapter of one of them has parted the embedding and the head."""
+    """Whether merging an adapter into the embedding or the head has untied them."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is not model.get_input_embeddings().weight
 
 
 def add_legacy_fields(folder: Path) -> None:
-    """Add to a language model's folder what older readers need; newer ones read the same of it."""
+    """Add what older libraries need to a language model's folder; newer ones are unaffected."""
     _rewrite_json(folder / "config.json", _add_rope)
     _rewrite_json(folder / "tokenizer_config.json", _name_tokenizer)
 
@@ -44,10 +44,10 @@ def _rewrite_json(path: Path, change: Any) -> None:
 
 
 def _add_rope(config: dict[str, Any]) -> dict[str, Any]:
-    """The same configuration, also with the older names; those it has already are kept.
+    """The configuration with the older names added; existing values are kept.
 
-    So is the text part of one that reads more. Where layers of several types have positions of
-    their own there is no common older name.
+    This includes the text part of a multimodal model. If layers of several types have different
+    positions, there is no common older name.
     """
     if "text_config" in config:
         config = {**config, "text_config": _add_rope(config["text_config"])}

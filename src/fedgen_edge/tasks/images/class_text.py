@@ -1,4 +1,4 @@
-"""Classes as a pipeline's text encoder reads their names."""
+"""Embeddings of class names by a pipeline's text encoder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,23 +14,23 @@ from fedgen_edge.tasks.backbones import pretrained
 from fedgen_edge.tasks.backbones.loading import FAILURES, describe
 
 PROMPT = "a picture of a {}"
-"""What is read for each class."""
+"""The prompt for each class."""
 
 
 @torch.no_grad()
 def embed_classes(pipeline: Path, names: Sequence[str]) -> tuple[Tensor, str]:
-    """Each class's sentence as diffusers' pipelines embed a prompt.
+    """The embedding of each class's prompt, computed as in diffusers' pipelines.
 
     Args:
-        pipeline: a folder with `text_encoder` and `tokenizer`, CLIP's.
-        names: of the classes.
+        pipeline: a folder with CLIP's `text_encoder` and `tokenizer`.
+        names: the class names.
 
     Returns:
-        float32 `[classes, tokens, width]`: frozen, of the last layer, padding included; and the
-        SHA-256 of the text encoder's weights.
+        Frozen states of the last layer, padding included, float32 `[classes, tokens, width]`; and
+        the SHA-256 of the text encoder's weights.
 
     Raises:
-        ConfigError: no class has a name, or the text encoder is another one.
+        ConfigError: the classes have no names, or the text encoder is not CLIP's.
     """
     if not names:
         raise ConfigError("data.names=() leaves the backbone's text encoder nothing to read: give "
@@ -52,7 +52,7 @@ def embed_classes(pipeline: Path, names: Sequence[str]) -> tuple[Tensor, str]:
 
 
 def _load_encoder(folder: Path) -> Any:
-    """The text encoder, every weight of it from the folder: transformers would draw the others."""
+    """The text encoder, with every weight from the folder; transformers would randomize gaps."""
     model_class: Any = CLIPTextModel
     encoder, loading_info = model_class.from_pretrained(
         folder,
@@ -63,7 +63,7 @@ def _load_encoder(folder: Path) -> Any:
     )
     if missing := sorted(loading_info["missing_keys"]):
         raise ValueError(f"it lacks {len(missing)} weights, {missing[0]!r} first")
-    # what projects its end is not read: states of the last layer are
+    # the final projection is not needed: only states of the last layer are used
     unused = sorted(
         k for k in loading_info["unexpected_keys"] if not k.startswith("text_projection")
     )

@@ -1,4 +1,4 @@
-"""What tasks on pictures share: examples, sums of their losses, grids of samples."""
+"""Code shared by image tasks: examples, sums of losses, grids of samples."""
 
 import io
 import math
@@ -19,22 +19,22 @@ from fedgen_edge.tasks.task import ImageTask, Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Statistics
 
 MAX_IMAGES_PER_PASS = 64
-"""Pictures in one pass of an evaluation, or of sampling."""
+"""Images in one forward pass of evaluation or sampling."""
 MIN_VISIBLE_SIDE = 512
-"""Pixels of the longer side of a picture's file, at least."""
+"""Minimum pixels of the longer side of an image file."""
 
 
 def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], classes: int) -> Batch:
-    """Some pictures, the numbers of their classes, and their own, as they are kept.
+    """Selected images with the numbers of their classes and of the images themselves.
 
     Args:
-        corpus: holds pictures.
-        indices: which.
-        shape: of the pictures that the backbone makes, `(channels, height, width)`.
-        classes: how many the backbone knows.
+        corpus: a corpus of images.
+        indices: the images to select.
+        shape: the shape of the backbone's images, `(channels, height, width)`.
+        classes: the number of classes of the backbone.
 
     Raises:
-        ConfigError: the pictures are not those of this backbone.
+        ConfigError: the data are not images, or do not fit this backbone.
     """
     images, labels = corpus.examples, corpus.labels
     if not isinstance(images, Images) or labels is None:
@@ -67,17 +67,17 @@ def examples(corpus: Corpus, indices: Sequence[int], shape: tuple[int, ...], cla
 
 
 def get_image_shape(config: Any) -> tuple[int, int, int]:
-    """Of the pictures of a network, by its configuration: channels, height and width."""
+    """The shape of a network's images by its configuration: channels, height and width."""
     side = config.sample_size
     height, width = side if isinstance(side, list | tuple) else (side, side)
     return config.in_channels, height, width
 
 
 def get_halvable_side(shape: tuple[int, int, int], num_halvings: int) -> int:
-    """The side of square pictures that a network halves so many times.
+    """The side of square images that a network halves a given number of times.
 
     Raises:
-        ConfigError: they are not square, or cannot be halved so often.
+        ConfigError: they are not square, or cannot be halved that often.
     """
     _, height, width = shape
     if height != width or height % 2**num_halvings:
@@ -92,14 +92,14 @@ def get_halvable_side(shape: tuple[int, int, int], num_halvings: int) -> int:
 def sum_client_losses(
     model: AdaptedModel, module: nn.Module, adapter: Leaves, batch: Batch, names: Sequence[str]
 ) -> Tensor:
-    """Each client's sum of what its pictures cost, `[*clients]`; masked ones cost nothing.
+    """Each client's summed loss over its unmasked images, `[*clients]`.
 
     Args:
-        model: whose adapter is bound.
-        module: from some fields of a batch, `[rows, ...]`, to numbers, `[rows]`.
+        model: the model that computes with the adapter.
+        module: maps fields of a batch, `[rows, ...]`, to losses, `[rows]`.
         adapter: one client's leaves, or a stack.
-        batch: drawn.
-        names: the fields.
+        batch: a batch from `draw`.
+        names: the fields that the module needs.
     """
     mask = batch["mask"]
     rows = {k: batch[k].flatten(0, mask.ndim - 1) for k in names}
@@ -108,10 +108,10 @@ def sum_client_losses(
 
 
 def sum_over_batches(compute_loss: Callable[[Batch], PerClient], examples: Batch) -> Statistics:
-    """Sums and counts over held-out examples, float64 `[*clients]` each; few go in one pass.
+    """Sums and counts over held-out examples, float64 `[*clients]` each, in small batches.
 
     Args:
-        compute_loss: of some of them.
+        compute_loss: computes the loss of a batch.
         examples: `[*clients, batch, ...]` each.
     """
     clients = examples["mask"].shape[:-1]
@@ -124,17 +124,17 @@ def sum_over_batches(compute_loss: Callable[[Batch], PerClient], examples: Batch
 
 
 def to_values(pixels: Tensor) -> Tensor:
-    """Bytes as numbers from -1 to 1."""
+    """Values from -1 to 1 for bytes."""
     return pixels.float() / 127.5 - 1
 
 
 def to_pixels(values: Tensor) -> Tensor:
-    """Numbers from -1 to 1 as bytes; what lies beyond is cut off."""
+    """Bytes for values from -1 to 1; values outside are clamped."""
     return ((values.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def draw_noise(shape: tuple[int, ...], key: int, count: int) -> Tensor:
-    """Where each sample begins: the same for every model, and for however many are asked for."""
+    """The initial noise of each sample, the same for every model and every number of samples."""
     rngs = (generator(key, "sample", at) for at in range(count))
     return torch.stack([torch.randn(shape, generator=rng) for rng in rngs])
 
@@ -146,17 +146,17 @@ def generate_in_batches(
     key: int,
     device: torch.device,
 ) -> Tensor:
-    """Pictures of these classes, a few at a time, each from noise that goes by its place.
+    """Images of these classes, generated in small batches, each from noise fixed by its position.
 
     Args:
-        draw: from noise and classes to values from -1 to 1.
-        shape: of the noise of one picture.
+        draw: maps noise and classes to values from -1 to 1.
+        shape: the shape of one image's noise.
         labels: the numbers of the classes.
-        key: of the noise.
-        device: where they are drawn.
+        key: seed of the noise.
+        device: where the images are generated.
 
     Returns:
-        uint8 `[pictures, channels, height, width]`.
+        uint8 `[images, channels, height, width]`.
     """
     noise_batch = draw_noise(shape, key, len(labels)).to(device)
     label_tensor = torch.tensor(labels, device=device)
@@ -167,11 +167,11 @@ def generate_in_batches(
 
 
 def make_grid(images: Tensor, columns: int) -> Tensor:
-    """Pictures side by side, two pixels apart.
+    """Images side by side, two pixels apart.
 
     Args:
-        images: uint8 `[pictures, channels, height, width]`.
-        columns: in a row.
+        images: uint8 `[images, channels, height, width]`.
+        columns: images per row.
     """
     count, channels, height, width = images.shape
     lines = -(-count // columns)
@@ -185,14 +185,14 @@ def make_grid(images: Tensor, columns: int) -> Tensor:
 def make_sample_grid(
     task: ImageTask, names: Sequence[str], adapter: Leaves, settings: Evaluation, key: int
 ) -> Iterator[Sample]:
-    """One grid of the classes that are asked for, a row each; one class alone fills a square.
+    """One grid of the requested classes, a row per class; a single class fills a square.
 
     Args:
-        task: makes pictures of classes by their numbers.
-        names: of the classes.
-        adapter: of the model.
-        settings: which, and how many of each.
-        key: of the noise, which is the same for every model.
+        task: generates images of classes, given by number.
+        names: the class names.
+        adapter: the model's adapter.
+        settings: the classes, and the number of images of each.
+        key: seed of the noise, which is the same for every model.
     """
     num_per_class = settings.sample_pictures
     if unknown := [name for name in settings.prompts if name not in names]:
@@ -208,9 +208,9 @@ def make_sample_grid(
 
 
 def encode_png(image: Tensor) -> bytes:
-    """A picture, uint8 `[channels, height, width]`, as a file's content.
+    """An image, uint8 `[channels, height, width]`, as the contents of a PNG file.
 
-    One too small to be seen is enlarged: each of its values becomes a square.
+    A small image is enlarged: each pixel becomes a square.
     """
     scale = -(-MIN_VISIBLE_SIDE // max(image.shape[1:]))
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)

@@ -1,4 +1,4 @@
-"""Networks in diffusers' folders: found, made anew, loaded whole, adapted, written."""
+"""Networks in diffusers' folders: find, load, adapt, and write them."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,21 +18,21 @@ from fedgen_edge.tasks.task import make_untrained
 from fedgen_edge.types import Leaves
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-"""What diffusers calls the file of a network's weights."""
+"""diffusers' name for the file of a network's weights."""
 
 
 def resolve_tiny(settings: Backbone, task: str) -> Backbone:
-    """The same, and where it says `tiny` the folder of a task's untrained one for the digits."""
+    """The settings, with `tiny` replaced by the folder of an untrained network for the digits."""
     if settings.path != "tiny":
         return settings
     return replace(settings, path=str(make_untrained(task, "tiny", (1, 8, 8), 10)))
 
 
 def find_network_folder(settings: Backbone) -> Path:
-    """The folder of the network itself; of a pipeline's folder, its UNet's.
+    """The folder of the network; for a pipeline's folder, its UNet's.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: the folder does not exist.
     """
     if settings.path.startswith(("./", "../", "/")) and not Path(settings.path).is_dir():
         raise ConfigError(
@@ -44,12 +44,12 @@ def find_network_folder(settings: Backbone) -> Path:
 
 
 def load_network(settings: Backbone, kind: Any, device: torch.device) -> tuple[Any, Path, str]:
-    """A network of diffusers', the folder it came from, and the SHA-256 of its weights.
+    """A diffusers network, its folder, and the SHA-256 of its weights.
 
     A pipeline's folder gives its UNet.
 
     Raises:
-        ConfigError: there is none, or it is another kind of network, or only a pickle.
+        ConfigError: there is none, it is another kind of network, or it is only a pickle.
     """
     folder = find_network_folder(settings)
     weights = sorted(folder.glob("*.safetensors"))
@@ -70,11 +70,11 @@ def load_network(settings: Backbone, kind: Any, device: torch.device) -> tuple[A
 
 
 def load_complete(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
-    """A network of diffusers' from a folder that holds every weight of it, and no other.
+    """A diffusers network from a folder that contains exactly its weights.
 
     Raises:
-        ValueError: the folder is another kind's, or a weight is missing or unknown: diffusers alone
-            would read it as far as it fits.
+        ValueError: the folder has another kind of network, or a weight is missing or unknown, which
+            diffusers itself would tolerate.
     """
     class_name = kind.load_config(folder, local_files_only=True).get("_class_name", kind.__name__)
     if class_name != kind.__name__:
@@ -96,15 +96,15 @@ def load_complete(kind: Any, folder: Path, dtype: torch.dtype) -> Any:
 def load_adapted(
     name: str, kind: Any, targets: Sequence[str], settings: Settings, *, full: bool, **options: Any
 ) -> AdaptedModel:
-    """A network of ours, loaded, frozen and adapted.
+    """A network of this package, loaded, frozen, and adapted.
 
     Args:
-        name: of the task.
-        kind: of the network.
-        targets: the layers to adapt where the settings name none.
-        settings: of the run.
+        name: the task's name.
+        kind: the network's class.
+        targets: the layers to adapt if the settings name none.
+        settings: the run's settings.
         full: train every weight instead of an adapter.
-        options: `device`, where the network goes; and what else an `AdaptedModel` knows.
+        options: `device`, where the network goes, and other fields of `AdaptedModel`.
     """
     net, folder, digest = load_network(
         resolve_tiny(settings.backbone, name), kind, options.pop("device")
@@ -119,7 +119,7 @@ def load_adapted(
 
 
 def write(network: Any, folder: Path, weights: Leaves) -> None:
-    """A folder that diffusers loads: a network's configuration, and these weights."""
+    """Write a folder that diffusers loads: a network's configuration and these weights."""
     network.save_config(folder)
     save_file(
         {k: v.detach().float().contiguous().cpu() for k, v in weights.items()},

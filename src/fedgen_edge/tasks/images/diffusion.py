@@ -1,4 +1,4 @@
-"""Class-conditional denoising diffusion with any UNet of diffusers'.
+"""Class-conditional denoising diffusion with any UNet from diffusers.
 
 Source: Ho et al. 2020 (arXiv:2006.11239); on latents, Rombach et al. 2022 (arXiv:2112.10752).
 """
@@ -37,7 +37,7 @@ MEASURE = Measure(
     loss_spread=0.5,
 )
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "conv1", "conv2", "class_embedding")
-"""Layers to adapt where the settings name none."""
+"""Layers to adapt if the settings name none."""
 SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
     "tiny": ((16, 32), 1, {1}),
     "small": ((16, 32, 64, 96), 1, {2, 3}),
@@ -45,46 +45,46 @@ SIZES: dict[str, tuple[tuple[int, ...], int, set[int]]] = {
 }
 """Channels of each resolution, residual blocks in each, and those with attention."""
 NOISE_LEVELS = 4
-"""Amounts of noise at which a held-out picture is judged."""
+"""Noise levels at which a held-out image is evaluated."""
 GOLDEN_RATIO = 0.6180339887
 
 
 @dataclass(frozen=True)
 class Diffusion:
-    """The loss is the squared error of the predicted noise, a mean over each picture's values.
+    """Diffusion; the loss is the squared error of the predicted noise, averaged over values.
 
-    A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, or where the network
-    works on latents `latent`, float32; `label`, `number` and `mask`, `[*clients, batch]`; and when
-    drawn `noise`, like the image or the latent, and `step`, like the label.
+    A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, or, if the network
+    works on latents, `latent`, float32; `label`, `number` and `mask`, `[*clients, batch]`; and
+    after `draw` also `noise`, like the image or the latent, and `step`, like the label.
     """
 
     model: AdaptedModel
     module: Denoiser
     noise_schedule: Any
-    """diffusers' schedule of noise."""
+    """The noise schedule from diffusers."""
     names: tuple[str, ...]
-    """Of the classes, by their numbers."""
+    """Class names, indexed by class number."""
     shape: tuple[int, int, int]
-    """Of the pictures that clients hold and that are made: channels, height and width."""
+    """Shape of the clients' and the generated images: channels, height and width."""
     latents: LatentAutoencoder | None = None
-    """Between the pictures and the network."""
+    """The autoencoder between the images and the network, if any."""
     phases: tuple[Phase, ...] = (Phase(),)
     settle: Callable[[Leaves], Leaves] = settle_nothing
     measure: Measure = MEASURE
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
-        """Some pictures with the numbers of their classes; their latents are made here, once."""
+        """Selected images with their class numbers; latents are computed here, once."""
         batch = common.examples(corpus, indices, self.shape, self.module.num_classes)
         if self.latents is None:
             return batch
         return {"latent": self.latents.encode(batch.pop("image"), self.module.shape), **batch}
 
     def init(self, rng: Generator) -> Leaves:
-        """The initial adapter if there is one, else a fresh one."""
+        """The initial adapter if there is one, otherwise a fresh one."""
         return self.model.init(rng)
 
     def draw(self, examples: Batch, rng: Generator) -> Batch:
-        """The examples, with noise and its amount for each, and the seed of their dropout."""
+        """The examples, with noise and a noise level for each, and a dropout seed."""
         label, num_steps = examples["label"], self.module.alphas_cumprod.shape[0]
         return {
             **examples,
@@ -94,7 +94,7 @@ class Diffusion:
         }
 
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
-        """Summed errors and the number of pictures."""
+        """Summed errors and the number of images."""
         del phase
         clean = batch["latent"] if self.latents else common.to_values(batch["image"])
         names = ("clean", "label", "noise", "step")
@@ -104,7 +104,7 @@ class Diffusion:
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
-        """Errors and pictures; each picture's is a mean over amounts of noise, always the same."""
+        """Sums of errors and of images; an image's error is a mean over fixed noise levels."""
 
         def compute_errors(part: Batch) -> PerClient:
             errors = [
@@ -117,7 +117,7 @@ class Diffusion:
         return common.sum_over_batches(compute_errors, examples)
 
     def _make_noise(self, examples: Batch, level: int) -> Batch:
-        """Noise and its amount, which go by a picture's number alone, spread evenly over both."""
+        """Noise and its level, which depend only on an image's number and cover levels evenly."""
         number = examples["number"]
         position = (number.double() * GOLDEN_RATIO + level / NOISE_LEVELS) % 1
         return {
@@ -130,17 +130,17 @@ class Diffusion:
         return {"loss": statistics["total"] / statistics["count"]}
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
-        """A grid, a row a class; its noise is the same for every model."""
+        """A grid with a row per class; its noise is the same for every model."""
         return common.make_sample_grid(self, self.names, adapter, settings, key)
 
     @torch.no_grad()
     def generate(
         self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
     ) -> Tensor:
-        """Pictures of these classes, by the settings' sampler from fixed noise.
+        """Images of these classes, by the settings' sampler from fixed noise.
 
         Returns:
-            uint8 `[pictures, channels, height, width]`.
+            uint8 `[images, channels, height, width]`.
         """
         device = self.module.alphas_cumprod.device
         device_adapter = {k: v.to(device) for k, v in adapter.items()}
@@ -155,20 +155,20 @@ class Diffusion:
         return common.generate_in_batches(draw, self.module.shape, labels, key, device)
 
     def _predict(self, adapter: Leaves, label: Tensor, noisy: Tensor, step: int) -> Tensor:
-        """What the network says of noisy pictures of these classes at a step."""
+        """The network's prediction for noisy images of these classes at a step."""
         steps = torch.full((len(label),), step, device=noisy.device)
         batch = {"noisy": noisy, "step": steps, "label": label}
         return self.model.adapter.call(Prediction(self.module), adapter, batch, None)
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
-    """The task of these settings, its backbone loaded and frozen.
+    """The task for these settings, with its backbone loaded and frozen.
 
-    Of a pipeline's folder, the UNet is adapted; its autoencoder makes the latents, and its text
-    encoder reads the classes' names.
+    In a pipeline's folder, the UNet is adapted, the autoencoder computes the latents, and the text
+    encoder reads the class names.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
@@ -205,7 +205,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Diffusion:
 
 
 def _run_short_pass(module: Denoiser) -> Tensor:
-    """What the network says of one noisy picture."""
+    """The network's prediction for one noisy image."""
     device = module.alphas_cumprod.device
     noisy = torch.randn(1, *module.shape, generator=generator("short")).to(device)
     zero = torch.zeros(1, dtype=torch.long, device=device)
@@ -213,7 +213,7 @@ def _run_short_pass(module: Denoiser) -> Tensor:
 
 
 def _use_tiny(settings: Settings) -> Settings:
-    """The same with a small random network: of digits, or of the latents of colour pictures."""
+    """The settings with a small random network, for digits or for latents of color images."""
     side = settings.data.size or 32
     shape = (3, side, side) if settings.backbone.autoencoder else (1, 8, 8)
     folder = make_untrained("diffusion", "tiny", get_network_shape(settings.backbone, shape), 10)
@@ -223,7 +223,7 @@ def _use_tiny(settings: Settings) -> Settings:
 def get_network_shape(
     settings: Backbone, image_shape: tuple[int, int, int]
 ) -> tuple[int, int, int]:
-    """The shape of what a network works on: of latents where the settings name an autoencoder."""
+    """The network's input shape: that of latents if the settings name an autoencoder."""
     if settings.autoencoder is None:
         return image_shape
     return latents.load(settings.autoencoder, torch.device("cpu")).get_latent_shape(image_shape)
@@ -232,7 +232,7 @@ def get_network_shape(
 def _load_autoencoder(
     settings: Settings, folder: Path, device: torch.device
 ) -> LatentAutoencoder | None:
-    """The one that the settings name, else that of the pipeline."""
+    """The autoencoder that the settings name, otherwise the pipeline's."""
     pipeline_folder = unet.find_pipeline(folder)
     pipeline_autoencoder = (
         pipeline_folder / "vae" if pipeline_folder and (pipeline_folder / "vae").is_dir() else None
@@ -245,7 +245,7 @@ def _load_autoencoder(
 
 
 def _embed_classes(settings: Settings, network: Any, folder: Path) -> tuple[Tensor | None, str]:
-    """What the pipeline's text encoder makes of each class's name, and its SHA-256."""
+    """The embeddings of class names by the pipeline's text encoder, and its SHA-256."""
     pipeline_folder = unet.find_pipeline(folder)
     if pipeline_folder and unet.takes_text(network) and (pipeline_folder / "text_encoder").is_dir():
         return class_text.embed_classes(pipeline_folder, settings.data.names)
@@ -256,7 +256,7 @@ def _embed_classes(settings: Settings, network: Any, folder: Path) -> tuple[Tens
 def _get_image_shape(
     settings: Settings, module: Denoiser, autoencoder: LatentAutoencoder | None
 ) -> tuple[int, int, int]:
-    """The shape of the pictures: the network's own; or a square of data.size, if one is between."""
+    """The images' shape: the network's, or with an autoencoder a square of `data.size`."""
     if autoencoder is None:
         return module.shape
     if autoencoder.channels != module.shape[0]:
@@ -270,13 +270,13 @@ def _get_image_shape(
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:
-    """Write an untrained network, equal on every machine.
+    """Write an untrained network, identical on every machine.
 
     Args:
         size: one of SIZES.
-        shape: of what it works on: channels, height and width.
-        classes: how many it is to know.
-        folder: filled.
+        shape: the network's input shape: channels, height and width.
+        classes: the number of classes.
+        folder: the folder to fill.
     """
     widths, layers, attention_levels = SIZES[size]
     channels, side = shape[0], common.get_halvable_side(shape, len(widths) - 1)

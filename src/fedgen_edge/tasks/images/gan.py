@@ -1,4 +1,4 @@
-"""A class-conditional GAN: a generator that a critic tells from the data, both adapted.
+"""A class-conditional GAN: a generator, and a critic that compares it with the data, both adapted.
 
 Source: hinge loss, Lim and Ye 2017 (arXiv:1705.02894); the gradient penalty R1, Mescheder et al.
 2018 (arXiv:1801.04406); a moving average of the generator, Karras et al. 2018 (arXiv:1710.10196).
@@ -35,14 +35,14 @@ MEASURE = Measure(
 )
 CRITIC, GENERATOR = "critic.", "generator."
 TARGETS = ("label", "first", "modulate", "conv1", "conv2", "skip")
-"""Layers to adapt where the settings name none."""
+"""Layers to adapt if the settings name none."""
 fresh = gan_networks.fresh
 GENERATED_PER_IMAGE = 8
-"""Pictures made for each held-out one that they are judged by."""
+"""Images generated for each held-out image to evaluate them."""
 
 
 class _Generate(nn.Module):
-    """Pictures."""
+    """The generated images."""
 
     def __init__(self, model: Gan) -> None:
         super().__init__()
@@ -53,19 +53,19 @@ class _Generate(nn.Module):
         return self.model(noise, batch["label"].long()).float()
 
     def score(self, images: Tensor, label: Tensor) -> Tensor:
-        """What the critic says, float32 `[rows]`."""
+        """The critic's scores, float32 `[rows]`."""
         return self.model.critic(images.to(self.model.dtype), label.long()).float()
 
 
 class _GeneratorLoss(_Generate):
-    """The generator's loss of each row."""
+    """The generator's loss for each row."""
 
     def forward(self, batch: Batch) -> Tensor:
         return -self.score(super().forward(batch), batch["label"])
 
 
 class _CriticLoss(_Generate):
-    """The critic's loss of each row."""
+    """The critic's loss for each row."""
 
     def __init__(self, model: Gan, penalty: float) -> None:
         super().__init__(model)
@@ -84,20 +84,20 @@ class _CriticLoss(_Generate):
 
 @dataclass(frozen=True)
 class GanTask:
-    """Two losses in turn: the critic's hinge with its penalty, then the generator's.
+    """A GAN with two alternating losses: the critic's hinge with its penalty, then the generator's.
 
     A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, `label`, `number` and
-    `mask`, `[*clients, batch]`, and when drawn `noise`, `[*clients, batch, size]`.
+    `mask`, `[*clients, batch]`, and after `draw` also `noise`, `[*clients, batch, size]`.
 
-    Pictures are held out for the energy score, E|x - y| - E|y - y'| / 2 for a picture x and made
-    ones y, y' of its class, distances a root mean square over values: it is proper, so it is lowest
-    for the data's own distribution (Gneiting and Raftery 2007), and it adds up over pictures.
+    Held-out images give the energy score, E|x - y| - E|y - y'| / 2 for an image x and generated
+    ones y, y' of its class, where distances are root mean squares over values. It is proper, so it
+    is lowest for the data's distribution (Gneiting and Raftery 2007), and it adds up over images.
     """
 
     model: AdaptedModel
     network: Gan
     names: tuple[str, ...]
-    """Of the classes, by their numbers."""
+    """Class names, indexed by class number."""
     settings: config.Gan
     measure: Measure = MEASURE
 
@@ -109,11 +109,11 @@ class GanTask:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a picture: channels, height and width."""
+        """The shape of an image: channels, height and width."""
         return common.get_image_shape(self.network.config)
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
-        """Pictures, and the numbers of their classes."""
+        """Selected images with their class numbers."""
         classes = self.network.config["num_class_embeds"]
         return common.examples(corpus, indices, self.shape, classes)
 
@@ -122,7 +122,7 @@ class GanTask:
         return self.model.init(rng)
 
     def draw(self, examples: Batch, rng: torch.Generator) -> Batch:
-        """The pictures, and noise for as many."""
+        """The examples, with noise for each, and a dropout seed."""
         size = (len(examples["label"]), self.network.config["noise"])
         return {
             **examples,
@@ -131,7 +131,7 @@ class GanTask:
         }
 
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
-        """Summed losses of one of the two, and the number of pictures."""
+        """Summed losses of one of the two networks, and the number of images."""
         losses = {
             CRITIC: _CriticLoss(self.network, self.settings.r1),
             GENERATOR: _GeneratorLoss(self.network),
@@ -143,12 +143,12 @@ class GanTask:
         return PerClient(total, batch["mask"].sum(-1).float())
 
     def settle(self, adapter: Leaves) -> Leaves:
-        """The generator's moving average, a batch later."""
+        """The generator's moving average after a batch."""
         return update_averages(adapter, self.settings.average)
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
-        """Energy scores and pictures; those made for a picture are always the same."""
+        """Sums of energy scores and of images; the noise for each image is fixed."""
         served_adapter = use_averages(adapter)
 
         def compute_scores(part: Batch) -> PerClient:
@@ -158,7 +158,7 @@ class GanTask:
         return common.sum_over_batches(compute_scores, examples)
 
     def _compute_energy(self, adapter: Leaves, examples: Batch) -> Tensor:
-        """`[*clients, batch]`."""
+        """Energy scores, `[*clients, batch]`."""
         mask = examples["mask"]
         rows = {k: examples[k].flatten(0, mask.ndim - 1) for k in ("image", "label", "number")}
         size = (self.network.config["noise"],)
@@ -181,17 +181,17 @@ class GanTask:
         return {"loss": statistics["total"] / statistics["count"]}
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
-        """A grid, a row a class; its noise is the same for every model."""
+        """A grid with a row per class; its noise is the same for every model."""
         return common.make_sample_grid(self, self.names, adapter, settings, key)
 
     @torch.no_grad()
     def generate(
         self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
     ) -> Tensor:
-        """Pictures of these classes, from fixed noise, by the moving average.
+        """Images of these classes, from fixed noise, by the moving average.
 
         Returns:
-            uint8 `[pictures, channels, height, width]`.
+            uint8 `[images, channels, height, width]`.
         """
         del settings
         device = next(self.network.parameters()).device
@@ -203,10 +203,10 @@ class GanTask:
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> GanTask:
-    """The task of these settings, its backbone loaded and frozen.
+    """The task for these settings, with its backbone loaded and frozen.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
@@ -219,7 +219,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> GanTask:
 
 
 def _run_short_pass(network: Gan) -> Tensor:
-    """A picture of one noise, and the critic's score of it."""
+    """An image generated from one noise sample, and the critic's score of it."""
     noise = torch.randn(1, network.config["noise"], generator=generator("short"))
     label = torch.zeros(1, dtype=torch.long, device=network.device)
     image = network.generator(noise.to(network.device, network.dtype), label)

@@ -1,7 +1,7 @@
-"""The two networks of a GAN: no statistics of a batch, so that clients share none.
+"""The two networks of a GAN, without batch statistics, so that clients in a stack share none.
 
-Source: residual blocks as in Miyato et al. 2018 (arXiv:1802.05957); the critic's projection of the
-class, Miyato and Koyama 2018 (arXiv:1802.05637).
+Source: residual blocks as in Miyato et al. 2018 (arXiv:1802.05957); the critic's class projection,
+Miyato and Koyama 2018 (arXiv:1802.05637).
 """
 
 from collections.abc import Sequence
@@ -22,16 +22,16 @@ SIZES: dict[str, tuple[tuple[int, ...], int]] = {
     "small": ((128, 96, 48, 16), 64),
     "large": ((512, 384, 256, 128), 128),
 }
-"""Channels of each resolution, the lowest first; and of the noise."""
+"""Channels of each resolution, the lowest first, and the size of the noise."""
 
 
 def _make_norm(width: int) -> nn.GroupNorm:
-    """Statistics of one picture alone: clients share none."""
+    """Normalization by statistics of one image: clients share none."""
     return nn.GroupNorm(8, width)
 
 
 class UpBlock(nn.Module):
-    """A residual block that doubles the sides; what it is told shifts and scales its middle."""
+    """A residual block that doubles the sides; the condition shifts and scales its features."""
 
     def __init__(self, in_channels: int, out_channels: int, condition_size: int) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class DownBlock(nn.Module):
 
 
 class GeneratorNetwork(nn.Module):
-    """Noise and a class to a picture."""
+    """The generator: from noise and a class to an image."""
 
     def __init__(self, shape: Sequence[int], widths: Sequence[int], noise: int, classes: int):
         super().__init__()
@@ -92,7 +92,7 @@ class GeneratorNetwork(nn.Module):
 
 
 class CriticNetwork(nn.Module):
-    """A picture and its class to a score: high for real ones."""
+    """The critic: from an image and its class to a score, high for real images."""
 
     def __init__(self, shape: Sequence[int], widths: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class CriticNetwork(nn.Module):
 
 
 class Gan(ModelMixin, ConfigMixin):
-    """Both networks, in a folder as diffusers writes it."""
+    """Both networks as one diffusers model."""
 
     @register_to_config
     def __init__(
@@ -130,18 +130,18 @@ class Gan(ModelMixin, ConfigMixin):
         self.critic = CriticNetwork(shape, widths, num_class_embeds)
 
     def forward(self, noise: Tensor, label: Tensor) -> Tensor:
-        """A picture of noise and a class."""
+        """Generate images from noise and classes."""
         return self.generator(noise, label)
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:
-    """Write two untrained networks, equal on every machine.
+    """Write two untrained networks, identical on every machine.
 
     Args:
         size: one of SIZES.
-        shape: of a picture: channels, height and width.
-        classes: how many they are to know.
-        folder: filled.
+        shape: the shape of an image: channels, height and width.
+        classes: the number of classes.
+        folder: the folder to fill.
     """
     widths, noise = SIZES[size]
     side = common.get_halvable_side(shape, len(widths) - 1)

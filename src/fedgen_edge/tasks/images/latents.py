@@ -1,4 +1,4 @@
-"""Pictures as latents, and back: an autoencoder stands between a network and the pictures.
+"""Convert images to latents and back, with an autoencoder between a network and the images.
 
 Source: Rombach et al. 2022 (arXiv:2112.10752).
 """
@@ -23,55 +23,55 @@ from fedgen_edge.tasks.images import common, diffusers_io, taef2
 
 KINDS: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}
 BATCH_SIZE = 32
-"""Pictures that are encoded or decoded in one pass."""
+"""Images that are encoded or decoded in one forward pass."""
 ImageShape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class LatentAutoencoder:
-    """A frozen one. Its latents have about mean 0 and variance 1 in each channel."""
+    """A frozen autoencoder whose latents have about mean 0 and variance 1 in each channel."""
 
     encoder: Callable[[Tensor], Tensor]
-    """From values between -1 and 1, `[rows, colours, height, width]`."""
+    """Encodes values between -1 and 1, `[rows, colors, height, width]`."""
     decoder: Callable[[Tensor], Tensor]
     colors: int
-    """Channels of a picture."""
+    """Channels of an image."""
     channels: int
-    """Of a latent."""
+    """Channels of a latent."""
     factor: int
-    """Pixels of a side for each value of a latent's side."""
+    """Pixels per latent value along each side."""
     mean: Tensor
-    """Of the encoder's own numbers, `[channels or 1, 1, 1]`; on the device."""
+    """Mean of the encoder's raw output, `[channels or 1, 1, 1]`; on the device."""
     std: Tensor
-    """Their standard deviation, alike."""
+    """Standard deviation of the encoder's raw output, in the same shape."""
     sha256: str
-    """Of its weights."""
+    """Hash of its weights."""
     min_side: int = 1
-    """Pixels of a side below which pictures are scaled up."""
+    """Least side in pixels: smaller images are scaled up."""
 
     def get_latent_shape(self, image_shape: ImageShape) -> ImageShape:
-        """Of a latent: channels, height and width, for pictures of this shape."""
+        """The shape of latents (channels, height, width) for images of this shape."""
         _, height, width = image_shape
         scale = max(1.0, self.min_side / min(height, width))
         sides = [math.ceil(side * scale / self.factor) for side in (height, width)]
         return self.channels, sides[0], sides[1]
 
     def get_image_shape(self, shape: ImageShape) -> ImageShape:
-        """Of the pictures that the autoencoder itself makes of latents of this shape."""
+        """The shape of the images that the autoencoder decodes from latents of this shape."""
         return self.colors, shape[1] * self.factor, shape[2] * self.factor
 
     @torch.no_grad()
     def encode(self, pixels: Tensor, shape: ImageShape) -> Tensor:
-        """Latents of pictures, which are scaled to what becomes a latent of this shape.
+        """Latents of images, which are first scaled to fit latents of this shape.
 
         Args:
-            pixels: uint8 `[rows, colours, height, width]`.
-            shape: of a latent.
+            pixels: uint8 `[rows, colors, height, width]`.
+            shape: the shape of a latent.
 
         Returns:
-            float32 `[rows, channels, height, width]`, on the processor.
+            float32 `[rows, channels, height, width]`, on the CPU.
 
-        Choice: the mode of an autoencoder's distribution, so that a picture has one latent.
+        Choice: the mode of the autoencoder's distribution, so that an image has one latent.
         """
         encoded = [pixels.new_zeros(0, *shape, dtype=torch.float32)]
         for part in pixels.split(BATCH_SIZE) if len(pixels) else ():
@@ -82,13 +82,13 @@ class LatentAutoencoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor, image_shape: ImageShape) -> Tensor:
-        """Values between -1 and 1 of pictures of this shape, from latents on the device."""
+        """Images of this shape, values between -1 and 1, from latents on the device."""
         parts = (self.decoder(z * self.std + self.mean) for z in latents.split(BATCH_SIZE))
         return torch.cat([resize(part.clamp(-1, 1), image_shape[1:]) for part in parts])
 
 
 def resize(values: Tensor, sides: tuple[int, int]) -> Tensor:
-    """Pictures of these sides: each pixel a mean where they shrink, bicubic where they grow."""
+    """Images resized to these sides: area means to shrink, bicubic to enlarge."""
     if tuple(values.shape[-2:]) == sides:
         return values
     if values.shape[-1] > sides[-1]:
@@ -97,10 +97,10 @@ def resize(values: Tensor, sides: tuple[int, int]) -> Tensor:
 
 
 def load(folder: Path, device: torch.device) -> LatentAutoencoder:
-    """The autoencoder in a folder of diffusers', or in one with TAEF2's two files, in float32.
+    """The autoencoder in a diffusers folder, or in one with TAEF2's two files, in float32.
 
     Raises:
-        ConfigError: there is none that can be used.
+        ConfigError: the folder has no usable autoencoder.
     """
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:

@@ -1,4 +1,4 @@
-"""From noise to pictures by diffusers' samplers, without noise on the way."""
+"""Sample images from noise with diffusers' deterministic samplers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,17 +9,16 @@ from torch import Tensor
 
 
 def ddim(config: Any) -> Any:
-    """Song et al. 2021 (arXiv:2010.02502) with eta 0, on a schedule of noise."""
+    """DDIM with eta 0 (Song et al. 2021, arXiv:2010.02502) on a noise schedule."""
     return DDIMScheduler.from_config(config)
 
 
 def dpm_solver(config: Any) -> Any:
     """DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095): second order, for 10 to 20 steps.
 
-    Choice: steps of one length in the logarithm of signal over noise, as the paper of DPM-Solver
-    has them (arXiv:2206.00927), each rounded to one that the network knows.
-    Differs: it does not clip what it expects of a picture, which `ddim` does where its schedule
-    says so.
+    Choice: steps of equal length in log signal-to-noise ratio, as in the DPM-Solver paper
+    (arXiv:2206.00927), each rounded to a step of the network.
+    Differs: it does not clip the predicted image, which `ddim` does if its schedule says so.
     """
     return DPMSolverMultistepScheduler.from_config(
         config,
@@ -40,14 +39,14 @@ def denoise(
     noisy: Tensor,
     predict: Callable[[Tensor, int], Tensor],
 ) -> Tensor:
-    """What is left of noise, `[rows, ...]`, when all of it has been taken away.
+    """The denoised sample, `[rows, ...]`.
 
     Args:
         sampler: one of SAMPLERS.
-        noise_schedule: diffusers' schedule of noise.
-        steps: how many; no more than the schedule has.
+        noise_schedule: the noise schedule from diffusers.
+        steps: the number of steps, limited to the schedule's.
         noisy: noise of variance 1.
-        predict: says of noisy pictures at a step what the schedule's `prediction_type` means.
+        predict: predicts, for noisy images at a step, what the schedule's `prediction_type` names.
     """
     scheduler = SAMPLERS[sampler](noise_schedule.config)
     scheduler.set_timesteps(min(steps, noise_schedule.config["num_train_timesteps"]))

@@ -17,11 +17,11 @@ WIDTH = 64
 LATENT = 32
 """Channels of a latent."""
 FACTOR = 8
-"""Pixels of a side for each value of a latent's side."""
+"""Pixels per latent value along each side."""
 MIN_SIDE = 64
-"""Pixels of a side below which little is left of a picture."""
+"""Least side in pixels: below it, latents preserve little of an image."""
 FILES = ("taef2_encoder.safetensors", "taef2_decoder.safetensors")
-# Mean and standard deviation of each channel over the latents of 2,000 training pictures of
+# Mean and standard deviation of each channel over the latents of 2,000 training images of
 # CIFAR-10, evenly spaced over a fifth of each class (data.public=0.2), scaled to 64 pixels a side.
 MEAN = (
     0.262, -0.258, 0.28, 0.114, 0.308, -0.461, -0.231, 0.357, -0.014, -0.048, 0.396, 0.335, 0.103,
@@ -36,9 +36,9 @@ STD = (
 
 
 class TaesdBlock(nn.Module):
-    """Three convolutions beside a shortcut; in the middle of the network, a normalised one first.
+    """Three convolutions with a shortcut; in the middle of the network, a normalized pool first.
 
-    The names of its parts are those in the file.
+    The names of its parts match the file.
     """
 
     def __init__(self, *, has_pool: bool = False) -> None:
@@ -47,16 +47,16 @@ class TaesdBlock(nn.Module):
         self.pool = _make_pool() if has_pool else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Output of the same shape."""
         x = x if self.pool is None else x + self.pool(x)
         return (x + self.conv(x)).relu()
 
 
 class SoftClamp(nn.Module):
-    """Holds numbers within -3 and 3, softly."""
+    """Softly limits values to -3 to 3."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The same shape."""
+        """Output of the same shape."""
         return 3 * (x / 3).tanh()
 
 
@@ -81,7 +81,7 @@ def _make_blocks(*, has_pool: bool = False) -> list[nn.Module]:
 
 
 def make_encoder() -> nn.Sequential:
-    """From `[rows, 3, height, width]`, 0 to 1, to `[rows, 32, height / 8, width / 8]`."""
+    """A network from `[rows, 3, height, width]`, 0 to 1, to `[rows, 32, height / 8, width / 8]`."""
     downsamplers = [_make_conv(stride=2, bias=False) for _ in range(3)]
     return nn.Sequential(
         _make_conv(3), TaesdBlock(), downsamplers[0], *_make_blocks(), downsamplers[1],
@@ -90,7 +90,7 @@ def make_encoder() -> nn.Sequential:
 
 
 def make_decoder() -> nn.Sequential:
-    """From `[rows, 32, height, width]` to `[rows, 3, 8 height, 8 width]`, about 0 to 1."""
+    """Network from `[rows, 32, height, width]` to `[rows, 3, 8 height, 8 width]`, about 0 to 1."""
     upsamplers = [[nn.Upsample(scale_factor=2), _make_conv(bias=False)] for _ in range(3)]
     return nn.Sequential(
         SoftClamp(), _make_conv(LATENT), nn.ReLU(), *_make_blocks(has_pool=True), *upsamplers[0],

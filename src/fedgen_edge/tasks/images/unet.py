@@ -1,4 +1,4 @@
-"""diffusers' UNets as functions from noisy pictures to what is noise in them; their folders."""
+"""UNets from diffusers as functions that predict the noise in images, and their folders."""
 
 import json
 from pathlib import Path
@@ -20,18 +20,18 @@ KINDS: dict[str, Any] = {
     "UNet2DConditionModel": UNet2DConditionModel,
 }
 PREDICTIONS = ("epsilon", "v_prediction")
-"""What a network may say of a noisy picture, as diffusers calls it."""
+"""What a network may predict for a noisy image, by diffusers' names."""
 UNSUPPORTED = ("class_embed_type", "addition_embed_type", "encoder_hid_dim")
-"""Settings of a UNet that ask for more than a class's number or its words."""
+"""Settings of a UNet that require inputs beyond a class's number or its words."""
 
 
 class Denoiser(nn.Module):
-    """A UNet as a function from a drawn batch to each picture's squared error."""
+    """A UNet as a function from a batch with noise to each image's squared error."""
 
     alphas_cumprod: Tensor
-    """Share of a picture's variance that is left at each step, `[steps]`."""
+    """Fraction of an image's variance that remains at each step, `[steps]`."""
     text_embeddings: Tensor | None
-    """What the network is told of each class, `[classes, tokens, width]`."""
+    """Text embeddings of each class, `[classes, tokens, width]`."""
 
     def __init__(self, model: Any, noise_schedule: Any, text_embeddings: Tensor | None) -> None:
         super().__init__()
@@ -42,17 +42,17 @@ class Denoiser(nn.Module):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of what it denoises: channels, height and width."""
+        """The network's input shape: channels, height and width."""
         return common.get_image_shape(self.model.config)
 
     @property
     def num_classes(self) -> int:
-        """How many it tells apart; one that is unconditional knows one."""
+        """The number of classes; one for an unconditional network."""
         num_classes = self.model.config.num_class_embeds
         return num_classes or (1 if self.text_embeddings is None else len(self.text_embeddings))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Mean over a picture's values, float32 `[rows]`; `clean` is the picture's."""
+        """Mean squared error over an image's values, float32 `[rows]`; `clean` is the image."""
         clean, noise = batch["clean"], batch["noise"]
         signal = self.alphas_cumprod[batch["step"].long()].view(-1, 1, 1, 1)
         noisy = signal.sqrt() * clean + (1 - signal).sqrt() * noise
@@ -62,10 +62,10 @@ class Denoiser(nn.Module):
         return (prediction - noise).square().mean((-3, -2, -1))
 
     def predict(self, noisy: Tensor, step: Tensor, label: Tensor) -> Tensor:
-        """What the network says of noisy pictures, in float32.
+        """The network's prediction for noisy images, in float32.
 
-        Of a network that learns its variance too, the first half of the channels, which is all that
-        L_simple sees (Nichol & Dhariwal 2021, arXiv:2102.09672).
+        If the network also learns its variance, this is the first half of the channels, the only
+        part in L_simple (Nichol & Dhariwal 2021, arXiv:2102.09672).
         """
         dtype = next(self.model.parameters()).dtype
         conditions: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ class Denoiser(nn.Module):
         return output[:, : noisy.shape[1]].float()
 
     def _get_text_embeddings(self, label: Tensor) -> Tensor:
-        """Each class's words; one token of zeros where the network knows numbers alone."""
+        """Each class's text embedding; one token of zeros if there is no text encoder."""
         if self.text_embeddings is not None:
             return self.text_embeddings[label.long()]
         return torch.zeros(
@@ -86,22 +86,22 @@ class Denoiser(nn.Module):
 
 
 class Prediction(nn.Module):
-    """The same network, asked for its prediction alone."""
+    """A module that returns only the network's prediction."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         super().__init__()
         self.model, self.predict = denoiser.model, denoiser.predict
 
     def forward(self, batch: Batch) -> Tensor:
-        """Of `noisy` at `step`, for `label`."""
+        """The prediction for `noisy` at `step`, given `label`."""
         return self.predict(batch["noisy"], batch["step"], batch["label"])
 
 
 def load(settings: Backbone, device: torch.device) -> tuple[Any, Path, str]:
-    """A UNet, the folder that it came from, and the SHA-256 of its weights.
+    """A UNet, its folder, and the SHA-256 of its weights.
 
     Raises:
-        ConfigError: there is none, or it is one that no class alone can condition.
+        ConfigError: there is none, or it needs conditions beyond a class.
     """
     config = diffusers_io.find_network_folder(settings) / "config.json"
     try:
@@ -134,12 +134,12 @@ def _check_config(settings: Backbone, config: Any) -> None:
 
 
 def takes_text(network: Any) -> bool:
-    """Whether a network takes words."""
+    """Whether a network is conditioned on text embeddings."""
     return isinstance(network, UNet2DConditionModel)
 
 
 def check_text_encoder(settings: Backbone, network: Any) -> None:
-    """Refuse a network that needs words where there is nothing that reads a class's name."""
+    """Refuse a network that needs text embeddings if no text encoder is there."""
     config = network.config
     if takes_text(network) and not (
         config["num_class_embeds"] and isinstance(config["cross_attention_dim"], int)
@@ -151,7 +151,7 @@ def check_text_encoder(settings: Backbone, network: Any) -> None:
 
 
 def check_unquantized(settings: Backbone, folder: Path) -> None:
-    """Refuse a pipeline's UNet whose latents are a codebook's: they would pass for pictures."""
+    """Refuse a pipeline's UNet on codebook latents, which would be mistaken for images."""
     for name in ("vqvae", "movq"):
         if (folder.parent / name).is_dir():
             raise _make_error(
@@ -165,17 +165,17 @@ def _make_error(settings: Backbone, problem: str) -> ConfigError:
 
 
 def find_pipeline(folder: Path) -> Path | None:
-    """The pipeline whose UNet lies in a folder, if it is one's."""
+    """The folder of the pipeline that a UNet's folder belongs to; None if there is none."""
     return folder.parent if (folder.parent / "model_index.json").is_file() else None
 
 
 def load_schedule(settings: Backbone, folder: Path, *, latent: bool) -> Any:
-    """How noise is added: what stands beside the network, else the paper's 1,000 linear steps.
+    """The noise schedule saved beside the network, otherwise the paper's 1,000 linear steps.
 
     Args:
-        settings: whose path an error names.
-        folder: of the network.
-        latent: the network works on latents: they have no bounds, so that none are cut off.
+        settings: the backbone's settings, for error messages.
+        folder: the network's folder.
+        latent: whether the network works on latents, which are unbounded and so never clipped.
     """
     folders_found = [p for p in (folder, folder.parent / "scheduler")
               if (p / "scheduler_config.json").is_file()]  # fmt: skip
@@ -190,6 +190,6 @@ def load_schedule(settings: Backbone, folder: Path, *, latent: bool) -> Any:
 
 
 def write(network: Any, noise_schedule: Any, folder: Path, weights: Leaves) -> None:
-    """A folder that diffusers loads, its schedule beside it."""
+    """Write a folder that diffusers loads, including the noise schedule."""
     noise_schedule.save_config(folder)
     diffusers_io.write(network, folder, weights)

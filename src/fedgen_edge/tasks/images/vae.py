@@ -1,4 +1,4 @@
-"""A class-conditional variational autoencoder, judged by bits per dimension.
+"""A class-conditional variational autoencoder, evaluated by bits per dimension.
 
 Source: Kingma and Welling 2014 (arXiv:1312.6114); conditional: Sohn et al. 2015.
 """
@@ -26,33 +26,33 @@ from fedgen_edge.tasks.task import Sample
 from fedgen_edge.types import Batch, Leaves, PerClient, Phase, Statistics, settle_nothing
 
 TARGETS = ("conv1", "conv2", "by_class", "to_latent", "from_latent", "class_embedding")
-"""Layers to adapt where the settings name none: all but those next to the picture, which
-have few channels."""
+"""Layers to adapt if the settings name none: all but those next to the image, which have few
+channels."""
 SIZES: dict[str, tuple[tuple[int, ...], int, int]] = {
     "tiny": ((16, 32), 1, 16),
     "small": ((16, 32, 64, 128), 1, 128),
     "large": ((128, 256, 384, 384), 3, 512),
 }
-"""Channels of each grid, residual blocks on each, and numbers in a latent."""
+"""Channels of each resolution, residual blocks in each, and the size of the latent."""
 MIN_LOG_SCALE = -7.0
-"""Least log-scale of a value, as PixelCNN++ has it: an eighth of a level."""
+"""Least log-scale of a value, as in PixelCNN++: an eighth of a level."""
 SCARCE_IMAGES, LOSS_SPREAD = 20, 0.3
-"""Pictures from which a client can hardly learn; how far one's bits lie from the mean, a share."""
+"""Number of images from which a client can hardly learn; relative spread of an image's bits."""
 
 
 def compute_bits(
     pixels: UInt8[Tensor, "*shape"], mean: Float[Tensor, "*shape"], scale: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Of each byte, under a logistic distribution that is cut into the 256 levels.
+    """Bits of each byte under a logistic distribution discretized into 256 levels.
 
     The mass between two edges, s(above) - s(below) for the sigmoid s, is s(above) s(-below)
-    (1 - exp(below - above)): three logarithms, none of a small difference. The least and the
-    greatest level have the whole tail beyond them.
+    (1 - exp(below - above)): three logarithms, none of a small difference. The lowest and the
+    highest level include the entire tail beyond them.
 
     Args:
         pixels: from 0 to 255.
-        mean: where -1 is 0 and 1 is 255.
-        scale: its logarithm; below NARROWEST it counts as that.
+        mean: in units where -1 is 0 and 1 is 255.
+        scale: the logarithm of the scale, at least NARROWEST.
 
     Source: Salimans et al. 2017, PixelCNN++ (arXiv:1701.05517), equation 2.
     """
@@ -68,13 +68,18 @@ def compute_bits(
 def compute_divergence(
     mean: Float[Tensor, "rows latent"], log_variance: Float[Tensor, "rows latent"]
 ) -> Float[Tensor, " rows"]:
-    """Bits from the standard normal distribution to one of this mean and log-variance."""
+    """KL divergence in bits of a normal distribution from the standard one.
+
+    Args:
+        mean: of the distribution.
+        log_variance: its log-variance.
+    """
     nats = (mean.square() + log_variance.exp() - 1 - log_variance) / 2
     return nats.sum(-1) / math.log(2)
 
 
 class BitsEncoder(nn.Module):
-    """An autoencoder as a function from a drawn batch to the bits that each picture costs."""
+    """An autoencoder as a function from a batch with noise to the bits of each image."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -92,7 +97,7 @@ class BitsEncoder(nn.Module):
 
 
 class _Decode(nn.Module):
-    """The same network, asked for the middle of what a latent may be."""
+    """The same network as a function from latents to mean images."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -105,30 +110,30 @@ class _Decode(nn.Module):
 
 @dataclass(frozen=True)
 class Vae:
-    """The loss is a picture's bits, latent and all, by the evidence lower bound; counted in values.
+    """A VAE; the loss is the negative evidence lower bound in bits, and the count is of values.
 
     A batch holds `image`, uint8 `[*clients, batch, channels, height, width]`, `label`, `number` and
-    `mask`, `[*clients, batch]`, and when drawn `noise`, `[*clients, batch, latent]`.
+    `mask`, `[*clients, batch]`, and after `draw` also `noise`, `[*clients, batch, latent]`.
     """
 
     model: AdaptedModel
     module: BitsEncoder
     names: tuple[str, ...]
-    """Of the classes, by their numbers."""
+    """Class names, indexed by class number."""
     phases: tuple[Phase, ...] = (Phase(),)
     settle: Callable[[Leaves], Leaves] = settle_nothing
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of a picture: channels, height and width."""
+        """The shape of an image: channels, height and width."""
         return common.get_image_shape(self.module.model.config)
 
     @property
     def measure(self) -> Measure:
         """Bits per dimension.
 
-        Values of one picture rise and fall together, so it is pictures that tell how much there is
-        to learn from, and how well a mean is known.
+        Values of one image are correlated, so the amount of data and the precision of a mean depend
+        on the number of images.
         """
         values_per_image = math.prod(self.shape)
         return Measure(
@@ -142,16 +147,16 @@ class Vae:
         )
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
-        """Some pictures with the numbers of their classes."""
+        """Selected images with their class numbers."""
         num_classes = self.module.model.config.num_class_embeds
         return common.examples(corpus, indices, self.shape, num_classes)
 
     def init(self, rng: Generator) -> Leaves:
-        """The initial adapter if there is one, else a fresh one."""
+        """The initial adapter if there is one, otherwise a fresh one."""
         return self.model.init(rng)
 
     def draw(self, examples: Batch, rng: Generator) -> Batch:
-        """The examples, with noise for the latent of each, and the seed of their dropout."""
+        """The examples, with noise for the latent of each, and a dropout seed."""
         size = (len(examples["image"]), self.module.model.config.latent)
         return {
             **examples,
@@ -169,7 +174,7 @@ class Vae:
 
     @torch.no_grad()
     def evaluate(self, adapter: Leaves, examples: Batch) -> Statistics:
-        """Bits and values; the noise of a picture's latent is always the same."""
+        """Sums of bits and of values; the noise of each image's latent is fixed."""
 
         def compute_bits_per_client(part: Batch) -> PerClient:
             noise = normal(part["number"], 0, (self.module.model.config.latent,))
@@ -178,21 +183,21 @@ class Vae:
         return common.sum_over_batches(compute_bits_per_client, examples)
 
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
-        """Mean bits of a value."""
+        """Mean bits per value."""
         return {"loss": statistics["total"] / statistics["count"]}
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
-        """A grid, a row a class; its latents are the same for every model."""
+        """A grid with a row per class; its latents are the same for every model."""
         return common.make_sample_grid(self, self.names, adapter, settings, key)
 
     @torch.no_grad()
     def generate(
         self, adapter: Leaves, labels: Sequence[int], key: int, settings: Evaluation
     ) -> Tensor:
-        """The middle picture of a drawn latent for each of these classes.
+        """The mean image of a random latent for each of these classes.
 
         Returns:
-            uint8 `[pictures, channels, height, width]`.
+            uint8 `[images, channels, height, width]`.
         """
         del settings
         device, decoder = self.module.model.device, _Decode(self.module.model)
@@ -209,10 +214,10 @@ class Vae:
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Vae:
-    """The task of these settings, its backbone loaded and frozen.
+    """The task for these settings, with its backbone loaded and frozen.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
@@ -224,7 +229,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Vae:
 
 
 def _run_short_pass(network: Any) -> Tensor:
-    """What the network makes of one picture and one latent."""
+    """The network's outputs for one image and one latent."""
     rng = generator("short")
     image = torch.randn(1, *common.get_image_shape(network.config), generator=rng)
     noise = torch.randn(1, network.config.latent, generator=rng)
@@ -235,13 +240,13 @@ def _run_short_pass(network: Any) -> Tensor:
 
 
 def fresh(size: str, shape: tuple[int, int, int], classes: int, folder: Path) -> None:
-    """Write an untrained network, equal on every machine.
+    """Write an untrained network, identical on every machine.
 
     Args:
         size: one of SIZES.
-        shape: of a picture: channels, height and width.
-        classes: how many it is to know.
-        folder: filled.
+        shape: the shape of an image: channels, height and width.
+        classes: the number of classes.
+        folder: the folder to fill.
     """
     channels, *sides = shape
     widths, depth, latent = SIZES[size]

@@ -1,7 +1,7 @@
 """The network of the task `vae`: a class-conditional convolutional autoencoder, saved by diffusers.
 
-Residual blocks as in He et al. 2016 (arXiv:1603.05027), with GroupNorm, so that no picture's
-numbers depend on the others of its batch.
+Residual blocks as in He et al. 2016 (arXiv:1603.05027), with GroupNorm, so that an image's results
+do not depend on the rest of its batch.
 """
 
 import math
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 GROUPS = 8
-"""Of channels, in each GroupNorm."""
+"""Channel groups in each GroupNorm."""
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions beside a way around them; the class moves what lies between."""
+    """Two convolutions with a skip connection; the class shifts the features between them."""
 
     def __init__(self, in_channels: int, out_channels: int, condition_size: int) -> None:
         super().__init__()
@@ -35,13 +35,13 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Channels before to channels after, on the same grid."""
+        """From `before` to `after` channels, at the same resolution."""
         inner = self.conv1(F.silu(self.norm1(x))) + self.by_class(condition)[:, :, None, None]
         return self.skip(x) + self.conv2(F.silu(self.norm2(inner)))
 
 
 class Encoder(nn.Module):
-    """From a picture to its latent's mean and log-variance; each width halves the grid."""
+    """From an image to its latent's mean and log-variance; each width halves the resolution."""
 
     def __init__(
         self, channels: int, widths: list[int], depth: int, bottom: int, latent: int
@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self.to_latent = nn.Linear(bottom, 2 * latent)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """`[rows, 2 * latent]`."""
+        """Mean and log-variance, `[rows, 2 * latent]`."""
         x = self.conv_in(x)
         for at, block in enumerate(self.blocks):
             if at and at % self.depth == 0:
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """From a latent to the mean and the log-scale of each of a picture's values."""
+    """From a latent to the mean and log-scale of each value of an image."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * channels, 3, padding=1)
 
     def forward(self, latent: Tensor, condition: Tensor) -> Tensor:
-        """`[rows, 2 * channels, height, width]`."""
+        """Mean and log-scale, `[rows, 2 * channels, height, width]`."""
         x = self.from_latent(latent).unflatten(1, (-1, *self.sides[0]))
         for at, block in enumerate(self.blocks):
             if at and at % self.depth == 0:
@@ -93,17 +93,17 @@ class Decoder(nn.Module):
 
 
 def _make_blocks(widths: list[int], depth: int) -> nn.ModuleList:
-    """So many blocks of each width; `told` is as wide as the widest."""
+    """`depth` blocks of each width; the class embedding is as wide as the widest."""
     block_widths = [width for width in widths for _ in range(depth)]
     pairs = zip([widths[0], *block_widths], block_widths, strict=False)
     return nn.ModuleList(ResidualBlock(before, after, max(widths)) for before, after in pairs)
 
 
 class Autoencoder(ModelMixin, ConfigMixin):
-    """An encoder and a decoder that both know the picture's class.
+    """An encoder and a decoder that are both conditioned on the image's class.
 
-    The decoder comes last, its blocks numbered, so that FedPer's last layer is the one before the
-    picture.
+    The decoder comes last, with numbered blocks, so that FedPer's last layer is the one before the
+    image.
     """
 
     @register_to_config
@@ -116,15 +116,15 @@ class Autoencoder(ModelMixin, ConfigMixin):
         layers_per_block: int = 1,
         latent: int = 16,
     ) -> None:
-        """Sizes, by diffusers' names where it has one.
+        """Build the network; sizes have diffusers' names where those exist.
 
         Args:
-            sample_size: height and width of a picture.
-            in_channels: of a picture.
-            num_class_embeds: classes.
-            block_out_channels: of each grid, the picture's first; each a multiple of 8.
-            layers_per_block: residual blocks on each grid.
-            latent: numbers that stand for a picture.
+            sample_size: height and width of an image.
+            in_channels: channels of an image.
+            num_class_embeds: number of classes.
+            block_out_channels: channels of each resolution, the image's first; multiples of 8.
+            layers_per_block: residual blocks at each resolution.
+            latent: size of an image's latent.
         """
         super().__init__()
         widths, depth = list(block_out_channels), layers_per_block
@@ -152,7 +152,7 @@ class Autoencoder(ModelMixin, ConfigMixin):
         return mean, scale
 
     def forward(self, images: Tensor, label: Tensor, noise: Tensor) -> Any:
-        """What `encode` says of a picture, and `decode` of the latent that the noise draws."""
+        """Outputs of `encode` for an image, and of `decode` for a latent sampled with the noise."""
         latent_mean, log_variance = self.encode(images, label)
         return (
             latent_mean,

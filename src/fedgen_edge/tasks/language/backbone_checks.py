@@ -1,8 +1,8 @@
-"""What a language model must compute to be trained on packed blocks, checked on a few tokens.
+"""Check on a few tokens that a language model can be trained on packed blocks.
 
-Logits are compared in units of their own size: rounding moves them by less than the root of their
-type's epsilon, or a few times what it moves those of a block's first document. Gradients are on, as
-in training: without them attention may be another kernel's.
+Logits are compared relative to their size: rounding changes them by less than the square root of
+their dtype's epsilon, or a few times the rounding error of a block's first document. Gradients are
+on, as in training, because without them attention may use another kernel.
 """
 
 from collections.abc import Callable
@@ -19,9 +19,9 @@ from fedgen_edge.tasks.language.loss import TokenLoss
 from fedgen_edge.types import Batch
 
 LENGTH = 6
-"""Tokens in a document of the checks."""
+"""Tokens per document in the checks."""
 ROUNDING_FACTOR = 4
-"""Rounding moves one document by at most so many times what it moves another."""
+"""Largest ratio of the rounding errors of two documents."""
 FAILURES = (
     ArithmeticError,
     AssertionError,
@@ -31,18 +31,18 @@ FAILURES = (
     TypeError,
     ValueError,
 )
-"""What models raise on input that they do not know."""
+"""Exceptions of models on unsupported inputs."""
 
 
 def check_causal(path: str, model: Any) -> None:
-    """Refuse a model, used plainly, in which a later token changes earlier logits.
+    """Refuse a model in which a later token changes earlier logits, without packing.
 
     Args:
-        path: what the user calls the backbone.
+        path: the user's name for the backbone.
         model: a causal language model of transformers.
 
     Raises:
-        ConfigError: it is not causal, or it does not read tokens alone.
+        ConfigError: it is not causal, or it needs inputs besides tokens.
     """
     first, second = _draw_documents(model)[:2]
     half = LENGTH // 2
@@ -59,18 +59,18 @@ def check_causal(path: str, model: Any) -> None:
 
 
 def check_packing(path: str, model: Any) -> None:
-    """Refuse a model in which a packed document does not cost what it costs alone.
+    """Refuse a model in which a packed document has another loss than alone.
 
-    Two blocks differ in their first document; the second must have the logits that transformers'
-    own call gives it alone. The first document's distance from itself alone tells the rounding.
+    Two blocks differ in their first document; the second must have the logits that a plain call
+    gives it alone. The first document's distance from its own plain call measures rounding.
 
     Args:
-        path: what the user calls the backbone.
+        path: the user's name for the backbone.
         model: a causal language model of transformers.
 
     Raises:
-        ConfigError: documents of a block meet, positions do not begin anew, or it does not read
-            blocks of several documents.
+        ConfigError: documents of a block see each other, positions do not restart, or the model
+            does not accept blocks of several documents.
     """
     first, second, other = _draw_documents(model)
     blocks = [torch.cat([start, second]) for start in (first, other)]
@@ -120,10 +120,10 @@ def _compute_plain(model: Any, rows: Tensor) -> Tensor:
 
 
 def _compute(path: str, model: Any, task: str, forward: Callable[[], Tensor]) -> Tensor:
-    """Logits in float32, each token's around their mean.
+    """Logits in float32, centered for each token.
 
     Raises:
-        ConfigError: the model does not compute them, or they are not finite.
+        ConfigError: the model fails to compute them, or they are not finite.
     """
     try:
         with torch.enable_grad():
@@ -142,7 +142,7 @@ def _compute(path: str, model: Any, task: str, forward: Callable[[], Tensor]) ->
 
 
 def _measure_distance(first: Tensor, second: Tensor) -> float:
-    """The largest difference of a token's logits, in units of their size."""
+    """The largest difference of a token's logits, relative to their size."""
     size = torch.maximum(first.norm(dim=-1), second.norm(dim=-1)).clamp(min=torch.finfo().tiny)
     return float(((first - second).norm(dim=-1) / size).max())
 

@@ -1,4 +1,4 @@
-"""A language model's blocks of layers, compiled by torch for training."""
+"""Compile a language model's blocks of layers with torch for training."""
 
 import os
 import shutil
@@ -15,11 +15,11 @@ from fedgen_edge.errors import ConfigError
 def compile_blocks(model: nn.Module) -> None:
     """Have torch compile each block of layers, in place, when it first trains.
 
-    Blocks of one kind share what is compiled, for batches of any size. What needs no gradients
-    (validation, tests, samples) goes on as it is: its many shapes would each be compiled.
+    Blocks of one kind share compiled code, for batches of any size. Passes without gradients
+    (validation, tests, samples) are not compiled: each of their many shapes would be.
 
     Raises:
-        ConfigError: this machine has no compiler for its processor, or the model no such blocks.
+        ConfigError: this machine has no compiler for its CPU, or the model has no such blocks.
     """
     compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
     if next(model.parameters()).device.type == "cpu" and not shutil.which(compiler):

@@ -1,7 +1,7 @@
-"""A language model's task from its configuration alone, on whatever device is at hand.
+"""Build a language model's task from its configuration alone, on the current device.
 
 On torch's meta device, or under fake tensors, it has every shape and no values: a model of any size
-is outlined in a second. On a processor its weights are random.
+takes a second. On a CPU its weights are random.
 """
 
 import hashlib
@@ -49,15 +49,15 @@ CONFIG_HINT = "give a config.json, its folder, a hub id, or one of " + ", ".join
 
 
 def load_config(settings: Backbone, setting: str = "backbone.path") -> Any:
-    """The configuration of a backbone; its weights are neither looked for nor read.
+    """The configuration of a backbone, without finding or reading its weights.
 
     Args:
-        settings: where it is.
-        setting: that says so, by its dotted name.
+        settings: the backbone's settings.
+        setting: the dotted name of the setting with its path.
 
     Raises:
-        ConfigError: there is none, it is not one of transformers', or it is no causal language
-            model's.
+        ConfigError: there is none, transformers does not know it, or it is not for a causal
+            language model.
     """
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -94,7 +94,7 @@ def load_config(settings: Backbone, setting: str = "backbone.path") -> Any:
 
 
 def make_config(shape: Mapping[str, Any]) -> Any:
-    """The configuration with these values; as transformers has them where there are none."""
+    """The configuration with these values, and transformers' defaults for the others."""
     return AutoConfig.for_model(**shape)
 
 
@@ -120,15 +120,15 @@ def _find_config_file(settings: Backbone, setting_text: str) -> Path:
 
 
 def fresh(path: str, backbone: Backbone) -> Path:
-    """The folder of a language model that has learnt nothing, equal on every machine.
+    """The folder of an untrained language model, identical on every machine.
 
     Args:
-        path: of its configuration, as `fedgen plan` takes one; its vocabulary and its marks are
-            the tokenizer's, whatever it says.
-        backbone: whose tokenizer it has; that one's weights are not read.
+        path: the path of its configuration, as for `fedgen plan`; the tokenizer's vocabulary size
+            and special tokens replace the configuration's.
+        backbone: the backbone that supplies the tokenizer; its weights are not read.
 
     Raises:
-        ConfigError: it is no causal language model's, or the backbone has no tokenizer.
+        ConfigError: it is not for a causal language model, or the backbone has no tokenizer.
     """
     path = str(files.find_recipe(path)) if path.endswith(".json") else path
     config = load_config(Backbone(path=path), "pretrain.config").get_text_config()
@@ -151,7 +151,7 @@ def fresh(path: str, backbone: Backbone) -> Path:
 
 SPECIAL_TOKENS = ("bos", "eos", "pad")
 TOKENIZER_SUFFIXES = {".json", ".model", ".txt"}
-"""What a tokenizer's files end in."""
+"""Suffixes of a tokenizer's files."""
 
 
 def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
@@ -168,12 +168,12 @@ def _write_fresh(config: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def count_layers(config: Any) -> int:
-    """How many there are."""
+    """The number of layers."""
     return config.get_text_config().num_hidden_layers
 
 
 def find_layer_period(config: Any) -> int:
-    """After how many layers they begin again; all of them where they never do."""
+    """The number of layers after which layer types repeat; all layers if they never do."""
     config = config.get_text_config()
     kinds = [*(getattr(config, "layer_types", None) or ["one"] * count_layers(config))]
     periods = (
@@ -183,13 +183,13 @@ def find_layer_period(config: Any) -> int:
 
 
 def _has_uniform_layers(config: Any) -> bool:
-    """Whether nothing but `layer_types` tells layers apart: some have experts in a few alone."""
+    """Whether layers differ only by `layer_types`: some models have experts in only a few."""
     defaults = {"first_k_dense_replace": 0, "mlp_only_layers": [], "decoder_sparse_step": 1}
     return all((getattr(config, k, None) or defaults[k]) == defaults[k] for k in defaults)
 
 
 def truncate_layers(config: Any, count: int) -> Any:
-    """The same model with fewer layers, its first ones."""
+    """The same model with only its first layers."""
     short = deepcopy(config)
     text = short.get_text_config()
     if getattr(text, "layer_types", None):
@@ -201,17 +201,17 @@ def truncate_layers(config: Any, count: int) -> Any:
 def build_from_config(
     config: Any, adapter: Adapter, dtype: torch.dtype, *, full: bool = False
 ) -> Language:
-    """The task of a model of this configuration; it has no tokenizer, and reads no text.
+    """The task of a model with this configuration, without a tokenizer for text.
 
     Args:
-        config: transformers'.
-        adapter: what is put into it; `initial` is not read.
-        dtype: of the weights and the arithmetic.
-        full: train every weight instead.
+        config: transformers' configuration.
+        adapter: the adapter's settings; `initial` is ignored.
+        dtype: the dtype of the weights and the arithmetic.
+        full: train every weight instead of an adapter.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     use_grouped_attention(model)
-    # as meta tensors and fakes do it too: none of the ways by data, of which shapes are not known
+    # one that meta and fake tensors support: others have shapes that depend on data
     if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
         model.set_experts_implementation("grouped_mm")
     adapted = adapt_text(
@@ -233,16 +233,14 @@ def _write_nothing(folder: Path, weights: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def _is_plain_head(model: Any) -> bool:
-    """Whether logits are the output layer's very tensor, as shapes alone can tell."""
+    """Whether logits are the output layer's own tensor, checked without values."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return False
     outputs: list[Tensor] = []
     hook = head.register_forward_hook(lambda *told: outputs.append(told[-1]))
     probe = torch.zeros(1, 4, dtype=torch.long, device=head.weight.device)
-    mask = make_attention_mask(
-        probe, next(model.parameters()).dtype
-    )  # else it would be made of values
+    mask = make_attention_mask(probe, next(model.parameters()).dtype)  # otherwise built from values
     with AnyDtypeExperts():
         logits = model(probe, attention_mask=mask, position_ids=probe, use_cache=False).logits
     hook.remove()
@@ -250,7 +248,7 @@ def _is_plain_head(model: Any) -> bool:
 
 
 def enable_checkpointing(task: Language) -> Language:
-    """The same, whose layers keep their input alone, and are computed again on the way back."""
+    """The task with gradient checkpointing: layers store only their input and are recomputed."""
     model, adapter = task.module.model, task.model.adapter
     adapted_layers = [*adapter.layers.values()] if isinstance(adapter, Lora) else []
     options = {
@@ -258,18 +256,18 @@ def enable_checkpointing(task: Language) -> Language:
         "preserve_rng_state": False,
         "context_fn": partial(_make_contexts, adapted_layers),
     }
-    # transformers 5.24 warns of the name that 5.20 knows alone
+    # transformers 5.24 deprecates the only name that 5.20 has
     is_newer = hasattr(model, "activation_checkpointing_enable")
     enable = "activation_checkpointing_enable" if is_newer else "gradient_checkpointing_enable"
     getattr(model, enable)(options)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # of this one alone: dropout within stays off
+            module.training = True  # only of this module: dropout inside it stays off
     return task
 
 
 def _make_contexts(adapted_layers: Sequence[AdaptedLayer]) -> tuple[Any, Any]:
-    """A layer's first pass as it is; its second with the factors that the first one had."""
+    """Contexts for a layer's first pass, and for its second with the first one's factors."""
     return nullcontext(), _bind_factors(adapted_layers, [site.factors for site in adapted_layers])
 
 
@@ -283,9 +281,9 @@ def _bind_factors(adapted_layers: Sequence[AdaptedLayer], factors: Sequence[Any]
 
 
 def find_linear_weights(task: Language) -> dict[str, tuple[int, ...]]:
-    """Shapes of the matrices that are quantised where a backbone is: all but the head's.
+    """Shapes of the matrices that are quantized in a quantized backbone: all but the head's.
 
-    What mixtures of experts hold as one tensor `[experts, rows, columns]` is among them.
+    They include experts stored as one tensor `[experts, rows, columns]`.
     """
     model = task.module.model
     head = model.get_output_embeddings()

@@ -1,6 +1,6 @@
-"""Products of a mixture's experts on tensors without values, in any type.
+"""Shapes of products of a mixture's experts on tensors without values, in any dtype.
 
-torch multiplies them in float32 as in bf16, but tells the shape of the product in bf16 alone.
+torch multiplies them in float32 and bf16, but infers the product's shape only in bf16.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def run_operation(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The result of one of torch's operations; experts' products in any type are among them."""
+    """The result of one of torch's operations, including experts' products in any dtype."""
     if func is not torch.ops.aten._grouped_mm.default or not _has_no_values(args[0]):
         return func(*args, **kwargs)
     low = [a.bfloat16() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
@@ -25,7 +25,7 @@ def _has_no_values(tensor: Tensor) -> bool:
 
 
 class AnyDtypeExperts(TorchDispatchMode):
-    """Within it, experts' products have shapes in any type."""
+    """A mode in which experts' products have shapes in any dtype."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation."""

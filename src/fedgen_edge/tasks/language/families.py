@@ -1,6 +1,6 @@
-"""Public language models by name: the shapes in their `config.json`, and nothing of their weights.
+"""Public language models by name: the shapes in their `config.json`, without their weights.
 
-Each is known by the last part of its hub id. What has no influence on shapes is left out.
+Each is named by the last part of its hub id. Values that do not affect shapes are left out.
 """
 
 from typing import Any
@@ -84,6 +84,6 @@ FAMILIES: dict[str, ConfigValues] = {
 
 
 def find_family(path: str) -> ConfigValues | None:
-    """The shapes of a name or hub id, whatever its case; none is not known."""
+    """The shapes for a name or hub id, ignoring case; None if it is unknown."""
     name = path.rsplit("/", 1)[-1].lower()
     return next((shape for known, shape in FAMILIES.items() if known.lower() == name), None)

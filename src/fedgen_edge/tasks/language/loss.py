@@ -1,4 +1,4 @@
-"""Nats of each next token, without ever holding all logits."""
+"""Cross-entropy of each next token, in nats, without ever storing all logits."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from torch.nn import functional as F
 from fedgen_edge.types import Batch
 
 LOGITS = {"cpu": 2**24}
-"""Logits that are held at once, by the type of the device: 64 MB in float32."""
+"""Number of logits in memory at once, by device type: 64 MB in float32."""
 MAX_LOGITS = 2**26
-"""The same, on accelerators, whose products want many rows."""
+"""The same for accelerators, whose matrix products need many rows."""
 
 
 class FrozenHeadCrossEntropy(torch.autograd.Function):
     """Cross-entropy behind a frozen output layer.
 
-    The layer's weight has no gradient, so the gradient of the hidden states is known as soon as
-    the logits are: it is kept instead of them, chunk by chunk. All chunks share their buffers: new
-    memory of that size costs a processor more than what is done in it.
+    The layer's weight has no gradient, so the gradient of the hidden states can be computed with
+    the logits and stored instead of them, chunk by chunk. All chunks share buffers: on a CPU,
+    allocating that much memory costs more than the computation in it.
     """
 
     @staticmethod
@@ -49,7 +49,7 @@ class FrozenHeadCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        """The kept gradient, times that of each token's nats."""
+        """The stored gradient, times the gradient of each token's nats."""
         (grad,) = ctx.saved_tensors
         return (grad * outer[0].unsqueeze(1)).to(grad.dtype), None, None
 
@@ -63,29 +63,29 @@ class TokenLoss(nn.Module):
         self.plain_head = _is_plain_head(model) if plain_head is None else plain_head
 
     def forward(self, batch: Batch) -> Float[Tensor, "rows length"]:
-        """Nats of each label, zero where the mask is.
+        """Nats of each label, zero where the mask is zero.
 
         Documents packed in one row do not see each other: attention stays inside a segment, and
-        positions begin anew.
+        positions restart.
         """
-        # padding is judged too, and then left out: with its rows taken out first, every batch would
-        # bring a new shape, for which a processor compiles a kernel and a GPU waits to learn it
+        # padding is computed and then masked: removing its rows first would give every batch a new
+        # shape, for which a CPU compiles a kernel and a GPU synchronizes
         nats = self._compute_nats(batch, batch["labels"].flatten().long())
         return torch.where(batch["mask"].bool(), nats.view_as(batch["mask"]), 0.0)
 
     def compute_hidden(self, batch: Batch) -> Float[Tensor, "rows length width"]:
-        """What the model makes of the same batch, before its output layer."""
+        """Hidden states of the same batch before the output layer."""
         return _get_trunk(self.model)(**_make_model_inputs(batch, self.dtype)).last_hidden_state
 
     def logits(self, batch: Batch) -> Float[Tensor, "rows length vocabulary"]:
-        """Of each next token, computed on the same inputs."""
+        """Logits of each next token, computed on the same inputs."""
         if self.plain_head:
             return self.model.get_output_embeddings()(self.compute_hidden(batch))
         return self.model(**_make_model_inputs(batch, self.dtype)).logits
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the arithmetic."""
+        """The dtype of the arithmetic."""
         return next(self.model.parameters()).dtype
 
     def _compute_nats(self, batch: Batch, labels: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _make_model_inputs(batch: Batch, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def make_attention_mask(segment: Int[Tensor, "rows length"], dtype: torch.dtype) -> Tensor:
-    """What is added to attention's scores: zero for earlier tokens of the same segment."""
+    """The additive attention mask: zero for earlier tokens of the same segment."""
     length = segment.shape[1]
     visible = segment.unsqueeze(2) == segment.unsqueeze(1)
     visible &= torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
@@ -118,13 +118,13 @@ def make_attention_mask(segment: Int[Tensor, "rows length"], dtype: torch.dtype)
 
 
 def _get_trunk(model: Any) -> Any:
-    """What is below the output layer; Llama 4 has it as `model`, whatever its prefix says."""
+    """The model below the output layer; in Llama 4 it is `model`, despite another prefix."""
     return getattr(model, model.base_model_prefix, None) or model.model
 
 
 @torch.no_grad()
 def _is_plain_head(model: Any) -> bool:
-    """Whether logits are just the output layer's product (some models scale or cap them)."""
+    """Whether logits are only the output layer's product (some models scale or cap them)."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.bias is not None:
         return False

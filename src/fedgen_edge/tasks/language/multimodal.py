@@ -1,4 +1,4 @@
-"""The part of a model that reads text, where the model reads images or sound as well."""
+"""The text part of a model that also reads images or sound."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -13,19 +13,20 @@ from fedgen_edge.errors import ConfigError
 
 
 def is_multimodal(model: Any) -> bool:
-    """Whether a model's configuration holds one of a language model as its part."""
+    """Whether a model's configuration contains that of a language model as a part."""
     return model.config.get_text_config() is not model.config
 
 
 def keep_to_text(adapter: Adapter, model: Any, default: Sequence[str]) -> Adapter:
-    """The settings of an adapter, whose names of layers mean those of the text's part alone.
+    """The adapter's settings, with layer names restricted to the text part.
 
-    Other parts have layers of the same names, which no text passes. A regular expression stays.
+    Other parts have layers of the same names that text does not pass through. A regular expression
+    is unchanged.
 
     Args:
-        adapter: as the user has it.
-        model: transformers'.
-        default: the targets where the settings name none.
+        adapter: the user's settings.
+        model: a model of transformers.
+        default: the targets if the settings name none.
     """
     targets = adapter.target_modules or tuple(default)
     if not is_multimodal(model) or is_expression(targets):
@@ -40,12 +41,12 @@ def keep_to_text(adapter: Adapter, model: Any, default: Sequence[str]) -> Adapte
 
 
 def check_text_layers(model: Any, layers: Iterable[str], setting: str) -> None:
-    """Refuse to adapt layers that no text passes: nothing would train them.
+    """Refuse to adapt layers that text does not pass through: nothing would train them.
 
     Args:
-        model: transformers'.
-        layers: that are trained, by name.
-        setting: that names them, with its value.
+        model: a model of transformers.
+        layers: names of the trained layers.
+        setting: the setting that names them, with its value.
 
     Raises:
         ConfigError: there are such layers.

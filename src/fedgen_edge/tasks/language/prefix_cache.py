@@ -1,8 +1,8 @@
-"""The blocks of layers below the lowest adapted one: what they make of a text never changes.
+"""Cache the output of the blocks below the lowest adapted layer, which never changes for a text.
 
-So a text that is met again passes them once. Each block of layers stays as it is, in its place in
-the model, but for its `forward`: this works for every model whose trunk hands one tensor from block
-to block, and is tried out on a model before it is used.
+So a text passes through them only once. Blocks stay in place in the model, and only their `forward`
+is replaced: this works for every model that passes one tensor from block to block, and is tested on
+a model before it is used.
 """
 
 import re
@@ -18,14 +18,14 @@ from fedgen_edge.tasks.language.loss import TokenLoss
 from fedgen_edge.types import Batch
 
 STATES = "states"
-"""Their field of a batch: what the blocks below put out, `[*clients, batch, length, width]`."""
+"""The batch field of the lower blocks' output, `[*clients, batch, length, width]`."""
 MAX_STATE_BYTES = 2**29
-"""Bytes of states that may be kept at once; beyond it, none are."""
+"""Maximum bytes of cached states; if they need more, none are cached."""
 
 
 @dataclass(frozen=True)
 class PrefixCache:
-    """A model's blocks in two parts; where states have no size, none are to be kept."""
+    """A model's blocks in two parts; with a size of zero, no states are cached."""
 
     module: TokenLoss | None = None
     below: Sequence[nn.Module] = ()
@@ -34,10 +34,10 @@ class PrefixCache:
     """Bytes of a token's states."""
 
     def compute_states(self, rows: Batch) -> Tensor:
-        """What the blocks below put out, `[rows, length, width]`, to the bit as in training.
+        """The lower blocks' output, `[rows, length, width]`, bit-identical to that in training.
 
-        For that, gradients are on, since attention may be another kernel's without them; below the
-        lowest adapted layer nothing learns, so that no graph is kept.
+        Gradients are on for this, because without them attention may use another kernel; nothing
+        below the lowest adapted layer is trained, so no graph is stored.
         """
         assert self.module is not None
         inputs: list[Tensor] = []
@@ -52,7 +52,7 @@ class PrefixCache:
 
     @contextmanager
     def reuse_states(self, states: Tensor | None) -> Iterator[None]:
-        """Within it, the blocks below put these states out; none: what they compute."""
+        """Inside the context, the lower blocks return these states; None: what they compute."""
 
         def return_states(*_: Any, **__: Any) -> Tensor:
             assert states is not None
@@ -63,12 +63,12 @@ class PrefixCache:
 
 
 NO_PREFIX_CACHE = PrefixCache()
-"""Of a model whose every block is adapted, or one that does more between blocks."""
+"""For a model whose blocks are all adapted, or that does more between blocks."""
 
 
 @contextmanager
 def _replace_forward(blocks: Iterable[Any], forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Within it, the blocks compute this."""
+    """Replace the blocks' `forward` inside the context."""
     originals = [(vars(block), vars(block).get("forward")) for block in blocks]
     try:
         for attributes, _ in originals:
@@ -83,9 +83,9 @@ def _replace_forward(blocks: Iterable[Any], forward: Callable[..., Tensor]) -> I
 
 
 def make_prefix_cache(module: TokenLoss, adapted: Iterable[str]) -> PrefixCache:
-    """The model's blocks, divided at the lowest that has one of these layers.
+    """The model's blocks, split at the lowest one with an adapted layer.
 
-    `NO_PREFIX_CACHE`, too, if one of the layers is in no block.
+    `NO_PREFIX_CACHE` if there is no lower block, or if a layer is outside all blocks.
     """
     places = [re.match(r"(.+?)\.(\d+)\.", name) for name in adapted]
     lists = {place and place[1] for place in places}
@@ -101,7 +101,7 @@ def make_prefix_cache(module: TokenLoss, adapted: Iterable[str]) -> PrefixCache:
 
 
 def _measure_state_bytes(prefix_cache: PrefixCache, module: TokenLoss) -> int:
-    """Bytes of a token's states; 0, if a text's loss is not the same to the last bit with them."""
+    """Bytes of a token's states; 0 if a text's loss with them is not bit-identical."""
     tokens = torch.tensor([[0, 1, 0, 2, 1, 3]], device=next(module.model.parameters()).device)
     one, place = torch.ones_like(tokens), torch.arange(6, device=tokens.device).unsqueeze(0)
     rows = {"tokens": tokens, "labels": tokens, "mask": one, "segment": one, "position": place}

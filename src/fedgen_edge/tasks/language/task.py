@@ -1,4 +1,4 @@
-"""Causal language modelling with any Hugging Face causal language model."""
+"""Causal language modeling with any Hugging Face causal language model."""
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -46,19 +46,19 @@ MEASURE = Measure(
     exponential=True,
 )
 EVALUATION_TOKENS = 4096
-"""Tokens in one forward pass of an evaluation."""
+"""Tokens in one forward pass of evaluation."""
 SHORT_PASS_TOKENS = 8
-"""Tokens by which readers of an adapter are compared."""
+"""Tokens for comparing how libraries read an adapter."""
 TOKENIZER_BATCH = 512
-"""Texts that the tokenizer gets at once: what it returns takes a hundred times a text's room."""
+"""Texts per call of the tokenizer, whose output takes a hundred times a text's memory."""
 
 
 @dataclass(frozen=True)
 class Language:
-    """The loss is that of each next token, in nats; documents of one block do not meet.
+    """Language modeling; the loss is in nats per next token, separately for packed documents.
 
-    A batch holds, `[*clients, batch, length]` each, what `data.batches.pack` makes, and `words`,
-    `[*clients, batch]`: so that total nats over words compares any tokenizer with the literature.
+    A batch holds the fields of `data.batches.pack`, `[*clients, batch, length]` each, and `words`,
+    `[*clients, batch]`, so that nats per word compare any tokenizer with the literature.
     """
 
     model: AdaptedModel
@@ -72,15 +72,15 @@ class Language:
     prefix_cache: PrefixCache = NO_PREFIX_CACHE
 
     def init(self, rng: Generator) -> Leaves:
-        """The initial adapter if there is one, else a fresh one."""
+        """The initial adapter if there is one, otherwise a fresh one."""
         return self.model.init(rng)
 
     def draw(self, examples: Batch, rng: Generator) -> Batch:
-        """The examples, and the seed of their dropout."""
+        """The examples, with a dropout seed."""
         return {**examples, "seed": torch.randint(2**62, (), generator=rng)}
 
     def loss(self, adapter: Leaves, batch: Batch, phase: str) -> PerClient:
-        """Summed nats and their number of tokens."""
+        """Summed nats and the number of tokens."""
         del phase
         clients = batch["mask"].shape[:-2]
         rows = {k: v.flatten(0, -2) for k, v in _select_model_inputs(batch).items()}
@@ -93,9 +93,9 @@ class Language:
         )
 
     def precompute(self, client_examples: Iterable[Batch]) -> list[Batch] | None:
-        """The same examples, with what the layers below the lowest adapted one make of them.
+        """The same examples, with the output of the layers below the lowest adapted one.
 
-        None, where the lowest layer is adapted, or where that takes more than `MAX_STATE_BYTES`.
+        None if the lowest layer is adapted, or if the output takes more than `MAX_STATE_BYTES`.
         """
         client_examples = [*client_examples] if self.prefix_cache.size else []
         if (
@@ -127,13 +127,13 @@ class Language:
         return sums
 
     def summary(self, statistics: Statistics) -> dict[str, Tensor]:
-        """Nats a token, and perplexity a token and a word."""
+        """Nats per token, and perplexity per token and per word."""
         loss = statistics["total"] / statistics["count"]
         by_word = (statistics["total"] / statistics["words"]).exp()
         return {"loss": loss, "perplexity": loss.exp(), "word_perplexity": by_word}
 
     def examples(self, corpus: Corpus, indices: Sequence[int]) -> Batch:
-        """Some texts, encoded and packed into blocks."""
+        """Selected texts, encoded and packed into blocks."""
         texts = corpus.examples
         if not isinstance(texts, Texts):
             raise ConfigError(
@@ -152,7 +152,7 @@ class Language:
         return pack(documents, words, self.length, vocabulary_size)
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token numbers of each document, from its start mark to its end mark."""
+        """Token ids of each document, including its start and end tokens."""
         tokenizer = self.loaded.tokenizer
         end = tokenizer.eos_token_id
         start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -167,7 +167,7 @@ class Language:
         return [[start, *ids, end] for part in parts for ids in _tokenize(tokenizer, part)]
 
     def samples(self, adapter: Leaves, settings: Evaluation, key: int) -> Iterator[Sample]:
-        """How each prompt goes on."""
+        """The continuation of each prompt."""
         decoding = Decoding(settings.sample_tokens)
         for prompt in _get_prompts(settings):
             yield Sample(prompt, self.generate(adapter, prompt, decoding, key))
@@ -175,17 +175,17 @@ class Language:
     def generate(
         self, adapter: Leaves, prompt: str, decoding: Decoding, seed: int, *, chat: bool = False
     ) -> str:
-        """A prompt and how it goes on, or the answer to it; the same seed gives the same text.
+        """A prompt and its continuation, or the answer to it; the same seed gives the same text.
 
         Args:
-            adapter: what the model computes with.
+            adapter: the adapter of the model.
             prompt: plain text, or a user's message.
             decoding: how tokens are chosen.
-            seed: of the sampling.
-            chat: answer the prompt by the chat template, where else it is continued.
+            seed: seed of the sampling.
+            chat: answer the prompt with the chat template instead of continuing it.
 
         Raises:
-            ConfigError: the context has no room, or there is no chat template.
+            ConfigError: the context is too short, or there is no chat template.
         """
         model, tokenizer = self.module.model, self.loaded.tokenizer
         encoded = encode_chat(tokenizer, prompt) if chat else self.encode([prompt])[0][:-1]
@@ -206,12 +206,12 @@ class Language:
         )
 
     def is_chat_data(self, texts: Sequence[str]) -> bool:
-        """Whether most texts are written by the backbone's chat template."""
+        """Whether most texts follow the backbone's chat template."""
         return is_chat_data(self.loaded.tokenizer, texts)
 
 
 def _tokenize(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    """Token numbers, without what else a tokenizer says of them: that takes it as long again."""
+    """Token ids only: a tokenizer's other outputs would double the time."""
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return tokenizer(texts, add_special_tokens=False)["input_ids"]
     library = tokenizer.backend_tokenizer
@@ -226,10 +226,10 @@ def _select_model_inputs(batch: Batch) -> Batch:
 
 
 def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
-    """The task of these settings, its backbone loaded and frozen.
+    """The task for these settings, with its backbone loaded and frozen.
 
     Args:
-        settings: of the run.
+        settings: the run's settings.
         full: train every weight instead of an adapter.
         device: where the backbone goes.
     """
@@ -253,7 +253,7 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
     module = TokenLoss(model)
     sites = adapted.adapter.layers if isinstance(adapted.adapter, Lora) else ()
     if settings.engine.compile and sites:
-        if settings.adapter.dropout:  # each layer draws its own, so that none would share a graph
+        if settings.adapter.dropout:  # each layer has its own mask, so no two would share a graph
             raise ConfigError(
                 f"engine.compile=true does not go with adapter.dropout={settings.adapter.dropout}: "
                 "leave one of them out"
@@ -265,10 +265,10 @@ def build(settings: Settings, *, full: bool, device: torch.device) -> Language:
 
 
 def adapt_text(model: Any, settings: Adapter, *, full: bool, **where: Any) -> AdaptedModel:
-    """Freeze a language model and adapt it, as `adapted.adapt`; of what reads more, its text part.
+    """Freeze and adapt a language model, as `adapted.adapt`; in a multimodal one, its text part.
 
     Raises:
-        ConfigError: layers would be trained that no text passes.
+        ConfigError: a trained layer is one that text does not pass through.
     """
     default = get_default_targets(model.config.get_text_config().model_type)
     adapted = adapt(model, keep_to_text(settings, model, default), default, full=full, **where)
@@ -288,7 +288,7 @@ def _run_short_pass(model: Any) -> Tensor:
 
 
 def get_default_targets(kind: str) -> list[str]:
-    """The layers that PEFT adapts in models of this type."""
+    """The layers that PEFT adapts by default in models of this type."""
     targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind, "all-linear")
     return [targets] if isinstance(targets, str) else [*targets]
 
@@ -298,13 +298,13 @@ def _get_prompts(settings: Evaluation) -> Sequence[str]:
 
 
 def _get_context_length(config: Any) -> int:
-    """Most tokens that the backbone reads at once."""
+    """The backbone's context length in tokens."""
     context_length = _read_integer(config, "max_position_embeddings")
     return context_length if context_length and context_length > 0 else sys.maxsize
 
 
 def _read_integer(config: Any, name: str) -> int | None:
-    """A whole number of the configuration, if it has one of this name."""
+    """An integer of the configuration, or None if it has no such value."""
     value = getattr(config.get_text_config(), name, None)
     if value is None or isinstance(value, int):
         return value
@@ -314,10 +314,10 @@ def _read_integer(config: Any, name: str) -> int | None:
 
 
 def check_length(settings: Settings, config: Any) -> None:
-    """Refuse blocks longer than a model of this configuration reads, or than its layers see.
+    """Refuse blocks longer than the model's context or its attention window.
 
     Raises:
-        ConfigError: they are.
+        ConfigError: blocks are too long.
     """
     context_length, length = _get_context_length(config), settings.data.length
     if length > context_length:
@@ -336,7 +336,7 @@ def check_length(settings: Settings, config: Any) -> None:
 
 
 def _get_attention_window(config: Any) -> int | None:
-    """How far back some layers of the backbone see; none is as far as all do."""
+    """The attention window of the backbone's sliding layers; None if there is none."""
     types = getattr(config.get_text_config(), "layer_types", None) or ["sliding_attention"]
     return _read_integer(config, "sliding_window") if "sliding_attention" in types else None
 
