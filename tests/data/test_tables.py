@@ -44,7 +44,7 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
         else:
             file.writelines(json.dumps(row) + "\n" for row in rows)
     content = plain.read_bytes()
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    path.write_bytes(gzip.compress(content, mtime=0) if path.suffix == ".gz" else content)
     return path
 
 
@@ -173,7 +173,7 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path) -> None:
         ),
         ("d.csv", b"text\na\0b\n", ""),
         ("d.csv.gz", b"text\na\n", " cannot be read as CSV in UTF-8 (Not a gzipped file"),
-        ("d.csv.gz", gzip.compress(b"text\na\n")[:-9], " cannot be read as CSV in UTF-8 (Compr"),
+        ("d.csv.gz", gzip.compress(b"text\na\n", mtime=0)[:-9], " cannot be read as CSV in UTF-8 (Compr"),
         ("d.json", b"", " is not one JSON array (Expecting value"),
         ("d.json", b'{"data": []}', " is not a JSON array: write [{...}, {...}]"),
         ("d.json", b'["a"]', ", entry 1 is not a JSON object: write {...}"),
