@@ -21,6 +21,8 @@ ROWS = [
 """Values that type inference would change."""
 FIELDS: Any = {"client_field": "client", "label_field": "label"}
 
+SHORTENED = gzip.compress(b"text\na\n", mtime=0)[:-9]
+
 
 def settings(source: Any, path: Path, **more: Any) -> Data:
     return Data(source=source, path=str(path), **more)
@@ -173,7 +175,7 @@ def test_lines_of_json_may_be_called_json(tmp_path: Path) -> None:
         ),
         ("d.csv", b"text\na\0b\n", ""),
         ("d.csv.gz", b"text\na\n", " cannot be read as CSV in UTF-8 (Not a gzipped file"),
-        ("d.csv.gz", gzip.compress(b"text\na\n", mtime=0)[:-9], " cannot be read as CSV in UTF-8 (Compr"),
+        ("d.csv.gz", SHORTENED, " cannot be read as CSV in UTF-8 (Compr"),
         ("d.json", b"", " is not one JSON array (Expecting value"),
         ("d.json", b'{"data": []}', " is not a JSON array: write [{...}, {...}]"),
         ("d.json", b'["a"]', ", entry 1 is not a JSON object: write {...}"),
