@@ -22,7 +22,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -qq --disable-pip-version-check
-.PHONY: quickstart test test-all test-newest test-oldest install lock lint bench paper clean
+.PHONY: quickstart test test-all test-newest test-oldest install lock lint bench paper docs docs-serve clean
 .NOTPARALLEL:
 
 quickstart: install $(VENV)/.backbone
@@ -61,6 +61,14 @@ bench: install $(VENV)/.backbone
 paper: install $(VENV)/.backbone
 	@$(BIN)/python paper/make.py $(ITEMS) --scale $(SCALE) --data $(DATA)
 
+# The site lies in site/ then. Building it needs no network, and warnings are errors.
+docs: install
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "The site is at site/index.html; make docs-serve shows it at http://127.0.0.1:8000"
+
+docs-serve: install
+	@$(BIN)/mkdocs serve
+
 # requirements-kit.lock is the part of requirements.lock that the kits of a deployment install: neither
 # torch, nor what torch alone needs, is in it.
 COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
@@ -68,13 +76,13 @@ COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11
 
 lock: install
 	@override=$$(mktemp); trap "rm $$override" EXIT; echo "torch ; sys_platform == 'never'" > $$override; \
-		$(COMPILE) --extra test --group lock --output-file requirements.lock && \
+		$(COMPILE) --extra test --extra docs --group lock --output-file requirements.lock && \
 		echo "torch ; python_version < '3'" > $$override && \
 		$(COMPILE) --extra flower --extra images --extra hub --extra compress \
 		--constraints requirements.lock --output-file requirements-kit.lock
 
 clean:
-	@rm -rf $(VENV) .venv-newest .venv-oldest dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	@rm -rf $(VENV) .venv-newest .venv-oldest dist .pytest_cache .ruff_cache .hypothesis .import_linter_cache site
 	@find src tests examples benchmarks -name __pycache__ -prune -exec rm -rf {} +
 	@echo "Removed $(VENV) and caches; runs/ is kept"
 

@@ -193,6 +193,43 @@ def network() -> str:
     return "\n".join([*rows, "", about])
 
 
+def peers() -> str:
+    """Measured facts beside others' programs, a row each; an empty cell was not measured."""
+    simulated, speeds = read_benchmarks("simulators"), read_benchmarks("speed")
+    rows = [
+        "| measured | fedgen-edge | Flower 1.41.0 | NVFlare | plain PEFT loop |",
+        "|---" * 5 + "|",
+    ]
+    for name, record in simulated.items():
+        whole = record["seconds"]
+        flower = min(v for way, v in whole.items() if "actor" in way)
+        rows.append(
+            f"| seconds of a [simulation](benchmarks/simulators.py): {name}, {record['clients']} "
+            f"clients, {record['rounds_trained']} rounds | {whole['fedgen run']:.1f} | "
+            f"{flower:.1f} | | |"
+        )
+    for name, record in speeds.items():
+        tokens, peaks = record["tokens_per_second"], record["peak_megabytes"]
+        bare = max((way for way in tokens if way.startswith("bare")), key=tokens.__getitem__)
+        rows.append(
+            f"| [tokens per second](benchmarks/speed.py), peak memory: {name}, {record['batch']} | "
+            f"{tokens['stacked']:,.0f}; {peaks['stacked']:,} MB | | | "
+            f"{tokens[bare]:,.0f}; {peaks[bare]:,} MB |"
+        )
+    (case,) = (c for c in read_benchmarks("network")["2-cores"]["cases"] if _is_shown(c))
+    seconds, memory = case["seconds_a_round"], case["peak_megabytes"]
+    rows.append(
+        f"| seconds per round [over TLS](benchmarks/network.py), server's peak memory: "
+        f"{case['megabytes']} MB adapter, {case['sites']} sites | {seconds['ours']}; "
+        f"{memory['ours']:,} MB | {seconds['bare']}; {memory['bare']:,} MB | | |"
+    )
+    return "\n".join(rows)
+
+
+def _is_shown(case: dict[str, Any]) -> bool:
+    return (case["megabytes"], case["sites"]) == (20, 4)
+
+
 def backbones() -> str:
     """Which architectures of transformers work, a row each, from a tiny random model of each."""
     judged = read_benchmarks("architectures")["tiny"]

@@ -4,7 +4,7 @@
 
 `<!-- results:NAME -->` begins a table or an item of the paper, and `<!-- quote:NAME -->` a number
 within a sentence, which `paper/quotes.toml` defines; `<!-- end -->` ends both. Every number comes
-from a file under `paper/results` or `benchmarks/results`; settings and codes come from the code.
+from a file under `paper/results` or `benchmarks/results`; codes come from the code.
 """
 
 import os
@@ -75,9 +75,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "overhead": benchmark_tables.overhead,
     "planned": benchmark_tables.plan_accuracy,
     "network": benchmark_tables.network,
+    "peers": benchmark_tables.peers,
     "backbones": benchmark_tables.backbones,
     "codes": code_tables.codes,
-    "settings": code_tables.settings,
     "matrix": code_tables.matrix,
 }
 

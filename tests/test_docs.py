@@ -8,15 +8,19 @@ from peft import get_peft_model_state_dict
 from safetensors.torch import load_file
 
 import benchmark_tables
+import docs_settings
 import fill
 import items
 import kept
 import quotes
+from fedgen_edge.config import Settings, iter_settings
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.runs.records import lines
 
 ROOT = Path(__file__).parent.parent
 PAGES = list(fill.find_pages())
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
+SETTINGS = {name for name, _ in iter_settings(Settings())}
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.md"))
 
 
@@ -76,21 +80,23 @@ def test_samples_of_recipes_are_no_fewer_than_the_papers_comparison_may_have(nam
     assert {test["made"] >= 2000 for row in rows for test in row["test"].values()} == {True}
 
 
-def test_the_librarys_page_runs_and_its_adapter_is_served_as_the_readme_says(
+def test_the_librarys_page_runs_and_its_adapter_is_served_as_the_quickstart_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     names: dict[str, object] = {}
-    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.S):
+    page = (ROOT / "docs" / "reference" / "library.md").read_text()
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
         exec(block, names)
     adapter = tmp_path / "runs" / "mine" / "adapters" / "global"
     assert adapter.is_dir()
-    _serve_as_the_readme_says(str(adapter), capsys)
+    _serve_as_the_quickstart_says(str(adapter), capsys)
 
 
-def _serve_as_the_readme_says(adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+def _serve_as_the_quickstart_says(adapter: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (ROOT / "docs" / "quickstart.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     (block,) = [block for block in blocks if "AutoPeftModelForCausalLM" in block]
     names: dict[str, Any] = {}
     capsys.readouterr()
@@ -101,3 +107,33 @@ def _serve_as_the_readme_says(adapter: str, capsys: pytest.CaptureFixture[str]) 
     served = get_peft_model_state_dict(names["model"])
     assert saved.keys() == served.keys()
     assert all(torch.equal(saved[name], served[name]) for name in saved)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+@pytest.mark.parametrize("name", ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"])
+def test_links_of_the_pages_outside_of_the_site_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", (ROOT / name).read_text())
+    for link in links:
+        assert link.startswith("https://") or (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    parts = "|".join({name.partition(".")[0] for name in SETTINGS if "." in name})
+    named = set(re.findall(rf"`\"?((?:{parts})\.[a-z_0-9]+)\b(?!\.)", page.read_text()))
+    files_of_a_run = {f"{stem}.json" for stem in ("evaluation", "personal")}
+    suffixes = (".toml", ".jsonl", ".md", ".json")
+    assert {n for n in named if not f"{n}".endswith(suffixes)} - files_of_a_run <= SETTINGS
+
+
+def test_the_page_of_settings_has_every_setting_once_with_what_it_does() -> None:
+    rows = re.findall(r"^\| `([^`]+)` \| ([^|]+) \| (.*) \|$", docs_settings.make_page(), re.M)
+    shown = [name for name, *_ in rows]
+    assert set(shown) >= SETTINGS
+    assert all(about for *_, about in rows)
+    of_runs = [name for name in shown if name in SETTINGS]
+    assert len(of_runs) == len(set(of_runs))
+    assert {"quorum", "largest_weight"} <= set(shown)

@@ -17,16 +17,33 @@ from fedgen_edge.config import Method
 ROOT = Path(__file__).parents[1]
 
 
-def test_the_catalogue_of_the_docs_is_the_catalogue() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
-    assert re.findall(r"^\|\s*`([^`]+)`\s*\|", page, re.MULTILINE) == list(METHODS)
+METHODS_PAGE = ROOT / "docs" / "methods" / "index.md"
+CARD_PARTS = ("Idea", "Formula", "Settings", "Cost", "When to use", "Source")
+
+
+def test_the_table_of_methods_in_the_docs_is_the_table_of_methods() -> None:
+    rows = re.findall(r"^\| \[`([^`]+)`\]\(", METHODS_PAGE.read_text("utf-8"), re.MULTILINE)
+    assert rows == list(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_has_a_card_where_its_row_points(name: str) -> None:
+    (family,) = re.findall(rf"\[`{name}`\]\((\S+\.md)#{name}\)", METHODS_PAGE.read_text("utf-8"))
+    page = (METHODS_PAGE.parent / family).read_text("utf-8")
+    (card,) = re.findall(rf"^## {name}\n(.*?)(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+    assert tuple(re.findall(r"^\*\*([A-Z][a-z ]+)\.\*\*", card, re.MULTILINE)) == CARD_PARTS
+    # the files that it names are there
+    for path in re.findall(r"`((?:tests/)?[a-z_]+/[a-z_/]+\.py)`", card):
+        assert (ROOT / path).exists() or (ROOT / "src" / "fedgen_edge" / path).exists(), path
 
 
 def test_the_page_of_methods_says_what_they_declare_of_merging() -> None:
-    page = (ROOT / "docs" / "methods.md").read_text("utf-8")
-    told = re.findall(r"^- \*\*`(\w+)`\*\*, [^.]*\. Of( all but)?:([^.]*)\.$", page, re.MULTILINE)
-    assert [law for law, *_ in told] == [*MergeProperties._fields]
-    for law, but, names in told:
+    page = METHODS_PAGE.read_text("utf-8")
+    listed = re.findall(
+        r"^- \*\*`(\w+)`\*\*, [^.]*\.\s+Of( all\s+but)?:([^.]*)\.$", page, re.MULTILINE
+    )
+    assert [law for law, *_ in listed] == [*MergeProperties._fields]
+    for law, but, names in listed:
         holds = [n for n in METHODS if getattr(METHODS[n].properties, law) == (not but)]
         assert re.findall(r"`([^`]+)`", names) == holds
 

@@ -1,8 +1,8 @@
 """The catalogue: from the name in a paper's table to an algorithm.
 
 To add a method: a function in its slot's file, a line here (with the laws of its merging, where
-they are not FedAvg's), a known-answer test, and a row in docs/methods.md, which a test holds equal
-to this table.
+they are not FedAvg's), a known-answer test, a row in docs/methods/index.md and a card beside it,
+which a test holds equal to this table.
 """
 
 from collections.abc import Callable

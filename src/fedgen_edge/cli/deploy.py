@@ -91,7 +91,7 @@ def deploy(args: list[str]) -> None:
         rows = "\n".join(f"  fedgen deploy {name:<7} {about}" for name, about in DEPLOY.items())
         print(
             f"usage: fedgen deploy COMMAND ...\n\n{rows}\n\n"
-            "`fedgen deploy COMMAND --help` explains one, and docs/deploy.md all."
+            "`fedgen deploy COMMAND --help` explains one, and docs/guides/many-machines.md all."
         )
         sys.exit()
     table: dict[str, Callable[[list[str]], None]] = {
