@@ -137,3 +137,8 @@ def test_the_page_of_settings_has_every_setting_once_with_what_it_does() -> None
     of_runs = [name for name in shown if name in SETTINGS]
     assert len(of_runs) == len(set(of_runs))
     assert {"quorum", "largest_weight"} <= set(shown)
+
+
+@pytest.mark.parametrize("page", RESULTS, ids=lambda page: page.stem)
+def test_no_line_of_a_paragraph_begins_with_a_mark_which_would_end_it(page: Path) -> None:
+    assert re.findall(r"^<!-- quote:.*", page.read_text(), re.MULTILINE) == []
