@@ -28,7 +28,7 @@ def wanted(lock: str) -> Iterator[Requirement]:
     """What quickstart, the tests and the build ask for, or a kit; torch comes by itself."""
     table = tomllib.loads((ROOT / "pyproject.toml").read_text())
     project = table["project"]
-    extras = KIT_EXTRAS if lock == KIT else ("test",)
+    extras = KIT_EXTRAS if lock == KIT else ("test", "docs")
     lines = [line for extra in extras for line in project["optional-dependencies"][extra]]
     if lock == LOCK:
         lines += [*table["dependency-groups"]["lock"], *table["build-system"]["requires"]]
