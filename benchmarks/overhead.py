@@ -51,8 +51,8 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "memory": [(Algorithm, "keeps"), (Algorithm, "learns"), (jobs.Train, "commit_updates")],
     "looked at": [(federate, "_check_finite")],
     "merge and step": [(Algorithm, "step")],
-    "record": [(federate, "_line"), (records, "append")],
-    "diagnostics": [(federate, "layers")],
+    "record": [(federate, "_make_round_record"), (records, "append")],
+    "diagnostics": [(federate, "measure_layers")],
     "checkpoint": [(federate, "commit")],
     VALIDATION: [(Experiment, "validation")],
 }
