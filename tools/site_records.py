@@ -12,7 +12,7 @@ PAPER = Path(__file__).parents[1] / "paper"
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the items and records to the site's files."""
-    from mkdocs.structure.files import File  # pyright: ignore[reportMissingImports]
+    from mkdocs.structure.files import File
 
     for path in sorted([*PAPER.glob("items/*.toml"), *PAPER.glob("results/*.jsonl")]):
         name = f"paper/{path.relative_to(PAPER).as_posix()}"

@@ -29,20 +29,20 @@ def list_key_names(folder: Path) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Among:
-    """A carrier that knows no other site, whoever can be reached."""
+class MemberCarrier:
+    """A carrier that reaches only the sites that may take part now."""
 
     carrier: Carrier
     members: Callable[[], Collection[str]]
     """Names of the sites that may take part now."""
 
     def present(self) -> list[str]:
-        """Those of them that could be asked now, sorted."""
-        may = self.members()
-        return [name for name in self.carrier.present() if name in may]
+        """Names of members that can be asked now, sorted."""
+        members = self.members()
+        return [name for name in self.carrier.present() if name in members]
 
     def exchange(self, work: Mapping[str, WorkRequest], seconds: float) -> Generator[Reply]:
-        """Ask each site; what comes from one that no longer may is not brought."""
+        """Ask each site; a reply of one that was sent away meanwhile is replaced by a failure."""
         with closing(self.carrier.exchange(work, seconds)) as replies:
             for reply in replies:
                 if reply.site in self.members():

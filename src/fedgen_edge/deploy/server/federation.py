@@ -15,7 +15,7 @@ from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.compression.serialize import encode
 from fedgen_edge.compression.wire import Wire
 from fedgen_edge.config import Settings
-from fedgen_edge.deploy.members import Among
+from fedgen_edge.deploy.members import MemberCarrier
 from fedgen_edge.deploy.server.audit import Audit
 from fedgen_edge.deploy.server.cohort import count_target_updates, sample_cohort
 from fedgen_edge.deploy.server.registry import SiteRegistry
@@ -91,7 +91,7 @@ class Deployment:
     @property
     def eligible_carrier(self) -> Carrier:
         """To those alone who may take part now."""
-        return Among(self.carrier, self.list_eligible_sites)
+        return MemberCarrier(self.carrier, self.list_eligible_sites)
 
     def engine(self, orders: Sequence[Order], job: Job) -> Iterator[Update]:
         """Sites, over the network: as many are waited for as are wanted now."""
