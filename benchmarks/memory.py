@@ -45,7 +45,7 @@ def whole_run(backbone: str, clients: int) -> int:
             "method": {"name": "fedper"},
             "training": {"steps": 2, "batch": 1},
             "personal": {"epochs": 1, "steps": 2},
-            "evaluation": {"every": 3, "sample_tokens": 0},
+            "evaluation": {"every_rounds": 3, "sample_tokens": 0},
         }
         out = Path(place) / "run"
         experiment = create(from_table(table), out)

@@ -81,7 +81,7 @@ def server(place: Place, given: Mapping[str, Any]) -> None:
 
     # one round more than is wanted: the last is followed by an evaluation, which bare has not
     plan = {"clients": place.sites, "rounds": given["rounds"] + 1}
-    settings = from_table({"federation": plan, "evaluation": {"every": 10**6}})
+    settings = from_table({"federation": plan, "evaluation": {"every_rounds": 10**6}})
     run, names = place.folder / "run", place.keys()
     run.mkdir()
     roll = open_registry(run / "sites.json")

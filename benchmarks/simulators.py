@@ -104,7 +104,7 @@ def settings_of(workload: str, backbone: str | None, data: str) -> Settings:
             "training": {"lr": rate, "steps": steps, "batch": batch},
             "personal": {"epochs": 0},
             "evaluation": {
-                "every": federation["rounds"],
+                "every_rounds": federation["rounds"],
                 "blocks": 1,
                 "test_blocks": BLOCKS,
                 "sample_tokens": 0,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from fedgen_edge.config import Judging, Settings, from_table, to_table
+from fedgen_edge.config import RENAMED_SETTINGS, ImageMetrics, Settings, from_table, to_table
 from fedgen_edge.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -297,8 +297,8 @@ def settings_of(item: Row, case: Case, at: Places | None = None) -> Settings:
         extra = TRIAL if tunes(case.trial) else merge(TRIAL, SHARED)
     settings = _place(item, merge(item.get("overrides", {}), case.overrides, extra), at)
     settings = replace(settings, federation=replace(settings.federation, seed=case.seed))
-    if case.trial is not None and settings.judging.features:
-        settings = replace(settings, judging=Judging())
+    if case.trial is not None and settings.image_metrics.features:
+        settings = replace(settings, image_metrics=ImageMetrics())
     return _resolve_backbone(item, settings, at)
 
 
@@ -373,8 +373,25 @@ def _digest(settings: Settings) -> str:
     if (shape := ROOT / (settings.pretrain.config or "")).is_file():
         settings_table["pretrain"]["config"] = shape.read_text("utf-8")
     kept = {part: _apart(held, usual[part]) for part, held in settings_table.items()}
+    kept = _with_old_names(kept)
     toml = tomli_w.dumps({part: held for part, held in kept.items() if held})
     return hashlib.sha256(toml.encode()).hexdigest()
+
+
+def _with_old_names(table: Row) -> Row:
+    """The table by the names that settings had when the committed records were made."""
+    old_names = {new: old for old, new in RENAMED_SETTINGS.items()}
+    renamed: Row = {}
+    for part, values in table.items():
+        if not isinstance(values, dict):
+            renamed[part] = values
+            continue
+        for key, value in values.items():
+            old_part, _, old_key = old_names.get(f"{part}.{key}", f"{part}.{key}").partition(".")
+            is_factor = (part, key) == ("federation", "over_selection")
+            old_value = round(value - 1, 12) if is_factor else value
+            renamed.setdefault(old_part, {})[old_key] = old_value
+    return renamed
 
 
 def _apart(held: Any, usual: Any) -> Any:

@@ -99,7 +99,7 @@ class Line:
 
 def suited(name: str) -> dict[str, Any]:
     """The part `training` of settings with which a method works; nothing for any."""
-    plain = {"optimiser": "sgd", "lr": 0.05, "clip": 0.0}
+    plain = {"optimizer": "sgd", "lr": 0.05, "clip": 0.0}
     return plain if METHODS[name].find_conflict(Settings()) else {}
 
 

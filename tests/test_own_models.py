@@ -53,10 +53,10 @@ def test_ditto_trains_its_own_model_towards_the_shared_one(engine: Engine) -> No
     # G: halfway to 4 and to 8 is 2 and 4, mean 3; then 3.5 and 5.5, mean 4.5.
     # v: in the first round v = G = 0, no pull: 2 and 4. In the second G = 3, with lambda 1:
     # 2 - ((2 - 4) + (2 - 3)) / 2 = 3.5 and 4 - ((4 - 8) + (4 - 3)) / 2 = 5.5.
-    last, memory = run_line("ditto", 1, engine, own_pull=1.0)
+    last, memory = run_line("ditto", 1, engine, ditto_lambda=1.0)
     assert float(last.state.adapter["w"]) == 3.0
     assert own(memory) == [2.0, 4.0]
-    last, memory = run_line("ditto", 2, engine, own_pull=1.0)
+    last, memory = run_line("ditto", 2, engine, ditto_lambda=1.0)
     assert float(last.state.adapter["w"]) == 4.5
     assert own(memory) == [3.5, 5.5]
 
@@ -65,7 +65,7 @@ def test_dittos_pull_is_between_training_alone_and_the_shared_model() -> None:
     # one step at rate 1 / (1 + lambda) ends at the minimum, (x + lambda G) / (1 + lambda);
     # G and v begin at 0, and in the second round G = (2 + 4) / 2 of 4 / 1000 and 8 / 1000
     for count, shared in ((1, 0.0), (2, 0.006)):
-        _, memory = run_line("ditto", count, rate=1e-3, own_pull=999.0)
+        _, memory = run_line("ditto", count, rate=1e-3, ditto_lambda=999.0)
         expected = [(x + 999 * shared) / 1000 for x in (4.0, 8.0)]
         assert own(memory) == pytest.approx(expected, rel=1e-5)
 
@@ -266,7 +266,7 @@ def test_stacked_clients_end_as_serial_ones(task: Language, name: str) -> None:
 
 def test_ditto_without_a_pull_is_training_alone_bit_by_bit(task: Language) -> None:
     _, alone = run(task, METHODS["local-only"].make(Method()), run_serially)
-    _, kept = run(task, METHODS["ditto"].make(Method(own_pull=0.0)), run_serially)
+    _, kept = run(task, METHODS["ditto"].make(Method(ditto_lambda=0.0)), run_serially)
     for client in range(4):
         expected = {k.replace("kept:", "own:"): v for k, v in alone[client].items()}
         assert {*expected} == {*kept[client]}

@@ -386,8 +386,8 @@ PICTURES = {
         "federation": {"rounds": 1, "clients": 2, "cohort": 2},
         "training": {"steps": 1},
         "personal": {"epochs": 0},
-        "evaluation": {"sample_pictures": 0},
-        "judging": {"samples": 20},
+        "evaluation": {"sample_images": 0},
+        "image_metrics": {"samples": 20},
     },
     "variants": {"one": {}},
     "reference": "one",
@@ -403,7 +403,11 @@ def test_pictures_have_a_backbone_that_is_made_first_and_are_judged_by_samples(
     assert out.name.startswith("few-")
     trial, *cases = [given[0] for given in pool.given[1:]]
     assert {settings.backbone.path for settings in (trial, *cases)} == {str(out)}
-    assert [settings.judging.features for settings in (trial, *cases)] == [None, "pixels", "pixels"]
+    assert [settings.image_metrics.features for settings in (trial, *cases)] == [
+        None,
+        "pixels",
+        "pixels",
+    ]
     item = items.read("toy", "try", tmp_path / "items")
     rows = kept.read_whole(item, tmp_path / "results")
     table = views.table(item, rows)

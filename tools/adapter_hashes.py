@@ -21,8 +21,8 @@ from fedgen_edge import METHODS
 RECIPES = Path(__file__).parents[1] / "recipes"
 SETTINGS = {
     "fedrep": ["--training.epochs", "2", "--training.steps", "None"],
-    "fednova": ["--training.optimiser", "sgd"],
-    "scaffold": ["--training.optimiser", "sgd", "--training.clip", "0.0"],
+    "fednova": ["--training.optimizer", "sgd"],
+    "scaffold": ["--training.optimizer", "sgd", "--training.clip", "0.0"],
     "hetlora": ["--adapter.ranks", "2", "4"],
     "rbla": ["--adapter.ranks", "2", "4"],
     "raflora": ["--adapter.ranks", "2", "4"],

@@ -35,10 +35,32 @@ COMMON_ALIASES = {
     "num_clients": "federation.clients",
     "num_rounds": "federation.rounds",
     "num_train_epochs": "training.epochs",
-    "optimizer": "training.optimiser",
+    "optimizer": "training.optimizer",
     "output_dir": "--out",
 }
 """What other libraries call some settings, and an option."""
+
+RENAMED_SETTINGS = {
+    "downlink.keep": "downlink.sparsify",
+    "downlink.values": "downlink.dtype",
+    "engine.sums": "engine.aggregate_on_workers",
+    "evaluation.every": "evaluation.every_rounds",
+    "evaluation.keep": "checkpoints.keep",
+    "evaluation.sample_pictures": "evaluation.sample_images",
+    "federation.candidates": "federation.power_of_choice",
+    "federation.newcomers": "federation.unseen_clients",
+    "federation.over": "federation.over_selection",
+    "judging.features": "image_metrics.features",
+    "judging.samples": "image_metrics.samples",
+    "judging.weights": "image_metrics.weights",
+    "method.own_pull": "method.ditto_lambda",
+    "personal.pull": "personal.proximal_mu",
+    "training.optimiser": "training.optimizer",
+    "uplink.keep": "uplink.sparsify",
+    "uplink.rank": "uplink.low_rank",
+    "uplink.values": "uplink.dtype",
+}
+"""New names of the settings by those that they had in earlier versions."""
 
 MAX_VALUE_LENGTH = 200
 """Letters of a wrong value that a message has."""
@@ -61,6 +83,7 @@ Count = Annotated[int, Number, Field(ge=1, le=files.MAX_INTEGER)]
 NonNegativeInt = Annotated[int, Number, Field(ge=0, le=files.MAX_INTEGER)]
 Positive = Annotated[float, Number, Field(gt=0)]
 NonNegative = Annotated[float, Number, Field(ge=0)]
+Factor = Annotated[float, Number, Field(ge=1)]
 Share = Annotated[float, Number, Field(ge=0, lt=1)]
 Density = Annotated[float, Number, Field(gt=0, le=1)]
 Part = Annotated[float, Number, Field(ge=0, le=1)]
@@ -237,14 +260,14 @@ class Federation:
     """Clients drawn each round, without replacement; none is all."""
     fraction: Density | None = None
     """The cohort as a share of the clients (the paper's C), instead of a number."""
-    candidates: Count | None = None
+    power_of_choice: Count | None = None
     """Clients drawn each round, of whom the cohort is those whose last training loss was highest
     (power of choice, arXiv:2010.01243); none draws the cohort itself."""
-    newcomers: NonNegativeInt = 0
-    """Clients, the last ones, that never train and only personalise the result."""
-    over: NonNegative = 0.0
-    """So many more clients are asked each round, as a share of the cohort; the first to finish
-    count, and no more than the cohort. FedBuff, which has no rounds, does without."""
+    unseen_clients: NonNegativeInt = 0
+    """Clients, the last ones, that never train and only personalize the result."""
+    over_selection: Factor = 1.0
+    """Clients asked in a round, as a multiple of the cohort: the first to finish count, and no more
+    than the cohort. FedBuff, which has no rounds, does without."""
     deadline: Positive | None = None
     """Virtual seconds that a round lasts at most: who has not finished by then does not count. None
     waits for the cohort. FedBuff does without."""
@@ -296,7 +319,7 @@ class Method:
     head_epochs: Count = 1
     """FedRep: first epochs of a round, which train what stays at the client; the others train what
     is shared."""
-    own_pull: NonNegative = 0.1
+    ditto_lambda: NonNegative = 0.1
     """Ditto: pull of each step of a client's own model towards the received adapter, the paper's
     lambda."""
     own_share: Annotated[float, Number, Field(gt=0, lt=1)] = 0.5
@@ -328,7 +351,7 @@ class Method:
 class Training:
     """A client's work in one round."""
 
-    optimiser: Literal["adamw", "sgd"] = "adamw"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
     """torch.optim's; moments begin anew each round."""
     lr: Positive = 1e-3
     """Learning rate."""
@@ -403,7 +426,7 @@ class Personal:
     """Learning rate."""
     patience: Count = 1
     """Epochs without a better validation loss before a client stops."""
-    pull: NonNegative = 0.0
+    proximal_mu: NonNegative = 0.0
     """Pull, in each step, towards the adapter that tuning began from, as FedProx's mu."""
     fallback: bool = True
     """Keep what tuning began from where tuning does not lower the client's validation loss."""
@@ -436,7 +459,7 @@ class Engine:
     workers: Count | None = None
     """Processes that each have a backbone (ray); none is as many as there is room for: an
     accelerator each, or `threads` cores."""
-    sums: bool = False
+    aggregate_on_workers: bool = False
     """Have each worker send the mean of its clients' changes, and not every change, where the
     server adds them up (ray): records lack the error of merging, and drift, then."""
 
@@ -445,7 +468,7 @@ class Engine:
 class Evaluation:
     """What is judged, and when."""
 
-    every: Count = 1
+    every_rounds: Count = 1
     """Rounds between validations of the global adapter."""
     blocks: NonNegativeInt = 16
     """Most validation blocks of each client, evenly spaced; 0 is all. They judge each round, and
@@ -462,21 +485,27 @@ class Evaluation:
     continue (none is `The `), or classes of pictures (none is all)."""
     sample_tokens: NonNegativeInt = 40
     """Tokens in each continuation; 0 makes none."""
-    sample_pictures: NonNegativeInt = 8
-    """Pictures of each class in a grid; 0 makes none."""
+    sample_images: NonNegativeInt = 8
+    """Images of each class in a grid; 0 makes none."""
     sample_steps: Count = 25
     """Denoising steps of a sampled picture (diffusion)."""
     sampler: Literal["ddim", "dpm-solver"] = "ddim"
     """Takes those steps; dpm-solver does with fewer."""
     tensorboard: bool = False
     """Write TensorBoard events too (extra: tensorboard)."""
-    keep: Count = 2
-    """Checkpoints kept; the oldest is deleted first."""
 
 
 @dataclass(frozen=True, config=STRICT)
-class Judging:
-    """How models of pictures are judged by their samples; none are where no features are named."""
+class Checkpoints:
+    """What a run can be resumed from."""
+
+    keep: Count = 2
+    """Checkpoints to keep; the oldest is deleted first."""
+
+
+@dataclass(frozen=True, config=STRICT)
+class ImageMetrics:
+    """How image models are evaluated by their samples; none are where no features are named."""
 
     features: Literal["pixels", "resnet20", "resnet56", "lite0", "inception"] | None = None
     """What pictures are seen by: pixels (8 x 8 of them), CIFAR-10's classifiers of 20 or 56 layers,
@@ -489,51 +518,38 @@ class Judging:
 
 
 @dataclass(frozen=True, config=STRICT)
-class Downlink:
-    """How the adapter is shortened on its way to clients: its change since the first round.
+class Compression:
+    """How a client's change is shortened on the uplink, and the adapter's on the downlink.
 
-    What is judged and tuned after the last round travels whole.
+    The downlink's is the change since the first round; what is evaluated and tuned after the last
+    round travels whole.
     """
 
-    keep: Literal["all", "top-k"] = "all"
-    """Which values are sent: top-k, those that changed most (with uplink.keep, FLASC,
-    arXiv:2406.05233)."""
+    low_rank: NonNegativeInt = 0
+    """Send each matrix as the closest product of this rank, where that is less; 0 sends all
+    (uplink)."""
+    sparsify: Literal["all", "top-k", "random-k"] = "all"
+    """Which values are sent: top-k, the largest (in both directions, FLASC, arXiv:2406.05233);
+    random-k, at places that both sides draw (uplink)."""
     density: Density = 0.1
-    """Share of the values that top-k keeps."""
-    values: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
-    """Type of what is sent; int8 and int4 round up or down at random."""
-    block: Count = 128
-    """Values of int8 and int4 that share a scale."""
-    zstd: Annotated[int, Number, Field(ge=0, le=19)] = 0
-    """Level at which zstd shortens the result (extra: compress); 0 does not."""
-
-
-@dataclass(frozen=True, config=STRICT)
-class Uplink:
-    """How a client's change is shortened on its way to the server."""
-
-    rank: NonNegativeInt = 0
-    """Send each matrix as the closest product of this rank, where that is less; 0 sends all."""
-    keep: Literal["all", "top-k", "random-k"] = "all"
-    """Which values are sent: top-k, the largest; random-k, at places that both sides draw."""
-    density: Density = 0.1
-    """Share of the values that top-k and random-k keep."""
-    values: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
+    """Share of the values that top-k and random-k send."""
+    dtype: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
     """Type of what is sent; int8 and int4 round up or down at random."""
     block: Count = 128
     """Values of int8 and int4 that share a scale."""
     zstd: Annotated[int, Number, Field(ge=0, le=19)] = 0
     """Level at which zstd shortens the result (extra: compress); 0 does not."""
     feedback: bool = False
-    """A client adds what it left out to its next change (arXiv:1901.09847)."""
+    """A client adds what it left out to its next change (uplink; arXiv:1901.09847)."""
     decay: Part = 0.9
-    """Share of what was left out that stays, for each round that the client missed since."""
+    """Share of what was left out that stays, for each round that the client missed since
+    (uplink)."""
 
     def __post_init__(self) -> None:
-        if self.feedback and not self.rank and (self.keep, self.values) == ("all", "fp32"):
+        if self.feedback and not self.low_rank and (self.sparsify, self.dtype) == ("all", "fp32"):
             raise ConfigError(
                 "uplink.feedback=true has nothing to give back: say what is left out by "
-                "uplink.keep, uplink.values or uplink.rank"
+                "uplink.sparsify, uplink.dtype or uplink.low_rank"
             )
 
 
@@ -552,13 +568,29 @@ class Settings:
     method: Method = Method()
     training: Training = Training()
     personal: Personal = Personal()
-    uplink: Uplink = Uplink()
-    downlink: Downlink = Downlink()
+    uplink: Compression = Compression()
+    downlink: Compression = Compression()
     gan: Gan = Gan()
     pretrain: Pretrain = Pretrain()
     engine: Engine = Engine()
     evaluation: Evaluation = Evaluation()
-    judging: Judging = Judging()
+    image_metrics: ImageMetrics = ImageMetrics()
+    checkpoints: Checkpoints = Checkpoints()
+
+    def __post_init__(self) -> None:
+        d = self.downlink
+        uplink_only = {
+            "low_rank": (d.low_rank, d.low_rank != 0),
+            "sparsify": (d.sparsify, d.sparsify == "random-k"),
+            "feedback": (d.feedback, d.feedback),
+            "decay": (d.decay, d.decay != Compression().decay),
+        }
+        for name, (value, is_refused) in uplink_only.items():
+            if is_refused:
+                raise ConfigError(
+                    f"downlink.{name}={value!r} is for the uplink alone: leave it out, and shorten "
+                    "by downlink.sparsify='top-k', downlink.dtype or downlink.zstd"
+                )
 
 
 def load(path: Path) -> Settings:
@@ -630,6 +662,8 @@ def describe_unknown(name: str, options: Sequence[str] = ()) -> str:
         name: of no setting.
         options: of the command, beside the settings.
     """
+    if renamed := _describe_renamed(name.replace("-", "_")):
+        return renamed
     suggestion = _guess_setting(
         name.replace("-", "_"), [key for key, _ in iter_settings(Settings())], options
     )
@@ -637,6 +671,48 @@ def describe_unknown(name: str, options: Sequence[str] = ()) -> str:
         f"did you mean {suggestion!r}?" if suggestion else "`fedgen run --help` explains every one"
     )
     return f"unknown setting {name!r}: {hint}"
+
+
+def _describe_renamed(name: str) -> str | None:
+    """One line for a setting or table of settings by its name of an earlier version."""
+    if name == "judging":
+        return "unknown setting 'judging': it is called 'image_metrics' now"
+    if name not in RENAMED_SETTINGS:
+        return None
+    factor = ", a multiple of the cohort: say 1.3 for 0.3" if name == "federation.over" else ""
+    return f"unknown setting {name!r}: it is called {RENAMED_SETTINGS[name]!r} now{factor}"
+
+
+def translate_setting(name: str, value: Any) -> tuple[str, Any]:
+    """A setting of a saved run, by the name and in the meaning that it has now."""
+    if name == "federation.over" and isinstance(value, int | float):
+        value = round(1 + value, 12)
+    return RENAMED_SETTINGS.get(name, name), value
+
+
+def translate_table(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables of a saved run's settings, by the names that they have now."""
+    translated: dict[str, Any] = {}
+    for part, values in table.items():
+        if not isinstance(values, dict):
+            translated[part] = values
+            continue
+        if part != "judging":
+            translated.setdefault(part, {})
+        for key, value in values.items():
+            name, value_now = translate_setting(f"{part}.{key}", value)
+            part_now, _, key_now = name.partition(".")
+            translated.setdefault(part_now, {})[key_now] = value_now
+    return translated
+
+
+def load_saved(path: Path) -> Settings:
+    """Settings that a run wrote, maybe of an earlier version: old names are translated.
+
+    Raises:
+        ConfigError: not TOML, or a setting that cannot be.
+    """
+    return from_table(translate_table(read_table(path)))
 
 
 def _guess_setting(name: str, settings: Sequence[str], options: Sequence[str]) -> str | None:

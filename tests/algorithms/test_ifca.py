@@ -157,7 +157,7 @@ def settings(texts: Path, **more: dict[str, Any]) -> Settings:
     table: dict[str, Any] = {
         "backbone": {"path": "tiny", "precision": "float32"},
         "data": {"source": "jsonl", "path": str(texts), "client_field": "who", "length": 32},
-        "federation": {"rounds": 4, "cohort": 6, "newcomers": 2},
+        "federation": {"rounds": 4, "cohort": 6, "unseen_clients": 2},
         "method": {"name": "ifca", "choose_by": 8},
         "training": {"lr": 3e-2, "epochs": 2},
         "personal": {"epochs": 1},
@@ -268,9 +268,9 @@ def test_rounds_of_fewer_clients_than_clusters_are_fedavgs_bit_by_bit(texts: Pat
         assert all(torch.equal(own[k], expected[k]) for k in start)
 
 
-@pytest.mark.parametrize("chain", [{}, {"keep": "top-k", "density": 0.2, "feedback": True}])
+@pytest.mark.parametrize("chain", [{}, {"sparsify": "top-k", "density": 0.2, "feedback": True}])
 def test_stacked_clients_choose_and_end_as_serial_ones(texts: Path, chain: dict[str, Any]) -> None:
-    experiment = short(texts, uplink=chain, training={"optimiser": "sgd", "lr": 0.5, "clip": 0.0})
+    experiment = short(texts, uplink=chain, training={"optimizer": "sgd", "lr": 0.5, "clip": 0.0})
     plan = Federation(clients=10, cohort=5, rounds=3)
     found = []
     for engine in (run_serially, make_stacked_engine(3), make_stacked_engine(5)):
@@ -290,7 +290,7 @@ def test_stacked_clients_choose_and_end_as_serial_ones(texts: Path, chain: dict[
 
 
 def test_what_a_payload_left_out_waits_for_its_own_cluster(texts: Path) -> None:
-    experiment = short(texts, uplink={"keep": "top-k", "density": 0.2, "feedback": True})
+    experiment = short(texts, uplink={"sparsify": "top-k", "density": 0.2, "feedback": True})
     memory: dict[int, Leaves] = {}
     job, adapter = experiment.with_client_states(memory).train, experiment.start().adapter
     job.commit_updates(updates := job([Order((0,), 0, adapter)], stacked=False))

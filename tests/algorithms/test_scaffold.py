@@ -164,7 +164,7 @@ def test_scaffold_rests_at_the_optimum_though_a_client_has_lost_its_memory() -> 
 def test_the_servers_variate_is_the_mean_of_all_who_may_train(cohort: int) -> None:
     # four train and a fifth never does: it is none of those that c is the mean of
     run = Run([line_shard(str(x), float(x)) for x in (1, 5, -2, 8, 99)], epochs=3)
-    commits = run(7, cohort=cohort, newcomers=1)
+    commits = run(7, cohort=cohort, unseen_clients=1)
     assert 4 not in run.memory
     total = sum(own(run, client) for client in run.memory)
     assert float(commits[-1].state.memory[C]) == pytest.approx(total, abs=1e-5)
@@ -212,13 +212,13 @@ def test_a_stack_of_clients_old_and_new_and_of_unequal_length_is_each_of_them() 
 
 
 REFUSED = {
-    "the default": ({}, ["training.optimiser='adamw'", "training.clip=1.0", "clip=0.0"]),
+    "the default": ({}, ["training.optimizer='adamw'", "training.clip=1.0", "clip=0.0"]),
     "momentum": (
-        {"optimiser": "sgd", "clip": 0.0, "momentum": 0.9},
+        {"optimizer": "sgd", "clip": 0.0, "momentum": 0.9},
         ["with training.momentum=0.9: set training.momentum=0.0"],
     ),
     "decay": (
-        {"optimiser": "sgd", "clip": 0.0, "weight_decay": 0.1},
+        {"optimizer": "sgd", "clip": 0.0, "weight_decay": 0.1},
         ["with training.weight_decay=0.1: set training.weight_decay=0.0"],
     ),
 }
@@ -237,6 +237,6 @@ def test_only_plain_sgd_will_do(training: dict[str, object], told: list[str]) ->
 
 
 def test_plain_sgd_will_do() -> None:
-    plain = {"optimiser": "sgd", "clip": 0.0, "schedule": "cosine"}
+    plain = {"optimizer": "sgd", "clip": 0.0, "schedule": "cosine"}
     check(from_table({"method": {"name": "scaffold"}, "training": plain}))
     check(Settings())

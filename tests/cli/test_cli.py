@@ -258,13 +258,16 @@ FLAGS = {
         ["adapter.target_modules", "LlamaRMSNorm", "Linear"],
     ),
     "cohort too large": ("--federation.cohort 3", ["federation.cohort=3", "at most 2"]),
-    "nobody trains": ("--federation.newcomers 2", ["federation.newcomers=2", "have fewer"]),
+    "nobody trains": (
+        "--federation.unseen_clients 2",
+        ["federation.unseen_clients=2", "have fewer"],
+    ),
     "too many clients": ("--federation.clients 3", ["federation.clients=3", "lower it"]),
     "rate NaN": ("--training.lr nan", ["training.lr=nan", "finite"]),
     "rate infinite": ("--training.lr inf", ["training.lr=inf", "finite"]),
     "rate below 0": ("--training.lr -1", ["training.lr=-1", "greater than 0"]),
     "no value": ("--training.lr", ["--training.lr", "Missing value"]),
-    "no choice": ("--training.optimiser adam", ["--training.optimiser", "'adam'", "'adamw'"]),
+    "no choice": ("--training.optimizer adam", ["--training.optimizer", "'adam'", "'adamw'"]),
     "unknown method": ("--method.name fedporx", ["method.name='fedporx'", "'fedprox'"]),
     "unknown baseline": (
         "--evaluation.baselines fedper locally",
@@ -296,29 +299,30 @@ FLAGS = {
         ["backbone.path='./backbones/none'", "fedgen pretrain"],
     ),
     "samples of text": (
-        "--judging.features pixels",
-        ["judging.features='pixels'", "makes none", "leave it out"],
+        "--image_metrics.features pixels",
+        ["image_metrics.features='pixels'", "makes none", "leave it out"],
     ),
     "eyes without weights": (
         "--task vae --data.source digits --partition.by iid --federation.clients 2 "
-        "--judging.features resnet56",
-        ["judging.weights", "resnet56", "safetensors"],
+        "--image_metrics.features resnet56",
+        ["image_metrics.weights", "resnet56", "safetensors"],
     ),
     "too few candidates": (
-        "--federation.candidates 1",
-        ["federation.candidates=1", "must be from"],
+        "--federation.power_of_choice 1",
+        ["federation.power_of_choice=1", "must be from"],
     ),
     "first rounds that nobody may finish": (
         "--method.name fed-sb --federation.rounds 3 --devices.fails 0.5",
         ["method.name='fed-sb'", "devices.fails=(0.5,)", "leave it out"],
     ),
     "fewer candidates than a round asks": (
-        "--federation.cohort 1 --federation.over 1 --federation.candidates 1 --devices.up 9",
-        ["federation.candidates=1", "must be from 2", "federation.over"],
+        "--federation.cohort 1 --federation.over_selection 2 "
+        "--federation.power_of_choice 1 --devices.up 9",
+        ["federation.power_of_choice=1", "must be from 2", "federation.over_selection"],
     ),
     "more than the cohort, of devices without speed": (
-        "--federation.over 0.5",
-        ["federation.over=0.5", "devices.steps_per_second"],
+        "--federation.over_selection 1.5",
+        ["federation.over_selection=1.5", "devices.steps_per_second"],
     ),
     "a deadline for devices without speed": (
         "--federation.deadline 9",
@@ -336,8 +340,8 @@ FLAGS = {
         ["method.buffer=3", "at most 2"],
     ),
     "candidates without rounds": (
-        "--method.name fedbuff --federation.cohort 1 --federation.candidates 2",
-        ["federation.candidates=2", "fedbuff", "leave it out"],
+        "--method.name fedbuff --federation.cohort 1 --federation.power_of_choice 2",
+        ["federation.power_of_choice=2", "fedbuff", "leave it out"],
     ),
     "text for a model of pictures": ("--task diffusion", ["the data are text", "set data.source"]),
     "no class of pictures": (

@@ -30,8 +30,8 @@ def test_all_that_fedavg_of_adapters_works_with() -> None:
     ("name", "feature", "why"),
     [
         ("scaffold", "bits", "[uplink] and [downlink] change it: leave them out"),
-        ("flexlora", "down top-k", "say downlink.keep='all'"),
-        ("fed-sb", "top-k", "say uplink.values='int8'"),
+        ("flexlora", "down top-k", "say downlink.sparsify='all'"),
+        ("fed-sb", "top-k", "say uplink.dtype='int8'"),
         ("fed-sb", "down", "[downlink] changes them: leave it out"),
         ("fedavg-full", "stacked", "say serial, or auto"),
         ("fedgen-edge", "ranks", "take one of flexlora, hetlora"),

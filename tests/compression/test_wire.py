@@ -20,7 +20,7 @@ from fedgen_edge.compression.wire import (
     get_max_bytes_up,
     make_wire,
 )
-from fedgen_edge.config import Downlink, Uplink, from_table
+from fedgen_edge.config import Compression, from_table
 from fedgen_edge.errors import ConfigError, RefusedError, TrainingError
 from fedgen_edge.leaves import norm, shapes
 from fedgen_edge.seeds import generator
@@ -28,24 +28,24 @@ from fedgen_edge.types import Leaves
 
 WAYS: dict[str, dict[str, Any]] = {
     "as it is": {},
-    "fp16": {"values": "fp16"},
-    "bf16": {"values": "bf16"},
-    "int8": {"values": "int8", "block": 16},
-    "int4": {"values": "int4", "block": 16},
-    "top-k": {"keep": "top-k", "density": 0.2},
-    "top-k, int8, zstd": {"keep": "top-k", "density": 0.2, "values": "int8", "zstd": 3},
+    "fp16": {"dtype": "fp16"},
+    "bf16": {"dtype": "bf16"},
+    "int8": {"dtype": "int8", "block": 16},
+    "int4": {"dtype": "int4", "block": 16},
+    "top-k": {"sparsify": "top-k", "density": 0.2},
+    "top-k, int8, zstd": {"sparsify": "top-k", "density": 0.2, "dtype": "int8", "zstd": 3},
 }
 UPWARDS: dict[str, dict[str, Any]] = {
     **WAYS,
-    "random-k": {"keep": "random-k", "density": 0.3},
-    "random-k, int4": {"keep": "random-k", "density": 0.3, "values": "int4"},
-    "low-rank": {"rank": 1},
-    "low-rank, int8": {"rank": 1, "values": "int8"},
+    "random-k": {"sparsify": "random-k", "density": 0.3},
+    "random-k, int4": {"sparsify": "random-k", "density": 0.3, "dtype": "int4"},
+    "low-rank": {"low_rank": 1},
+    "low-rank, int8": {"low_rank": 1, "dtype": "int8"},
 }
 
 
 def line(**up: Any) -> Wire:
-    return make_wire(Uplink(**up), Downlink(), 0, {})
+    return make_wire(Compression(**up), Compression(), 0, {})
 
 
 def vector(*values: float) -> Leaves:
@@ -68,7 +68,7 @@ def test_without_a_chain_leaves_go_as_they_are_by_name() -> None:
 def test_down_goes_the_change_since_the_first_round() -> None:
     # fp16 holds 11 bits: of 1024 + 1/1024 the change, but not the sum
     base, now = vector(1024.0, 3.0), vector(1024.0 + 1 / 1024, 3.0)
-    on = make_wire(Uplink(), Downlink(values="fp16"), 0, base)
+    on = make_wire(Compression(), Compression(dtype="fp16"), 0, base)
     found = decode_broadcast(on, encode_broadcast(on, now, 0), shapes(now))
     assert torch.equal(found["x"], now["x"])
     assert not torch.equal(now["x"].half().float(), now["x"])
@@ -76,7 +76,7 @@ def test_down_goes_the_change_since_the_first_round() -> None:
 
 def test_what_did_not_change_most_arrives_as_it_began() -> None:
     base, now = vector(5.0, 5.0, 5.0, 5.0), vector(5.1, 9.0, 5.2, 1.5)
-    on = make_wire(Uplink(), Downlink(keep="top-k", density=0.5), 0, base)
+    on = make_wire(Compression(), Compression(sparsify="top-k", density=0.5), 0, base)
     assert decode_broadcast(on, encode_broadcast(on, now, 0), shapes(now))["x"].tolist() == [
         5,
         9,
@@ -86,7 +86,7 @@ def test_what_did_not_change_most_arrives_as_it_began() -> None:
 
 
 def test_what_was_left_out_comes_with_the_next_change() -> None:
-    on = line(keep="top-k", density=0.5, feedback=True, decay=0.5)
+    on = line(sparsify="top-k", density=0.5, feedback=True, decay=0.5)
     payload, kept = encode_update(on, vector(3, 1), {}, 4, 0)
     assert decode_update(on, payload, {"x": (2,)}, 4, 0)["x"].tolist() == [3, 0]
     assert kept[RESIDUAL_PREFIX + "x"].tolist() == [0, 1]
@@ -99,7 +99,7 @@ def test_what_was_left_out_comes_with_the_next_change() -> None:
 
 
 def test_what_is_left_of_leaves_that_rest_stays() -> None:
-    on = line(keep="top-k", density=0.5, feedback=True)
+    on = line(sparsify="top-k", density=0.5, feedback=True)
     _, kept = encode_update(on, vector(3, 1), {}, 0, 0)
     _, more = encode_update(on, {"y": torch.tensor([2.0, 1.0])}, kept, 1, 0)
     assert {**kept, **more}.keys() == {LAST_ROUND_KEY, RESIDUAL_PREFIX + "x", RESIDUAL_PREFIX + "y"}
@@ -118,7 +118,7 @@ def test_a_payload_is_no_longer_than_is_said_and_repeats(how: str) -> None:
 
 @pytest.mark.parametrize("how", WAYS)
 def test_downwards_too(how: str) -> None:
-    on, now = make_wire(Uplink(), Downlink(**WAYS[how]), 0, drawn(1)), drawn(2)
+    on, now = make_wire(Compression(), Compression(**WAYS[how]), 0, drawn(1)), drawn(2)
     payload = encode_broadcast(on, now, 3)
     assert len(payload) <= get_max_bytes_down(on, shapes(now))
     assert encode_broadcast(on, now, 3) == payload
@@ -126,7 +126,7 @@ def test_downwards_too(how: str) -> None:
 
 
 def test_clients_and_rounds_draw_other_places_and_other_roundings() -> None:
-    for how in ({"keep": "random-k", "density": 0.3}, {"values": "int4"}):
+    for how in ({"sparsify": "random-k", "density": 0.3}, {"dtype": "int4"}):
         on, delta = line(**how), drawn(0)
         sent = {encode_update(on, delta, {}, r, c)[0] for r, c in ((0, 0), (0, 1), (1, 0))}
         assert len(sent) == 3
@@ -157,16 +157,16 @@ def test_feedback_never_seems_to_move_farther_than_all_rounds_did(how: str, seed
 
 
 def test_where_no_bound_is_known_the_stretch_is_endless() -> None:
-    assert get_error_factor(line(rank=1)) == math.inf
-    assert get_error_factor(line(values="int4", block=128, feedback=True)) == math.inf
-    assert get_error_factor(line(values="int4", block=16, feedback=True)) < 2
+    assert get_error_factor(line(low_rank=1)) == math.inf
+    assert get_error_factor(line(dtype="int4", block=128, feedback=True)) == math.inf
+    assert get_error_factor(line(dtype="int4", block=16, feedback=True)) < 2
 
 
 def test_a_leaf_of_few_ranks_arrives_whole_and_others_as_their_closest_product() -> None:
     rng = generator("ranks")
     one = torch.randn(9, 1, generator=rng) @ torch.randn(1, 7, generator=rng)
     full, bias = torch.randn(9, 7, generator=rng), torch.randn(5, generator=rng)
-    on, delta = line(rank=1), {"one": one, "full": full.reshape(9, 7, 1, 1), "bias": bias}
+    on, delta = line(low_rank=1), {"one": one, "full": full.reshape(9, 7, 1, 1), "bias": bias}
     payload, _ = encode_update(on, delta, {}, 0, 0)
     found = decode_update(on, payload, shapes(delta), 0, 0)
     torch.testing.assert_close(found["one"], one)
@@ -180,12 +180,13 @@ def test_a_leaf_of_few_ranks_arrives_whole_and_others_as_their_closest_product()
 
 def test_a_matrix_that_its_factors_would_not_shorten_goes_as_it_is() -> None:
     delta = {"x": torch.eye(4)}
-    payload, _ = encode_update(line(rank=2), delta, {}, 0, 0)
-    assert torch.equal(decode_update(line(rank=2), payload, {"x": (4, 4)}, 0, 0)["x"], delta["x"])
+    payload, _ = encode_update(line(low_rank=2), delta, {}, 0, 0)
+    decoded = decode_update(line(low_rank=2), payload, {"x": (4, 4)}, 0, 0)
+    assert torch.equal(decoded["x"], delta["x"])
 
 
 def test_factors_whose_product_is_not_finite_are_refused() -> None:
-    on, huge = line(rank=1), {"x": torch.ones(5, 5)}
+    on, huge = line(low_rank=1), {"x": torch.ones(5, 5)}
     payload, _ = encode_update(on, huge, {}, 0, 0)
     worse = payload[:-40] + torch.full((10,), 3e38).numpy().tobytes()
     with pytest.raises(RefusedError, match="not-finite"):
@@ -193,7 +194,7 @@ def test_factors_whose_product_is_not_finite_are_refused() -> None:
 
 
 def test_a_change_that_is_not_finite_is_not_sent() -> None:
-    for how in ({"values": "int8"}, {"rank": 1}):
+    for how in ({"dtype": "int8"}, {"low_rank": 1}):
         with pytest.raises(TrainingError, match="not finite"):
             encode_update(line(**how), {"x": torch.full((5, 5), math.nan)}, {}, 0, 0)
 
@@ -203,8 +204,8 @@ def test_a_change_that_is_not_finite_is_not_sent() -> None:
     [
         ({"uplink": {"feedback": True}}, "uplink.feedback=true has nothing to give back"),
         ({"uplink": {"density": 0}}, "uplink.density=0"),
-        ({"downlink": {"keep": "random-k"}}, "downlink.keep='random-k'"),
-        ({"uplink": {"values": "int2"}}, "uplink.values='int2'"),
+        ({"downlink": {"sparsify": "random-k"}}, "downlink.sparsify='random-k'"),
+        ({"uplink": {"dtype": "int2"}}, "uplink.dtype='int2'"),
         ({"downlink": {"zstd": 20}}, "downlink.zstd=20"),
     ],
 )

@@ -22,7 +22,7 @@ PLAIN: dict[str, Any] = {
     "evaluation": {"sample_tokens": 0},
     "method": {"name": "fedgen-edge"},
 }
-SHORT = {**PLAIN, "downlink": {"values": "int8"}}
+SHORT = {**PLAIN, "downlink": {"dtype": "int8"}}
 KEPT = {**PLAIN, "method": {"name": "ffa-lora"}}
 
 
@@ -77,5 +77,5 @@ def test_what_is_drawn_is_what_is_never_sent_and_all_of_it_where_changes_go_down
         settings = from_table({"method": {"name": name}})
         algorithm = METHODS[name].make(Method())
         assert select_drawn_leaves(settings, algorithm, begun).keys() == own
-        short = from_table({"method": {"name": name}, "downlink": {"values": "fp16"}})
+        short = from_table({"method": {"name": name}, "downlink": {"dtype": "fp16"}})
         assert select_drawn_leaves(short, algorithm, begun) == begun

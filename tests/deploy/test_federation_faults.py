@@ -53,7 +53,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
 def settings(rounds: int = 3, cohort: int | None = None, every: int = 1) -> Settings:
     more = {
         "federation": {"rounds": rounds, "cohort": cohort},
-        "evaluation": {"sample_tokens": 0, "every": every},
+        "evaluation": {"sample_tokens": 0, "every_rounds": every},
         "training": {"schedule": "constant"},
     }
     return recipe(None, **more)

@@ -89,11 +89,15 @@ def test_a_federation_of_sites_ends_as_a_run_on_one_machine(tmp_path: Path, meth
 @pytest.mark.parametrize(
     ("method", "up", "down"),
     [
-        ("fedgen-edge", {"keep": "top-k", "density": 0.1, "values": "int8", "zstd": 3}, {}),
-        ("rolora", {"keep": "top-k", "values": "fp16", "feedback": True}, {"values": "bf16"}),
-        ("fedper", {"keep": "random-k", "feedback": True}, {"keep": "top-k", "values": "int4"}),
-        ("flexlora", {"rank": 1}, {"values": "int8", "zstd": 1}),
-        ("ifca", {"keep": "top-k", "values": "fp16", "feedback": True}, {"values": "int8"}),
+        ("fedgen-edge", {"sparsify": "top-k", "density": 0.1, "dtype": "int8", "zstd": 3}, {}),
+        ("rolora", {"sparsify": "top-k", "dtype": "fp16", "feedback": True}, {"dtype": "bf16"}),
+        (
+            "fedper",
+            {"sparsify": "random-k", "feedback": True},
+            {"sparsify": "top-k", "dtype": "int4"},
+        ),
+        ("flexlora", {"low_rank": 1}, {"dtype": "int8", "zstd": 1}),
+        ("ifca", {"sparsify": "top-k", "dtype": "fp16", "feedback": True}, {"dtype": "int8"}),
     ],
 )
 def test_fewer_bytes_arrive_as_on_one_machine(
@@ -214,7 +218,7 @@ def test_pictures_over_flowers_messages_end_as_on_one_machine(
             "method": {"name": "fedper"},
             "personal": {"epochs": 1},
             "engine": {"name": "serial", "threads": 1, "device": "cpu"},
-            "evaluation": {"sample_pictures": 1},
+            "evaluation": {"sample_images": 1},
         }
     )
     simulation = simulated(tmp_path / "run", settings)

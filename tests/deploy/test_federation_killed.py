@@ -30,7 +30,8 @@ ROUNDS = 2
 SETTINGS = recipe(
     None,
     federation={"rounds": ROUNDS, "cohort": None},
-    evaluation={"sample_tokens": 0, "keep": 1},
+    evaluation={"sample_tokens": 0},
+    checkpoints={"keep": 1},
     training={"schedule": "constant"},
 )
 LOADED = (deploy, progress, report)

@@ -16,7 +16,7 @@ from support.sites import NAMES, kit, recipe
 
 MORE: dict[str, Any] = {
     "federation": {"rounds": 3, "cohort": None},
-    "evaluation": {"sample_tokens": 0, "every": 3},
+    "evaluation": {"sample_tokens": 0, "every_rounds": 3},
     "personal": {"epochs": 1},
 }
 

@@ -70,9 +70,9 @@ def refused(folder: Path, settings: Settings) -> str:
 
 
 def test_where_the_recipe_bounds_changes_itself_the_limit_is_refused(tmp_path: Path) -> None:
-    clipped = {"optimiser": "sgd", "clip": 2.0}
+    clipped = {"optimizer": "sgd", "clip": 2.0}
     told = refused(tmp_path / "clip", recipe(None, training=clipped))
     assert "gradient=0.25 in federation.toml" in told
     assert "training.clip=2.0" in told
-    told = refused(tmp_path / "adamw", recipe(None, training={"optimiser": "adamw", "clip": 0.0}))
-    assert "training.optimiser='adamw'" in told
+    told = refused(tmp_path / "adamw", recipe(None, training={"optimizer": "adamw", "clip": 0.0}))
+    assert "training.optimizer='adamw'" in told

@@ -324,12 +324,21 @@ SETUP = {
     "no method": ("--method.name fedporx", ["method.name='fedporx'", "'fedprox'"]),
     "no rounds": ("--method.name fedbuff", ["method.name='fedbuff'", "virtual clock"]),
     "slow devices": ("--devices.up 100", ["devices.up=(100.0,)", "leave it out"]),
-    "more than the cohort": ("--federation.over 0.3", ["federation.over=0.3", "over_selection"]),
+    "more than the cohort": (
+        "--federation.over_selection 1.3",
+        ["federation.over_selection=1.3", "over_selection"],
+    ),
     "a deadline of a clock": ("--federation.deadline 9", ["federation.deadline=9", "leave it out"]),
-    "candidates": ("--federation.candidates 2", ["federation.candidates=2", "leave it out"]),
-    "newcomers": ("--federation.newcomers 1", ["federation.newcomers=1", "deploy add"]),
+    "candidates": (
+        "--federation.power_of_choice 2",
+        ["federation.power_of_choice=2", "leave it out"],
+    ),
+    "newcomers": ("--federation.unseen_clients 1", ["federation.unseen_clients=1", "deploy add"]),
     "a cohort of more": ("--federation.cohort 3", ["federation.cohort=3", "at most 2"]),
-    "judging": ("--judging.features pixels", ["judging.features='pixels'", "leave it out"]),
+    "judging": (
+        "--image_metrics.features pixels",
+        ["image_metrics.features='pixels'", "leave it out"],
+    ),
     "classes without names": ("--task vae --data.source images", ["data.names=()", "its own way"]),
     "prompts that are no classes": (
         "--task vae --data.source digits --data.names 0 1 --evaluation.prompts 7",
@@ -375,7 +384,7 @@ def test_recipes_that_come_with_the_package_are_deployed_or_say_what_to_change(p
     table["evaluation"]["baselines"] = []
     table["federation"] |= {"cohort": 2}
     table["federation"].pop("clients", None)
-    table["judging"].pop("features", None)
+    table["image_metrics"].pop("features", None)
     if settings.task != "language":
         with pytest.raises(ConfigError, match=r"data\.names"):
             kits.check_deployable(config.from_table(table), 2)

@@ -18,7 +18,7 @@ from support.sites import NAMES, kit, recipe
 
 MORE: dict[str, Any] = {
     "federation": {"rounds": 4, "cohort": None},
-    "evaluation": {"sample_tokens": 0, "every": 4},
+    "evaluation": {"sample_tokens": 0, "every_rounds": 4},
     "personal": {"epochs": 1},
     "method": {"name": "scaffold"},
     "training": {**suited("scaffold"), "lr": 0.1},

@@ -87,12 +87,14 @@ def test_a_version_that_had_fewer_settings_is_named_with_those_it_had_not(
     # what a server wrote that did not know two of today's settings
     path, facts = begun / "run" / "settings.toml", begun / "run" / "run.json"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join(s for s in lines if not s.startswith(("own_pull =", "choose_by ="))))
+    path.write_text(
+        "".join(s for s in lines if not s.startswith(("ditto_lambda =", "choose_by =")))
+    )
     old = {**records.read_json(facts), "recipe": "0" * 64, "version": "0.0.7"}
     records.write_json(facts, old)
     told = refused(begun)
     assert "begun by fedgen-edge 0.0.7, whose settings (such as method." in told
-    assert "method.own_pull" in told
+    assert "method.ditto_lambda" in told
     assert "method.choose_by" in told
     assert "and " not in told.partition("(such as ")[2].partition(")")[0]
     assert f"of this one, {__version__}: go on with that version" in told

@@ -252,7 +252,7 @@ def test_training_that_leaves_the_finite_numbers_sends_nothing(
 ) -> None:
     settings = site.experiment.settings
     # decay alone takes A beyond the finite numbers in the first step
-    training = replace(settings.training, optimiser="sgd", lr=1e38, clip=0, weight_decay=1e5)
+    training = replace(settings.training, optimizer="sgd", lr=1e38, clip=0, weight_decay=1e5)
     wild = replace(settings, training=training)
     wild = replace(wild, personal=replace(wild.personal, lr=1e38, fallback=False))
     burst = replace(site, experiment=replace(site.experiment, settings=wild))

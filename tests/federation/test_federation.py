@@ -86,7 +86,7 @@ def test_fedper_keeps_the_last_layers_at_the_client() -> None:
 
 
 def test_a_cohort_is_drawn_without_replacement_by_seed_and_round() -> None:
-    plan = Federation(clients=10, cohort=4, rounds=1, newcomers=2, seed=3)
+    plan = Federation(clients=10, cohort=4, rounds=1, unseen_clients=2, seed=3)
     drawn = [sample_clients(plan, 10, r) for r in range(200)]
     assert all(len(set(cohort)) == 4 and max(cohort) < 8 for cohort in drawn)
     assert drawn[0] == sample_clients(plan, 10, 0)
@@ -178,15 +178,15 @@ def test_serial_stacked_and_a_plain_peft_loop_agree(backbone: str, name: str, cl
 
 
 def test_of_the_candidates_those_of_the_highest_loss_are_chosen() -> None:
-    plan = Federation(clients=6, cohort=2, rounds=1, candidates=4, seed=1)
-    candidates = sample_clients(replace(plan, cohort=4, candidates=None), 6, 0)
+    plan = Federation(clients=6, cohort=2, rounds=1, power_of_choice=4, seed=1)
+    candidates = sample_clients(replace(plan, cohort=4, power_of_choice=None), 6, 0)
     losses = torch.tensor([0.3, 0.9, 0.1, 0.5, 0.7, 0.2])
     expected = sorted(sorted(candidates, key=lambda c: -float(losses[c]))[:2])
     assert sample_clients(plan, 6, 0, losses) == expected
     # who never trained comes first, and without losses the draw is the plain one
     losses[candidates[0]] = torch.inf
     assert candidates[0] in sample_clients(plan, 6, 0, losses)
-    assert sample_clients(plan, 6, 0) == sample_clients(replace(plan, candidates=None), 6, 0)
+    assert sample_clients(plan, 6, 0) == sample_clients(replace(plan, power_of_choice=None), 6, 0)
 
 
 def test_the_server_remembers_each_clients_last_loss() -> None:
@@ -194,7 +194,7 @@ def test_the_server_remembers_each_clients_last_loss() -> None:
     job = Train(
         Clients(Line(), Algorithm(), shards, 0), Budget(1), lambda _: Recipe(partial(SGD, lr=0.5))
     )
-    plan = Federation(clients=3, cohort=1, rounds=4, candidates=3)
+    plan = Federation(clients=3, cohort=1, rounds=4, power_of_choice=3)
     cohorts = []
     for done in rounds(
         Algorithm().init(Line().init(generator(0))), Algorithm(), run_serially, job, plan

@@ -10,7 +10,7 @@ from torch.optim import SGD
 from conftest import Line, line_shard
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.compression.wire import make_wire
-from fedgen_edge.config import Downlink, Uplink
+from fedgen_edge.config import Compression
 from fedgen_edge.data.batches import Budget
 from fedgen_edge.errors import TrainingError
 from fedgen_edge.federation.client import Recipe
@@ -27,7 +27,7 @@ def test_what_cannot_go_down_is_told_with_its_round(moved: float, told: str) -> 
     base = {"w": torch.tensor(0.0)}
     clients = Clients(Line(), Algorithm(), [line_shard("a", 4)], 0)
     job = Train(
-        replace(clients, wire=make_wire(Uplink(), Downlink(values="fp16"), 0, base)),
+        replace(clients, wire=make_wire(Compression(), Compression(dtype="fp16"), 0, base)),
         Budget(1),
         lambda _: Recipe(partial(SGD, lr=0.5)),
     )

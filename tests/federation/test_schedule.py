@@ -176,10 +176,10 @@ def test_who_finish_together_count_by_lot() -> None:
 
 def test_over_selection_asks_a_share_more_rounded_up() -> None:
     # of 100: 7 more, not 8 for the sake of 7.000000000000001; of 3, 0.3 are 1 more
-    assert count_requested(Federation(over=0.07), 100, 999) == 107
-    assert count_requested(Federation(over=0.1), 3, 99) == 4
-    assert count_requested(Federation(over=9.0, newcomers=2), 3, 10) == 8
-    assert len(sample_clients(Federation(cohort=4, over=0.5), 10, 0)) == 6
+    assert count_requested(Federation(over_selection=1.07), 100, 999) == 107
+    assert count_requested(Federation(over_selection=1.1), 3, 99) == 4
+    assert count_requested(Federation(over_selection=10.0, unseen_clients=2), 3, 10) == 8
+    assert len(sample_clients(Federation(cohort=4, over_selection=1.5), 10, 0)) == 6
 
 
 @given(st.lists(st.floats(0.1, 9), min_size=1, max_size=6), st.floats(0.1, 50), st.integers(1, 6))
@@ -329,7 +329,7 @@ def test_who_comes_after_the_deadline_is_never_trained() -> None:
 def test_more_than_the_cohort_are_asked_and_the_first_of_them_count() -> None:
     # all three are asked, 0 and 2 come first after 2 seconds: the mean of halfway to 4 and to 8
     devices = Devices(steps_per_second=(1.0, 0.1, 0.5))
-    done, trained = federated([4, 99, 8], devices, rounds=1, cohort=2, over=0.5)
+    done, trained = federated([4, 99, 8], devices, rounds=1, cohort=2, over_selection=1.5)
     assert [order.clients for order in trained] == [(0,), (2,)]
     assert w(done[0]) == 3.0
     assert done[0].timing == Timing(2.0, (1,), 0)
@@ -456,7 +456,7 @@ SLOW = Devices(
 
 @pytest.mark.parametrize("name", ["fedgen-edge", "fedavgm", "fedbuff"])
 def test_from_any_commit_on_the_clock_and_the_clients_are_the_same(name: str) -> None:
-    plan: dict[str, Any] = {"rounds": 8, "cohort": 3, "over": 0.5, "deadline": 9.0}
+    plan: dict[str, Any] = {"rounds": 8, "cohort": 3, "over_selection": 1.5, "deadline": 9.0}
     algorithm, values = METHODS[name].make(Method(buffer=2)), [1.0, 2.0, 5.0, 7.0, 11.0]
     whole, _ = federated(values, SLOW, algorithm, **plan)
     clocks = [each.timing.clock for each in whole if each.timing]

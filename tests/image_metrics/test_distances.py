@@ -64,7 +64,7 @@ def test_large_means_do_not_eat_the_covariance() -> None:
 
 
 def test_what_is_not_finite_or_alone_is_refused() -> None:
-    with pytest.raises(DataError, match=r"not finite: choose another judging\.features"):
+    with pytest.raises(DataError, match=r"not finite: choose another image_metrics\.features"):
         moments(column(1, math.nan))
     with pytest.raises(DataError, match="a covariance needs 2 pictures, and there are 1"):
         _ = moments(column(1)).covariance

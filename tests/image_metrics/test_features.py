@@ -117,7 +117,7 @@ def test_grey_and_scaled_pictures_are_those_in_colour(made: Path) -> None:
     for side in (8, 100):
         scaled = torch.full((1, 3, side, side), 90, dtype=torch.uint8)
         torch.testing.assert_close(eyes.extract(scaled), eyes.extract(plain), rtol=1e-5, atol=1e-5)
-    with pytest.raises(DataError, match=r"4 channels: judge with judging\.features='pixels'"):
+    with pytest.raises(DataError, match=r"4 channels: judge with image_metrics\.features='pixels'"):
         eyes.extract(some(1, 4, 32, 32))
 
 
@@ -224,15 +224,17 @@ def test_lite0_sees_1280_numbers(tmp_path: Path) -> None:
 def test_weights_must_be_given(name: str) -> None:
     if name == "lite0":
         pytest.importorskip("efficientnet_lite_pytorch")
-    said = rf"judging\.weights is missing: judging\.features='{name}' needs .+\.p?th of"
+    said = rf"image_metrics\.weights is missing: image_metrics\.features='{name}' needs .+\.p?th of"
     with pytest.raises(ConfigError, match=said):
         make_extractor(name, None, CPU)
 
 
 def test_wrong_words_and_weights_that_are_not_needed_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"judging\.features='clip' is unknown: pixels, resnet20"):
+    with pytest.raises(
+        ConfigError, match=r"image_metrics\.features='clip' is unknown: pixels, resnet20"
+    ):
         make_extractor("clip", None, CPU)
-    with pytest.raises(ConfigError, match=r"judging\.features='pixels' has none, leave"):
+    with pytest.raises(ConfigError, match=r"image_metrics\.features='pixels' has none, leave"):
         make_extractor("pixels", tmp_path, CPU)
 
 
@@ -274,20 +276,30 @@ def test_safetensors_that_begin_like_a_pickle_are_read(made: Path, tmp_path: Pat
 
 def test_what_is_no_file_or_no_safetensors_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.safetensors"
-    with pytest.raises(ConfigError, match=r"judging\.weights='.*cut\.safetensors' is no file"):
+    with pytest.raises(
+        ConfigError, match=r"image_metrics\.weights='.*cut\.safetensors' is no file"
+    ):
         make_extractor("resnet20", path, CPU)
     path.write_bytes(bytes(100))
-    with pytest.raises(ConfigError, match=r"judging\.weights='.*cut\.safetensors' is damaged"):
+    with pytest.raises(
+        ConfigError, match=r"image_metrics\.weights='.*cut\.safetensors' is damaged"
+    ):
         make_extractor("resnet20", path, CPU)
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"linear.bias": None}, "judging.weights lacks linear.bias: it is not of judging.features"),
-        ({"layer1.3.conv1.weight": torch.ones(1)}, "judging.weights also has layer1.3.conv1"),
+        (
+            {"linear.bias": None},
+            "image_metrics.weights lacks linear.bias: it is not of image_metrics.features",
+        ),
+        ({"layer1.3.conv1.weight": torch.ones(1)}, "image_metrics.weights also has layer1.3.conv1"),
         ({"conv1.weight": torch.ones(16, 3, 3, 1)}, r"conv1.weight is \[16, 3, 3, 1\], not"),
-        ({"bn1.bias": torch.full((16,), torch.nan)}, "judging.weights: bn1.bias is not finite"),
+        (
+            {"bn1.bias": torch.full((16,), torch.nan)},
+            "image_metrics.weights: bn1.bias is not finite",
+        ),
     ],
 )
 def test_weights_of_another_network_are_refused(

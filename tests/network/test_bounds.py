@@ -66,7 +66,7 @@ def test_adamw_never_exceeds_its_bound(
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_the_rounding_of_a_large_number_is_not_taken_for_movement(kind: str) -> None:
     # near 2e5 float32 are 1/64 apart: ten steps of 0.01, each rounded up, move 0.156 and not 0.1
-    training = Training(optimiser=kind)  # pyright: ignore[reportArgumentType]
+    training = Training(optimizer=kind)  # pyright: ignore[reportArgumentType]
     assert moves(training, [-1.0] * 10, 2e5) == (pytest.approx(10 / 64), True)
     # nor in an average that began at 0, and took its place
     start = {"w": torch.tensor(2e5), "average.w": torch.tensor(0.0)}
@@ -107,14 +107,14 @@ def test_the_paper_of_adam_understates_how_far_it_can_go() -> None:
 def test_sgd_with_clipped_gradients_never_exceeds_its_bound(
     gradients: list[float], momentum: float, decay: float, start: float
 ) -> None:
-    training = Training(optimiser="sgd", momentum=momentum, weight_decay=decay, clip=0.5)
+    training = Training(optimizer="sgd", momentum=momentum, weight_decay=decay, clip=0.5)
     cut = [float(clip_gradients({"w": torch.tensor(g)}, 0.5, 0)["w"]) for g in gradients]
     assert moves(training, cut, start)[1]
 
 
 def test_sgd_with_equal_gradients_reaches_its_bound() -> None:
     # 20 steps of 0.01 * 0.5
-    training = Training(optimiser="sgd", clip=0.5)
+    training = Training(optimizer="sgd", clip=0.5)
     found = compute_reach(training, 0.01, 20)
     assert found is not None
     assert found.gain == pytest.approx(0.1)
@@ -125,8 +125,8 @@ def test_sgd_with_equal_gradients_reaches_its_bound() -> None:
 @pytest.mark.parametrize(
     "training",
     [
-        Training(optimiser="sgd", clip=0),
-        Training(optimiser="sgd", weight_decay=1e6),
+        Training(optimizer="sgd", clip=0),
+        Training(optimizer="sgd", weight_decay=1e6),
         Training(betas=(0.9, 0.81)),
         Training(betas=(0.9, 0.0)),
         Training(weight_decay=101.0),
@@ -175,7 +175,7 @@ def test_each_phase_moves_by_its_own_rate_and_repeats() -> None:
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])
 def test_an_average_moves_as_what_it_follows_and_their_gap(kind: str) -> None:
     # three steps of w reach 0.3 in one element; its average lies 1 away, so reaches 1.3
-    training = Training(optimiser=kind, betas=(0.0, 0.0))  # pyright: ignore[reportArgumentType]
+    training = Training(optimizer=kind, betas=(0.0, 0.0))  # pyright: ignore[reportArgumentType]
     bounds = Bounds(9, training, 0.1)
     start = {"w": torch.tensor([5.0]), "average.w": torch.tensor([4.0])}
     for far, allowed in ((1.299, True), (1.301, False)):
@@ -189,7 +189,7 @@ def test_an_average_moves_as_what_it_follows_and_their_gap(kind: str) -> None:
     [
         Training(batch=2, epochs=2),
         Training(batch=2, epochs=2, betas=(0.0, 0.99), weight_decay=1.0, clip=0),
-        Training(batch=2, epochs=2, optimiser="sgd", momentum=0.9, clip=1e-3),
+        Training(batch=2, epochs=2, optimizer="sgd", momentum=0.9, clip=1e-3),
     ],
     ids=["adamw", "adamw that decays", "sgd"],
 )
@@ -262,4 +262,4 @@ def test_a_factor_that_is_not_sent_has_stayed_as_it_began() -> None:
 def test_adamw_and_sgd_are_the_optimisers_that_are_bounded() -> None:
     leaf = [torch.zeros(1, requires_grad=True)]
     assert type(make_optimizer_factory(Training(), 0.1)(leaf)) is AdamW
-    assert type(make_optimizer_factory(Training(optimiser="sgd"), 0.1)(leaf)) is SGD
+    assert type(make_optimizer_factory(Training(optimizer="sgd"), 0.1)(leaf)) is SGD

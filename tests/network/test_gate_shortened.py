@@ -18,7 +18,7 @@ from fedgen_edge.compression.wire import (
     get_max_bytes_up,
     make_wire,
 )
-from fedgen_edge.config import Downlink, Training, Uplink
+from fedgen_edge.config import Compression, Training
 from fedgen_edge.errors import RefusedError
 from fedgen_edge.leaves import norm, scale
 from fedgen_edge.network.bounds import Bounds, compute_reach
@@ -27,11 +27,11 @@ from fedgen_edge.seeds import generator
 from fedgen_edge.types import Leaves
 from support.attacks import DELTA, OPEN, SCHEMA, reply
 
-SHORT = {"keep": "top-k", "density": 0.1, "values": "int8", "block": 16}
+SHORT = {"sparsify": "top-k", "density": 0.1, "dtype": "int8", "block": 16}
 
 
 def line(**up: object) -> Wire:
-    return make_wire(Uplink(**{**SHORT, **up}), Downlink(), 0, {})  # pyright: ignore[reportArgumentType]
+    return make_wire(Compression(**{**SHORT, **up}), Compression(), 0, {})  # pyright: ignore[reportArgumentType]
 
 
 def opening(on: Wire) -> OpenRound:
@@ -43,7 +43,7 @@ def sent(on: Wire, delta: Leaves = DELTA) -> bytes:
     return encode_update(on, delta, {}, 7, 2)[0]
 
 
-PLAIN, FRAMED, HALVES = line(), line(zstd=3), line(keep="all", values="int4")
+PLAIN, FRAMED, HALVES = line(), line(zstd=3), line(sparsify="all", dtype="int4")
 HONEST = sent(PLAIN)
 PARTS = count_part_bytes(PLAIN.up, SCHEMA)
 
@@ -61,7 +61,11 @@ ATTACKS: dict[str, tuple[str, Wire, bytes]] = {
     "empty": ("wrong-length", PLAIN, b""),
     "longer": ("payload-too-long", PLAIN, HONEST + b"\0"),
     "other header": ("bad-header", PLAIN, HONEST.replace(b"scales", b"shares")),
-    "leaves by name": ("payload-too-long", PLAIN, sent(make_wire(Uplink(), Downlink(), 0, {}))),
+    "leaves by name": (
+        "payload-too-long",
+        PLAIN,
+        sent(make_wire(Compression(), Compression(), 0, {})),
+    ),
     "places beyond all": ("bad-positions", PLAIN, FILLED),
     "negative scale": ("bad-values", PLAIN, with_byte(HONEST, PARTS["header"] + 1, 0xB0)),
     "infinite scale": ("bad-values", PLAIN, with_byte(HONEST, PARTS["header"] + 1, 0x7C)),
@@ -81,7 +85,7 @@ def test_what_no_chain_makes_is_refused_with_its_code(code: str, on: Wire, paylo
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("on", [PLAIN, FRAMED, HALVES, line(keep="random-k"), line(rank=1)])
+@pytest.mark.parametrize("on", [PLAIN, FRAMED, HALVES, line(sparsify="random-k"), line(low_rank=1)])
 def test_what_an_honest_site_makes_counts_as_in_a_simulation(on: Wire) -> None:
     payload = sent(on)
     found = validate_update(opening(on), reply(payload)).leaves
@@ -90,9 +94,16 @@ def test_what_an_honest_site_makes_counts_as_in_a_simulation(on: Wire) -> None:
     assert len(payload) <= get_max_bytes_up(on, SCHEMA)
 
 
-ADAMW, SGD = Training(batch=4), Training(optimiser="sgd", batch=4)
+ADAMW, SGD = Training(batch=4), Training(optimizer="sgd", batch=4)
 CHAINS = [
-    {"keep": keep, "values": values, "density": 0.07, "block": 16, "zstd": zstd, "feedback": again}
+    {
+        "sparsify": keep,
+        "dtype": values,
+        "density": 0.07,
+        "block": 16,
+        "zstd": zstd,
+        "feedback": again,
+    }
     for keep in ("all", "top-k", "random-k")
     for values in ("fp32", "fp16", "bf16", "int8", "int4")
     for zstd, again in ((0, False), (3, False), (0, True))
@@ -111,7 +122,11 @@ def test_a_change_that_passes_plain_passes_through_every_chain(
     up: dict[str, Any], training: Training, power: float, seed: int
 ) -> None:
     # down to a rate of 1e-9, where neighbouring numbers of fp16 are farther apart than a step
-    on, rng, memory = make_wire(Uplink(**up), Downlink(), seed, {}), generator("bound", seed), {}
+    on, rng, memory = (
+        make_wire(Compression(**up), Compression(), seed, {}),
+        generator("bound", seed),
+        {},
+    )
     rate, start = 10.0**power, {k: torch.zeros(s) for k, s in SCHEMA.items()}
     reached = compute_reach(training, rate, 3)
     assert reached is not None
@@ -133,7 +148,7 @@ def test_a_change_that_passes_plain_passes_through_every_chain(
 
 def test_the_bound_of_random_k_is_the_plain_one_over_its_density() -> None:
     # of 4096 values at most a tenth is kept, so what arrives is ten times as large
-    on = line(keep="random-k", values="fp16")
+    on = line(sparsify="random-k", dtype="fp16")
     open_ = opening(on)
     for factor, passes in ((1.0, True), (1.1, False)):
         delta = scale({k: torch.ones(s) for k, s in SCHEMA.items()}, 0.03 * factor)
@@ -151,7 +166,7 @@ def test_the_bound_of_random_k_is_the_plain_one_over_its_density() -> None:
 def test_places_that_both_sides_draw_go_by_the_sites_number(
     to: Callable[[OpenRound], OpenRound],
 ) -> None:
-    on = line(keep="random-k", values="fp32", feedback=True)
+    on = line(sparsify="random-k", dtype="fp32", feedback=True)
     found = to(opening(on))
     right = validate_update(found, reply(sent(on))).leaves
     at = right["large"].nonzero(as_tuple=True)

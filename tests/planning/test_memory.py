@@ -91,7 +91,7 @@ def test_adapter_gradients_and_moments_are_whole_numbers_of_the_adapter() -> Non
     assert found.adapter == 2 * 4 * values
     assert found.optimiser == 2 * 4 * values + 8 * 4
     assert found.gradients == pytest.approx(2 * 4 * values, rel=0.01)  # and some single numbers
-    assert step(settings(training={"optimiser": "sgd"})).optimiser == 0
+    assert step(settings(training={"optimizer": "sgd"})).optimiser == 0
     ffa = step(settings(method={"name": "ffa-lora"}))
     assert ffa.optimiser == 2 * 4 * 2 * (4 * 32 + 4 * 16) + 4 * 4  # of B alone
 

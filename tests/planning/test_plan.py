@@ -75,8 +75,8 @@ def test_steps_are_counted_from_examples(capsys: pytest.CaptureFixture[str]) -> 
         ("--memory 0.0001", "the device's memory", "a smaller training.batch"),
         ("--memory 99", "nothing breaks", "of 99 GB"),
         ("--server-memory 0.00001", "the server's memory", "federation.cohort"),
-        ("--server-link 1 --devices.up 1e4", "the server's link", "uplink.values"),
-        ("--devices.up 1 --federation.deadline 9", "the slowest client", "uplink.values='int8'"),
+        ("--server-link 1 --devices.up 1e4", "the server's link", "uplink.dtype"),
+        ("--devices.up 1 --federation.deadline 9", "the slowest client", "uplink.dtype='int8'"),
         ("--memory 0.0001 --server-memory 1e-9", "the server's memory", "federation.cohort"),
     ],
 )

@@ -28,12 +28,12 @@ from fedgen_edge.tasks.language.config_only import build_from_config, load_confi
 
 SLOW = {"steps_per_second": [1.0, 2.0, 0.5], "up": [900.0, 5000.0], "down": [4000.0]}
 CHAINS = {
-    "int8 of the largest": {"uplink": {"keep": "top-k", "density": 0.1, "values": "int8"}},
+    "int8 of the largest": {"uplink": {"sparsify": "top-k", "density": 0.1, "dtype": "int8"}},
     "both ways": {
-        "uplink": {"keep": "random-k", "density": 0.2, "values": "fp16"},
-        "downlink": {"keep": "top-k", "density": 0.3, "values": "int4"},
+        "uplink": {"sparsify": "random-k", "density": 0.2, "dtype": "fp16"},
+        "downlink": {"sparsify": "top-k", "density": 0.3, "dtype": "int4"},
     },
-    "low rank": {"uplink": {"rank": 1, "values": "bf16"}},
+    "low rank": {"uplink": {"low_rank": 1, "dtype": "bf16"}},
 }
 
 
@@ -131,14 +131,14 @@ def test_bytes_of_a_chain_are_known(texts: Path, chain: dict[str, Any], name: st
 
 
 def test_zstd_takes_no_more_than_is_said(texts: Path) -> None:
-    told = settings(texts, uplink={"values": "int8", "zstd": 3}, downlink={"zstd": 3})
+    told = settings(texts, uplink={"dtype": "int8", "zstd": 3}, downlink={"zstd": 3})
     pairs = zip(planned(told), recorded(told)[0], strict=True)
     assert all(most >= real for one, other in pairs for most, real in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("name", ["fedgen-edge", "ditto", "fedbuff"])
 def test_clocks_bytes_and_those_who_are_late_are_known(texts: Path, name: str) -> None:
-    rounds_of = {} if name == "fedbuff" else {"over": 0.5, "deadline": 9.0}
+    rounds_of = {} if name == "fedbuff" else {"over_selection": 1.5, "deadline": 9.0}
     devices = {**SLOW, "available": [0.8], "fails": [0.2, 0.0]}
     told = settings(texts, method={"name": name}, devices=devices, federation=rounds_of)
     found, clock = recorded(told)

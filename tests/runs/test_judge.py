@@ -29,8 +29,8 @@ TABLE: dict[str, Any] = {
     "federation": {"clients": 3, "rounds": 1, "seed": 4},
     "training": {"steps": 2, "batch": 4, "lr": 1e-2},
     "personal": {"epochs": 1, "steps": 2},
-    "evaluation": {"baselines": ["fedavg-full"], "sample_pictures": 0},
-    "judging": {"features": "pixels", "samples": 240},
+    "evaluation": {"baselines": ["fedavg-full"], "sample_images": 0},
+    "image_metrics": {"features": "pixels", "samples": 240},
 }
 MODELS = ["backbone", "fedavg-full", "global", "personal"]
 
@@ -119,7 +119,7 @@ def test_what_is_kept_of_clients_is_in_their_proportions(
 
 
 def test_clients_who_never_trained_are_not_in_what_all_have_made(tmp_path: Path) -> None:
-    table = {**TABLE["federation"], "clients": 4, "newcomers": 1}
+    table = {**TABLE["federation"], "clients": 4, "unseen_clients": 1}
     out = tmp_path / "run"
     for _ in proceed(create(settings(federation=table), out), out):
         pass
@@ -131,22 +131,22 @@ def test_clients_who_never_trained_are_not_in_what_all_have_made(tmp_path: Path)
 
 
 def test_few_samples_for_many_clients_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"judging.samples=10 must be at least 12"):
+    with pytest.raises(ConfigError, match=r"image_metrics.samples=10 must be at least 12"):
         build(
             settings(
                 federation={"clients": 6, "rounds": 1},
                 partition={"by": "iid"},
-                judging={"features": "pixels", "samples": 10},
+                image_metrics={"features": "pixels", "samples": 10},
             )
         )
 
 
 def test_a_model_of_text_is_not_judged_by_pictures() -> None:
     told = settings(task="language", data={}, partition={}, evaluation={})
-    with pytest.raises(ConfigError, match=r"judging.features='pixels' sees pictures"):
+    with pytest.raises(ConfigError, match=r"image_metrics.features='pixels' sees pictures"):
         build(told)
 
 
 def test_eyes_without_weights_are_refused_before_anything_is_trained() -> None:
-    with pytest.raises(ConfigError, match=r"judging.weights is missing"):
-        build(settings(judging={"features": "resnet56"}))
+    with pytest.raises(ConfigError, match=r"image_metrics.weights is missing"):
+        build(settings(image_metrics={"features": "resnet56"}))

@@ -36,7 +36,7 @@ def settings(folder: Path, **more: Any) -> Settings:
     table: dict[str, Any] = {
         "backbone": {"path": "tiny", "precision": "float32"},
         "data": {"source": "jsonl", "path": str(path), "client_field": "who", "length": 32},
-        "federation": {"rounds": 2, "newcomers": 1},
+        "federation": {"rounds": 2, "unseen_clients": 1},
         "training": {"batch": 2, "lr": 1e-2},
         "personal": {"lr": 5e-2, "epochs": 1, "fallback": False},
         "engine": {"threads": 1, "stack": 2},
@@ -166,7 +166,7 @@ def test_without_a_choice_no_share_is_told(tmp_path: Path) -> None:
 def test_as_a_baseline_a_method_is_judged_by_clients_own_models(tmp_path: Path) -> None:
     run = ran(
         tmp_path,
-        method={"name": "ditto", "own_pull": 0.0},
+        method={"name": "ditto", "ditto_lambda": 0.0},
         evaluation={"baselines": ["ditto", "local-only"]},
     )
     found: dict[str, dict[str, Any]] = {}

@@ -32,7 +32,7 @@ SETTINGS = from_table(
         "data": {"source": "digits", "public": 0.2, "unseen": ["8", "9"]},
         "partition": {"by": "iid"},
         "federation": {"clients": 3},
-        "evaluation": {"sample_pictures": 0},
+        "evaluation": {"sample_images": 0},
         "pretrain": {"size": "tiny", "rounds": 2, "steps": 3, "batch": 8},
     }
 )
@@ -245,7 +245,7 @@ def test_a_backbone_is_made_on_one_machine_whatever_the_clients_are(tmp_path: Pa
     usual = pretrain.derive_settings(SETTINGS)
     clients = {
         "devices": {"fails": [0.9]},
-        "uplink": {"values": "int4"},
+        "uplink": {"dtype": "int4"},
         "adapter": {"rank": 4, "ranks": [2, 4]},
     }
     other = from_table({**to_table(SETTINGS), **clients})

@@ -48,7 +48,8 @@ def test_without_its_extra_a_run_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("engine", "said"),
     [({"workers": 2}, "engine.workers=2"), ({"address": "a:1"}, "engine.address='a:1'"),
-     ({"sums": True, "name": "stacked"}, "engine.sums=True .* engine.name='stacked'")],
+     ({"aggregate_on_workers": True, "name": "stacked"},
+      "engine.aggregate_on_workers=True .* engine.name='stacked'")],
 )  # fmt: skip
 def test_what_is_of_workers_is_refused_where_there_are_none(
     engine: dict[str, Any], said: str, tmp_path: Path
@@ -60,8 +61,10 @@ def test_what_is_of_workers_is_refused_where_there_are_none(
 
 @pytest.mark.parametrize("method", ["flexlora", "fedbuff", "ifca"])
 def test_sums_are_refused_to_a_method_that_needs_more(method: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"method.name='{method}' .*engine.sums=true: leave"):
-        create(told({"name": "ray", "sums": True}, method), tmp_path / "run")
+    with pytest.raises(
+        ConfigError, match=f"method.name='{method}' .*engine.aggregate_on_workers=true: leave"
+    ):
+        create(told({"name": "ray", "aggregate_on_workers": True}, method), tmp_path / "run")
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1", "auto", "127.0.0.1:70000"])
@@ -113,7 +116,9 @@ def test_with_sums_a_run_tells_all_but_what_merging_missed(tmp_path: Path) -> No
         made = create(quick, tmp_path / str(sums))
         staff = Alone(jobs(made.settings))
         assert isinstance(staff, WorkerPool)
-        asked_for = replace(made.settings, engine=replace(made.settings.engine, sums=sums))
+        asked_for = replace(
+            made.settings, engine=replace(made.settings.engine, aggregate_on_workers=sums)
+        )
         for _ in proceed(
             replace(made, settings=asked_for, worker_pool=staff), tmp_path / str(sums)
         ):

@@ -49,7 +49,7 @@ def settings(corpus: Path, **more: dict[str, Any]) -> Settings:
         "backbone": {"path": "tiny", "precision": "float32"},
         "adapter": {"dropout": 0.1},
         "data": {"source": "jsonl", "path": str(corpus), "client_field": "who", "length": 32},
-        "federation": {"rounds": 8, "cohort": 3, "newcomers": 1},
+        "federation": {"rounds": 8, "cohort": 3, "unseen_clients": 1},
         "method": {"name": "fedper"},
         "training": {"batch": 2, "schedule": "cosine"},
         "personal": {"epochs": 2},
@@ -108,7 +108,7 @@ def test_kill_9_at_random_moments_then_resume_is_bit_identical(
         assert found[name] == value, name
 
 
-UPLINK = {"keep": "top-k", "density": 0.3, "values": "int8", "feedback": True}
+UPLINK = {"sparsify": "top-k", "density": 0.3, "dtype": "int8", "feedback": True}
 UNEQUAL = [name for name, entry in METHODS.items() if entry.mixed_ranks]
 
 
@@ -123,7 +123,7 @@ def test_any_method_with_feedback_stopped_and_resumed_ends_the_same(
         adapter={"ranks": ranks},
         method={"name": name, "residual_rank": 3},
         uplink={} if find_objection(name, "top-k") else UPLINK,
-        downlink={} if find_objection(name, "down") else {"values": "fp16"},
+        downlink={} if find_objection(name, "down") else {"dtype": "fp16"},
         federation={"rounds": 4},
         evaluation={"baselines": [], "sample_tokens": 0},
         personal={"epochs": 1},
@@ -150,7 +150,7 @@ def test_a_run_on_devices_stopped_at_any_commit_ends_the_same_with_its_clock(
     slow = settings(
         corpus,
         method={"name": "fedavgm"},
-        federation={"rounds": 4, "cohort": 2, "over": 0.5, "deadline": 25.0},
+        federation={"rounds": 4, "cohort": 2, "over_selection": 1.5, "deadline": 25.0},
         devices={"steps_per_second": [0.3, 1, 2], "up": [5e3], "fails": [0.3], "available": [0.9]},
         evaluation={"baselines": ["fedbuff"], "sample_tokens": 0},
         personal={"epochs": 0},
@@ -365,7 +365,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
     epochs = 1 + METHODS[name].make(Method()).head_epochs
     # decay alone takes A beyond the finite numbers in the first step; what bars it is wild as it is
     decay = {} if suited(name) else {"weight_decay": 1e5}
-    wild = {"optimiser": "sgd", "lr": 1e38, "clip": 0.0, "epochs": epochs, **decay}
+    wild = {"optimizer": "sgd", "lr": 1e38, "clip": 0.0, "epochs": epochs, **decay}
     create(settings(corpus, training=wild, method={"name": name}), folder)
     with pytest.raises(TrainingError, match=r"training\.lr=1e\+38") as error:
         finish(folder)
@@ -376,8 +376,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_its_commit(
 
 @pytest.mark.parametrize("values", ["int8", "fp16"])
 def test_so_does_a_change_that_cannot_be_sent(corpus: Path, tmp_path: Path, values: str) -> None:
-    folder, wild = tmp_path / "run", {"optimiser": "sgd", "lr": 1e30, "clip": 0.0}
-    create(settings(corpus, training=wild, uplink={"values": values}), folder)
+    folder, wild = tmp_path / "run", {"optimizer": "sgd", "lr": 1e30, "clip": 0.0}
+    create(settings(corpus, training=wild, uplink={"dtype": values}), folder)
     with pytest.raises(TrainingError, match=r"round 1, client client \d: .* training\.lr=1e\+30"):
         finish(folder)
     assert not (folder / "checkpoints").exists()
@@ -388,7 +388,7 @@ def test_a_personal_adapter_that_is_not_finite_is_never_written(
 ) -> None:
     folder = tmp_path / "run"
     wild = {"lr": 1e30, "fallback": False}
-    create(settings(corpus, training={"optimiser": "sgd", "clip": 0.0}, personal=wild), folder)
+    create(settings(corpus, training={"optimizer": "sgd", "clip": 0.0}, personal=wild), folder)
     with pytest.raises(TrainingError, match=r"personal\.lr=1e\+30"):
         finish(folder)
     assert not (folder / "adapters" / "clients").exists()

@@ -273,5 +273,5 @@ def rounds(count: int, **training: float) -> Settings:
         federation={"rounds": count, "cohort": 3},
         training={"lr": 1e-2, **training},
         personal={"epochs": 1, "lr": 1e-2, "fallback": False},
-        evaluation={"every": count, "sample_tokens": 4},
+        evaluation={"every_rounds": count, "sample_tokens": 4},
     )

@@ -165,14 +165,14 @@ def test_samples_are_fixed_by_their_seed_and_by_the_class() -> None:
 
 
 def test_the_report_gets_a_row_a_class() -> None:
-    plan = Evaluation(sample_pictures=2, sample_steps=1)
+    plan = Evaluation(sample_images=2, sample_steps=1)
     (sample,) = make().samples({}, plan, 0)
     assert sample.prompt == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     assert sample.image is not None
     assert sample.image.shape == (1, 10 * 10 - 2, 2 * 10 - 2)
     with pytest.raises(ConfigError, match="'frog' is no class of pictures"):
         next(make().samples({}, replace(plan, prompts=("frog",)), 0))
-    assert not list(make().samples({}, replace(plan, sample_pictures=0), 0))
+    assert not list(make().samples({}, replace(plan, sample_images=0), 0))
 
 
 def test_a_grid_is_laid_out_row_by_row() -> None:

@@ -229,7 +229,7 @@ def test_samples_are_fixed_by_their_seed_and_by_the_class() -> None:
 
 
 def test_the_report_gets_a_row_a_class() -> None:
-    (sample,) = make().samples({}, Evaluation(sample_pictures=2), 0)
+    (sample,) = make().samples({}, Evaluation(sample_images=2), 0)
     assert sample.prompt == "0, 1, 2, 3, 4, 5, 6, 7, 8, 9"
     assert sample.image is not None
     assert sample.image.shape == (1, 10 * 10 - 2, 2 * 10 - 2)

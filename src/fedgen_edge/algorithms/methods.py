@@ -75,7 +75,7 @@ METHODS: dict[str, Entry] = {
     ),
     "ditto": Entry(
         "each client trains a model of its own, pulled towards the shared one (arXiv:2012.04221)",
-        lambda m: Algorithm(beside=PersonalModel(pull_toward_shared(m.own_pull))),
+        lambda m: Algorithm(beside=PersonalModel(pull_toward_shared(m.ditto_lambda))),
     ),
     "feddpa": Entry(
         "each client trains an adapter of its own with the shared one mixed in (arXiv:2403.19211)",

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from fedgen_edge.algorithms.algorithm import Algorithm
-from fedgen_edge.config import Downlink, Settings, Uplink
+from fedgen_edge.config import Compression, Settings
 
-PLAIN_SGD = {"optimiser": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0}
+PLAIN_SGD = {"optimizer": "sgd", "momentum": 0.0, "weight_decay": 0.0, "clip": 0.0}
 """Fields of `training` with which a step is the learning rate times the gradient."""
 
 
@@ -16,23 +16,23 @@ def find_no_conflict(_settings: Settings) -> str | None:
 
 def find_downlink_conflict(settings: Settings) -> str | None:
     """Reject a lossy downlink: values that it drops would be merged as if clients had lost them."""
-    if settings.downlink.keep == "all":
+    if settings.downlink.sparsify == "all":
         return None
     return (
         "merges what clients hold, and cannot where they receive a part of it by "
-        f"downlink.keep={settings.downlink.keep!r}: say downlink.keep='all', and shorten by "
-        "downlink.values"
+        f"downlink.sparsify={settings.downlink.sparsify!r}: say downlink.sparsify='all', and "
+        "shorten by downlink.dtype"
     )
 
 
 def find_bases_conflict(settings: Settings) -> str | None:
     """Reject settings under which the first rounds cannot compute bases that all sides share."""
-    if settings.downlink != Downlink():
+    if settings.downlink != Compression():
         return "needs its bases as they are, and [downlink] changes them: leave it out"
-    if (settings.uplink.rank, settings.uplink.keep) != (0, "all"):
+    if (settings.uplink.low_rank, settings.uplink.sparsify) != (0, "all"):
         return (
-            "finds its bases in whole gradients, and uplink.rank and uplink.keep send a part: "
-            "leave them out, or say uplink.values='int8'"
+            "finds its bases in whole gradients, and uplink.low_rank and uplink.sparsify send a "
+            "part: leave them out, or say uplink.dtype='int8'"
         )
     if settings.adapter.initial is not None:
         initial = str(settings.adapter.initial)
@@ -55,7 +55,7 @@ def find_bases_conflict(settings: Settings) -> str | None:
 
 def find_sgd_conflict(settings: Settings) -> str | None:
     """Require that a client's change, as sent, is learning rate times steps times mean gradient."""
-    if (settings.uplink, settings.downlink) != (Uplink(), Downlink()):
+    if (settings.uplink, settings.downlink) != (Compression(), Compression()):
         return (
             "has both sides reckon with what was sent, and [uplink] and [downlink] change it: "
             "leave them out"
@@ -101,9 +101,16 @@ def find_epochs_conflict(algorithm: Algorithm, settings: Settings) -> str | None
 
 def find_sums_conflict(algorithm: Algorithm, settings: Settings) -> str | None:
     """Reject sums on workers for a method that needs every client's own change."""
-    if algorithm.partial_aggregation or settings.engine.name != "ray" or not settings.engine.sums:
+    if (
+        algorithm.partial_aggregation
+        or settings.engine.name != "ray"
+        or not settings.engine.aggregate_on_workers
+    ):
         return None
-    return "needs each client's change by itself, and cannot with engine.sums=true: leave it out"
+    return (
+        "needs each client's change by itself, and cannot with engine.aggregate_on_workers=true: "
+        "leave it out"
+    )
 
 
 Requirement = Callable[[Algorithm, Settings], str | None]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from fedgen_edge.algorithms.methods import METHODS, check
-from fedgen_edge.config import Devices, Downlink, Settings, Uplink
+from fedgen_edge.config import Compression, Devices, Settings
 from fedgen_edge.deploy.provision.kits import check_deployable
 from fedgen_edge.errors import ConfigError
 
@@ -26,20 +26,20 @@ def _check_sites(settings: Settings) -> None:
 
 FEATURES: dict[str, Feature] = {
     "top-k": Feature(
-        "uplink.keep: top-k or random-k, with uplink.feedback",
-        lambda s: replace(s, uplink=Uplink(keep="top-k", feedback=True)),
+        "uplink.sparsify: top-k or random-k, with uplink.feedback",
+        lambda s: replace(s, uplink=Compression(sparsify="top-k", feedback=True)),
     ),
     "bits": Feature(
-        "uplink.values: fp16, bf16, int8 or int4",
-        lambda s: replace(s, uplink=Uplink(values="int8")),
+        "uplink.dtype: fp16, bf16, int8 or int4",
+        lambda s: replace(s, uplink=Compression(dtype="int8")),
     ),
-    "thin": Feature("uplink.rank", lambda s: replace(s, uplink=Uplink(rank=1))),
+    "thin": Feature("uplink.low_rank", lambda s: replace(s, uplink=Compression(low_rank=1))),
     "down": Feature(
-        "downlink.values: fp16, bf16, int8 or int4",
-        lambda s: replace(s, downlink=Downlink(values="int8")),
+        "downlink.dtype: fp16, bf16, int8 or int4",
+        lambda s: replace(s, downlink=Compression(dtype="int8")),
     ),
     "down top-k": Feature(
-        "downlink.keep: top-k", lambda s: replace(s, downlink=Downlink(keep="top-k"))
+        "downlink.sparsify: top-k", lambda s: replace(s, downlink=Compression(sparsify="top-k"))
     ),
     "ranks": Feature(
         "adapter.ranks: clients of unequal rank",
@@ -70,7 +70,7 @@ def find_settings(name: str) -> Settings:
     """
     defaults = Settings()
     with_method = replace(defaults, method=replace(defaults.method, name=name))
-    sgd = replace(defaults.training, optimiser="sgd", clip=0.0)
+    sgd = replace(defaults.training, optimizer="sgd", clip=0.0)
     two_epochs = replace(defaults.training, epochs=2)
     for training in (defaults.training, sgd, two_epochs):
         try:

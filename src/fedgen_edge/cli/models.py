@@ -161,7 +161,7 @@ def _draw_images(options: Generate, task: "TrainableTask", adapter: "Leaves") ->
 
     plan = Evaluation(
         prompts=() if options.kind is None else (options.kind,),
-        sample_pictures=options.n,
+        sample_images=options.n,
         sample_steps=options.steps,
         sampler=options.sampler,
     )

@@ -21,7 +21,7 @@ from fedgen_edge.compression.packing import Zstd
 from fedgen_edge.compression.quantize import SMALLEST_FP16, Cast, Quantize
 from fedgen_edge.compression.serialize import Schema, count_encoded_bytes, decode, encode
 from fedgen_edge.compression.sparsify import RandomK, TopK
-from fedgen_edge.config import Downlink, Uplink
+from fedgen_edge.config import Compression
 from fedgen_edge.leaves import add, scale
 from fedgen_edge.seeds import generator, seed
 from fedgen_edge.types import Leaves
@@ -49,15 +49,15 @@ class Wire:
     """The adapter before the first round; needed only if `down` has stages."""
 
 
-def make_wire(up: Uplink, down: Downlink, seed_: int, base: Leaves) -> Wire:
+def make_wire(up: Compression, down: Compression, seed_: int, base: Leaves) -> Wire:
     """Make the wire that the settings describe.
 
     Raises:
         MissingExtraError: zstd is not installed.
     """
-    low_rank = [LowRank(up.rank)] if up.rank else []
+    low_rank = [LowRank(up.low_rank)] if up.low_rank else []
     # scaled values would be larger than the originals, and error feedback would diverge
-    random_k = [RandomK(up.density, scaled=not up.feedback)] if up.keep == "random-k" else []
+    random_k = [RandomK(up.density, scaled=not up.feedback)] if up.sparsify == "random-k" else []
     return Wire(
         Chain(_make_stages(down)),
         Chain((*low_rank, *random_k, *_make_stages(up))),
@@ -68,8 +68,8 @@ def make_wire(up: Uplink, down: Downlink, seed_: int, base: Leaves) -> Wire:
     )
 
 
-def _make_stages(settings: Uplink | Downlink) -> tuple[TopK | Cast | Quantize | Zstd, ...]:
-    top_k = [TopK(settings.density)] if settings.keep == "top-k" else []
+def _make_stages(settings: Compression) -> tuple[TopK | Cast | Quantize | Zstd, ...]:
+    top_k = [TopK(settings.density)] if settings.sparsify == "top-k" else []
     value_encoders = {
         "fp32": [],
         "fp16": [Cast("fp16")],
@@ -79,7 +79,7 @@ def _make_stages(settings: Uplink | Downlink) -> tuple[TopK | Cast | Quantize | 
     }
     return (
         *top_k,
-        *value_encoders[settings.values],
+        *value_encoders[settings.dtype],
         *([Zstd(settings.zstd)] if settings.zstd else []),
     )
 

@@ -14,11 +14,13 @@ from pydantic import Field, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from fedgen_edge.config import (
+    RENAMED_SETTINGS,
     STRICT,
     Count,
     Number,
     Positive,
     Settings,
+    describe_unknown,
     explain_error,
     from_table,
     iter_settings,
@@ -35,9 +37,9 @@ Address = Annotated[str, Field(pattern=r"^[A-Za-z0-9.:\[\]-]+:[0-9]{1,5}$")]
 Port = Annotated[int, Number, Field(ge=0, le=65535)]
 """0 is any that is free."""
 LOCAL_SETTINGS = frozenset(
-    ("data.path", "backbone.path", "backbone.autoencoder", "adapter.initial", "judging.weights",
-     "engine.name", "engine.stack", "engine.device", "engine.threads", "engine.compile",
-     "engine.address", "engine.workers", "engine.sums")
+    ("data.path", "backbone.path", "backbone.autoencoder", "adapter.initial",
+     "image_metrics.weights", "engine.name", "engine.stack", "engine.device", "engine.threads",
+     "engine.compile", "engine.address", "engine.workers", "engine.aggregate_on_workers")
 )  # fmt: skip
 """Settings that each machine has for itself; all others are shared, and pinned by their digest."""
 
@@ -124,6 +126,8 @@ def load_site_settings(folder: Path, site: SiteSettings) -> Settings:
     """
     table = to_table(load(folder / "recipe.toml"))
     for name, value in site.own.items():
+        if name in RENAMED_SETTINGS:
+            raise ConfigError(f"{folder / 'site.toml'}: own: {describe_unknown(name)}")
         if name not in LOCAL_SETTINGS:
             raise ConfigError(
                 f"{folder / 'site.toml'}: own.{name} is the same at all sites, by recipe.toml: "

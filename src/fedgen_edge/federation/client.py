@@ -63,7 +63,7 @@ def get_learning_rate(settings: Settings, algorithm: Algorithm, round_: int) -> 
 
 def make_optimizer_factory(settings: Training, rate: float) -> OptimizerFactory:
     """A factory of torch's optimisers; AdamW's fused one reads a stack's leaves but once a step."""
-    if settings.optimiser == "sgd":
+    if settings.optimizer == "sgd":
         decay, momentum = settings.weight_decay, settings.momentum
         return partial(SGD, lr=rate, momentum=momentum, weight_decay=decay)
     betas, decay = settings.betas, settings.weight_decay

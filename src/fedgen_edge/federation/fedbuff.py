@@ -64,7 +64,7 @@ class BufferedServer:
 
     def _make_orders(self, state: ServerState) -> Callable[[Sequence[int]], Order]:
         """What clients are given of a version."""
-        num_clients = self.job.count_clients() - self.federation.newcomers
+        num_clients = self.job.count_clients() - self.federation.unseen_clients
         return make_orders(self.algorithm, self.job, state, num_clients)
 
     def _start_client(

@@ -41,7 +41,7 @@ def list_available(
     """Clients that can be drawn in a round, in the order of its draw."""
     seed = federation.seed
     rng = generator(seed, "sample", round_)
-    order = torch.randperm(clients - federation.newcomers, generator=rng).tolist()
+    order = torch.randperm(clients - federation.unseen_clients, generator=rng).tolist()
     return [c for c in order if schedule.is_available(devices, seed, round_, c)]
 
 
@@ -69,8 +69,8 @@ def sample_clients(
     """
     drawn = torch.tensor(list_available(federation, clients, devices, round_), dtype=torch.long)
     size = count_requested(federation, cohort_size(federation, clients), clients)
-    if federation.candidates is not None and losses is not None:
-        candidates = drawn[: federation.candidates]
+    if federation.power_of_choice is not None and losses is not None:
+        candidates = drawn[: federation.power_of_choice]
         drawn = candidates[losses[candidates].argsort(descending=True, stable=True)]
     return sorted(drawn[:size].tolist())
 
@@ -118,7 +118,7 @@ def rounds(
     draw = roster.draw or partial(sample_clients, federation, clients, devices=roster.devices)
     for r in range(state.round, federation.rounds):
         requested = draw(r, state.memory.get(LOSSES))
-        order = make_orders(algorithm, job, state, job.count_clients() - federation.newcomers)
+        order = make_orders(algorithm, job, state, job.count_clients() - federation.unseen_clients)
         per_client = {client: order((client,)) for client in requested}
         cohort, timing = requested, None
         if uses_clock(roster.devices):
@@ -130,7 +130,7 @@ def rounds(
         orders = [order(group) for group in groups]
         updates = sorted(engine(orders, job), key=lambda update: update.order.clients)
         state = algorithm.step(state, updates) if updates else replace(state, round=r + 1)
-        if federation.candidates is not None:
+        if federation.power_of_choice is not None:
             state = record_losses(state, updates, clients)
         bytes_down = sum(len(order.payload) for order in orders)
         if timing:

@@ -57,9 +57,9 @@ def is_available(devices: Devices, seed: int, round_: int, client: int) -> bool:
 
 def count_requested(federation: Federation, cohort: int, clients: int) -> int:
     """Clients that a round asks, of whom the cohort is to come: never more than there are."""
-    # 0.07 of 100 is 7, whatever floats make of it
-    extra_clients = math.ceil(round(federation.over * cohort, 9))
-    return min(cohort + extra_clients, clients - federation.newcomers)
+    # 1.07 times 100 is 107, whatever floats make of it
+    num_requested = math.ceil(round(federation.over_selection * cohort, 9))
+    return min(num_requested, clients - federation.unseen_clients)
 
 
 def cohort_size(federation: Federation, clients: int) -> int:
@@ -73,11 +73,11 @@ def cohort_size(federation: Federation, clients: int) -> int:
             "federation.clients is missing, and the rounds need the number of clients: set it to "
             "as many as the partition has (as build() does)"
         )
-    num_participants = clients - federation.newcomers
+    num_participants = clients - federation.unseen_clients
     if num_participants < 1:
         raise ConfigError(
-            f"federation.newcomers={federation.newcomers} leaves none of {clients} clients to "
-            "train: have fewer"
+            f"federation.unseen_clients={federation.unseen_clients} leaves none of {clients} "
+            "clients to train: have fewer"
         )
     size = num_participants if federation.cohort is None else federation.cohort
     if federation.fraction is not None:
@@ -87,14 +87,14 @@ def cohort_size(federation: Federation, clients: int) -> int:
             f"federation.cohort={size} must be at most {num_participants}, the clients that train: "
             "draw fewer, or have more clients"
         )
-    candidates, requested = federation.candidates, count_requested(federation, size, clients)
+    candidates, requested = federation.power_of_choice, count_requested(federation, size, clients)
     if candidates is not None and not requested <= candidates <= num_participants:
         raise ConfigError(
-            f"federation.candidates={candidates} must be from {requested}, those that a "
+            f"federation.power_of_choice={candidates} must be from {requested}, those that a "
             "round asks, to "
             ""
             f"{num_participants}, the clients that train: set federation.cohort or "
-            f"federation.over below it"
+            f"federation.over_selection below it"
         )
     return size
 
@@ -307,21 +307,23 @@ def check(
         ConfigError: names the setting.
     """
     has_clock = uses_clock(devices)
-    for name, value in (("over", federation.over or None), ("deadline", federation.deadline)):
+    over_selection = federation.over_selection if federation.over_selection > 1 else None
+    clock_settings = {"over_selection": over_selection, "deadline": federation.deadline}
+    for name, value in clock_settings.items():
         if value is not None and not has_clock:
             raise ConfigError(
                 f"federation.{name}={value} needs clients that take time: describe them by "
                 "devices.steps_per_second, up and down"
             )
-    num_participants = clients - federation.newcomers
+    num_participants = clients - federation.unseen_clients
     for algorithm in algorithms:
         if algorithm.buffer > num_participants:
             raise ConfigError(
                 f"method.buffer={algorithm.buffer} must be at most {num_participants}, "
                 f"the clients that train"
             )
-        if algorithm.buffer and federation.candidates is not None:
+        if algorithm.buffer and federation.power_of_choice is not None:
             raise ConfigError(
-                f"federation.candidates={federation.candidates} chooses the cohort of a round, and "
-                "method.name='fedbuff' has no rounds: leave it out"
+                f"federation.power_of_choice={federation.power_of_choice} chooses the cohort of "
+                "a round, and method.name='fedbuff' has no rounds: leave it out"
             )

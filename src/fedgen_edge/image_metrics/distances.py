@@ -69,7 +69,9 @@ def moments(features: Float[Tensor, "n d"]) -> Moments:
         DataError: a feature is not finite.
     """
     if not bool(features.isfinite().all()):
-        raise DataError("features of pictures are not finite: choose another judging.features")
+        raise DataError(
+            "features of pictures are not finite: choose another image_metrics.features"
+        )
     values = features.double()
     mean = values.sum(0) / max(1, len(values))
     centered = values - mean
@@ -116,7 +118,7 @@ def explain_too_few(count: int, dimension: int) -> str | None:
     return (
         f"{count} pictures are too few for {dimension} features: their covariance is singular, and "
         f"the distance mostly says how many they are; judge more than {dimension}, or choose a "
-        "judging.features with fewer"
+        "image_metrics.features with fewer"
     )
 
 

@@ -41,7 +41,7 @@ class Extractor:
     """A feature extractor: images in, features out."""
 
     name: str
-    """The value of the setting judging.features."""
+    """The value of the setting image_metrics.features."""
     distance_name: str
     """The name of its Frechet distance; only `FID` is comparable with published values."""
     dimension: int | None
@@ -95,7 +95,9 @@ def _to_rgb(images: Tensor) -> Tensor:
     """Repeat gray images on three channels."""
     channels = images.shape[1]
     if channels not in {1, 3}:
-        raise DataError(f"pictures have {channels} channels: judge with judging.features='pixels'")
+        raise DataError(
+            f"pictures have {channels} channels: judge with image_metrics.features='pixels'"
+        )
     return images.expand(-1, 3, -1, -1)
 
 
@@ -103,7 +105,7 @@ def _make_efficientnet() -> nn.Module:
     try:
         from efficientnet_lite_pytorch import EfficientNet  # pyright: ignore[reportMissingImports]
     except ImportError:
-        raise MissingExtraError("judging.features='lite0'", "lite0") from None
+        raise MissingExtraError("image_metrics.features='lite0'", "lite0") from None
     return EfficientNet.from_name("efficientnet-lite0")
 
 
@@ -140,11 +142,14 @@ def make_extractor(name: str, weights: Path | None, device: torch.device) -> Ext
         MissingExtraError: the library of lite0's network is not installed.
     """
     if name not in FEATURES:
-        raise ConfigError(f"judging.features={name!r} is unknown: {', '.join(FEATURES)} are known")
+        raise ConfigError(
+            f"image_metrics.features={name!r} is unknown: {', '.join(FEATURES)} are known"
+        )
     kind = FEATURES[name]
     if kind.network is None and weights is not None:
         raise ConfigError(
-            f"judging.weights={str(weights)!r}: judging.features={name!r} has none, leave it out"
+            f"image_metrics.weights={str(weights)!r}: "
+            f"image_metrics.features={name!r} has none, leave it out"
         )
     network = None if kind.network is None else _load_network(name, kind.network, weights, device)
 
@@ -164,10 +169,10 @@ def _extract_features(kind: FeatureKind, network: nn.Module | None, images: Tens
 
 def _load_tensors(name: str, weights: Path | None) -> dict[str, Tensor]:
     """Read the file's tensors; only safetensors is accepted."""
-    setting = f"judging.weights={str(weights)!r}"
-    source = f"judging.features={name!r} needs {FEATURES[name].weights}, as safetensors"
+    setting = f"image_metrics.weights={str(weights)!r}"
+    source = f"image_metrics.features={name!r} needs {FEATURES[name].weights}, as safetensors"
     if weights is None:
-        raise ConfigError(f"judging.weights is missing: {source}")
+        raise ConfigError(f"image_metrics.weights is missing: {source}")
     if not weights.is_file():
         raise ConfigError(f"{setting} is no file: {source}")
     try:
@@ -204,15 +209,14 @@ def _load_network(
 
 
 def _check_tensors(name: str, expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    advice = (
-        f"it is not of judging.features={name!r}: give {FEATURES[name].weights}, as safetensors"
-    )
+    weights = FEATURES[name].weights
+    advice = f"it is not of image_metrics.features={name!r}: give {weights}, as safetensors"
     for key in sorted(expected.keys() ^ tensors.keys()):
         problem = "lacks" if key in expected else "also has"
-        raise ConfigError(f"judging.weights {problem} {key}: {advice}")
+        raise ConfigError(f"image_metrics.weights {problem} {key}: {advice}")
     for key, value in expected.items():
         if tensors[key].shape != value.shape:
             shapes = f"{list(tensors[key].shape)}, not {list(value.shape)}"
-            raise ConfigError(f"judging.weights: {key} is {shapes}: {advice}")
+            raise ConfigError(f"image_metrics.weights: {key} is {shapes}: {advice}")
         if not bool(tensors[key].isfinite().all()):
-            raise ConfigError(f"judging.weights: {key} is not finite: {advice}")
+            raise ConfigError(f"image_metrics.weights: {key} is not finite: {advice}")

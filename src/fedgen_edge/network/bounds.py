@@ -96,7 +96,7 @@ def compute_reach(training: Training, rate: float, steps: int) -> Reach | None:
     Differs: Kingma & Ba 2015 (arXiv:1412.6980, section 2.1) say max(1, (1 - b1) / sqrt(1 - b2)) of
     a step, the size for one gradient after many that are zero; growing gradients exceed it.
     """
-    return (_adamw if training.optimiser == "adamw" else _sgd)(training, rate, steps)
+    return (_adamw if training.optimizer == "adamw" else _sgd)(training, rate, steps)
 
 
 def _adamw(training: Training, rate: float, steps: int) -> Reach | None:

@@ -68,9 +68,9 @@ def find_limits(
             "up": time.up or 0.0,
         }
         advice = {
-            "down": "downlink.values='int8', or a lower adapter.rank",
+            "down": "downlink.dtype='int8', or a lower adapter.rank",
             "train": "fewer training.steps, or a smaller training.batch",
-            "up": "uplink.values='int8', or a lower adapter.rank",
+            "up": "uplink.dtype='int8', or a lower adapter.rank",
         }[max(seconds_by_part, key=lambda part: seconds_by_part[part])]
         limit = settings.federation.deadline
         resource_limits.append(
@@ -89,7 +89,7 @@ def find_limits(
     round_seconds = settings.federation.deadline or time.round
     if resources.server_link and round_seconds:
         seconds = (traffic.round_down + traffic.round_up) / resources.server_link
-        advice = "a smaller federation.cohort, or uplink.values='int8' and downlink.values='int8'"
+        advice = "a smaller federation.cohort, or uplink.dtype='int8' and downlink.dtype='int8'"
         resource_limits.append(
             ResourceLimit("the server's link in a round", seconds, round_seconds, "s", advice)
         )

@@ -276,7 +276,7 @@ def _make_traffic_estimate(
         (r for r in range(len(round_traffic)) if client_traffic.count_up_bytes(0, r)), 0
     )
     return TrafficEstimate(
-        exact=not has_zstd and settings.federation.candidates is None,
+        exact=not has_zstd and settings.federation.power_of_choice is None,
         client_down=client_traffic.count_down_bytes(0),
         client_up=client_traffic.count_up_bytes(0, first_sending_round),
         round_down=down / len(round_traffic),

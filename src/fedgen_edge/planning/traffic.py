@@ -2,7 +2,7 @@
 
 The cohorts, the stragglers and the payloads follow from settings and shapes alone, so these are the
 numbers that a run will record; with zstd they are upper bounds. Only a cohort chosen by its losses
-(`federation.candidates`) is not known beforehand: another cohort stands in for it.
+(`federation.power_of_choice`) is not known beforehand: another cohort stands in for it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -103,7 +103,7 @@ def make_client_traffic(
         MissingExtraError: zstd is not installed.
     """
     wire = Wire() if algorithm.pools_data else make_wire(settings.uplink, settings.downlink, 0, {})
-    return ClientTraffic(algorithm, wire, leaves, clients - settings.federation.newcomers)
+    return ClientTraffic(algorithm, wire, leaves, clients - settings.federation.unseen_clients)
 
 
 def estimate_rounds(

@@ -16,7 +16,7 @@ from fedgen_edge.report.wording import explain_global
 from fedgen_edge.runs.formatting import number
 
 SEED = "federation.seed"
-IGNORED_SETTINGS = (SEED, "engine.", "evaluation.keep", "evaluation.target")
+IGNORED_SETTINGS = (SEED, "engine.", "checkpoints.keep", "evaluation.target")
 """Settings that do not change the experiment: the seed, and how the machine computes."""
 
 

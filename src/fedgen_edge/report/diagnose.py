@@ -84,7 +84,7 @@ SIGNATURES: tuple[Signature, ...] = (
      "Raise [training.lr] or [training.epochs], or adapt more layers "
      "(adapter.target_modules=all-linear)."),
     ("warning", "Rounds pass that nobody finishes", signatures.idle_rounds,
-     "Allow more time ([federation.deadline]) or ask more clients ([federation.over]); "
+     "Allow more time ([federation.deadline]) or ask more clients ([federation.over_selection]); "
      "devices.available and devices.fails say who is there, and stays."),
     ("warning", "The global adapter is worse than the backbone for some clients",
      worse_than_backbone,
@@ -93,7 +93,7 @@ SIGNATURES: tuple[Signature, ...] = (
     ("warning", "Personal tuning makes some clients worse",
      worse_after_tuning,
      "They overfit: lower [personal.lr] or [personal.epochs], pull towards the global adapter "
-     "([personal.pull]), and keep [personal.fallback] on."),
+     "([personal.proximal_mu]), and keep [personal.fallback] on."),
     ("warning", "Most clients gain nothing from personal tuning", signatures.fallbacks,
      "Lower [personal.lr]; if that does not help, the clients are alike and the global adapter is "
      "all they need."),
@@ -120,7 +120,7 @@ SIGNATURES: tuple[Signature, ...] = (
      "What is trained on it begins there: train it for longer ([pretrain.rounds], "
      "[pretrain.steps]), or take another."),
     ("note", "The samples' distance rests on few pictures", signatures.too_few_images,
-     "Raise [judging.samples], or choose [judging.features] of fewer numbers."),
+     "Raise [image_metrics.samples], or choose [image_metrics.features] of fewer numbers."),
     ("note", "One client outweighs all others", signatures.one_client_dominates,
      "It steers the mean: read the worst client's numbers, and cap a round with training.steps."),
     ("note", "Validation reads little", signatures.validation_is_noisy,

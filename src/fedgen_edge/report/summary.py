@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from fedgen_edge.config import translate_table
 from fedgen_edge.errors import CheckpointError
 from fedgen_edge.runs import records
 from fedgen_edge.tasks.measure import Measure, Number
@@ -92,7 +93,7 @@ def read(folder: Path) -> RunFiles:
     baselines = sorted((folder / "baselines").glob("*/rounds.jsonl"))
     return RunFiles(
         folder=folder,
-        settings=dict(flatten_table(records.read_toml(folder / "settings.toml"))),
+        settings=dict(flatten_table(translate_table(records.read_toml(folder / "settings.toml")))),
         facts=(facts := records.read_json(folder / "run.json")),
         measure=_measure(facts, folder / "run.json"),
         clients=records.read_json(clients) if clients.exists() else [],

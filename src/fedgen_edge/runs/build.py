@@ -18,7 +18,7 @@ from fedgen_edge.algorithms.ifca import check_cohort_size, split_clusters
 from fedgen_edge.algorithms.local_corrections import add_proximal_term, keep_gradients
 from fedgen_edge.algorithms.methods import check, make_algorithm
 from fedgen_edge.compression.wire import Wire, make_wire
-from fedgen_edge.config import Downlink, Settings
+from fedgen_edge.config import Compression, Settings
 from fedgen_edge.data import sources
 from fedgen_edge.data.batches import (
     Budget,
@@ -100,7 +100,9 @@ class Experiment:
         """The engine of the settings; a method whose leaves cannot be stacked runs serially."""
         settings, can_stack = self.settings.engine, self.task.model.is_stackable
         if self.worker_pool:
-            aggregate_on_workers = settings.sums and self.algorithm.partial_aggregation is not None
+            aggregate_on_workers = (
+                settings.aggregate_on_workers and self.algorithm.partial_aggregation is not None
+            )
             stack = (settings.stack or 1) if can_stack else None
             return self.worker_pool.engine(
                 self.settings.method.name, stack, sums=aggregate_on_workers
@@ -120,7 +122,7 @@ class Experiment:
     def tune(self) -> Personalize:
         """What clients do after the last round."""
         t, p = self.settings.training, self.settings.personal
-        corrects = add_proximal_term(p.pull) if p.pull else keep_gradients
+        corrects = add_proximal_term(p.proximal_mu) if p.proximal_mu else keep_gradients
         recipe = Recipe(make_optimizer_factory(t, p.lr), t.clip, corrects=corrects)
         budget = Budget(t.batch, p.epochs, p.steps)
         beside, patience = self.algorithm.beside, Patience(p.patience, p.fallback)
@@ -210,7 +212,7 @@ class Experiment:
 
     def _iter_validation(self) -> Iterator[Batch]:
         """Of each training client: newcomers are the last."""
-        num_participants = len(self.holdings) - self.settings.federation.newcomers
+        num_participants = len(self.holdings) - self.settings.federation.unseen_clients
         return (self.clients.shards[c].validation for c in range(num_participants))
 
     @cached_property
@@ -297,7 +299,7 @@ def with_wire(experiment: Experiment) -> Experiment:
 
 def build_wire(settings: Settings, start: Callable[[], ServerState]) -> Wire:
     """How leaves travel by these settings, from a server that starts so."""
-    base = start().adapter if settings.downlink != Downlink() else {}
+    base = start().adapter if settings.downlink != Compression() else {}
     return make_wire(settings.uplink, settings.downlink, settings.federation.seed, base)
 
 
@@ -306,7 +308,7 @@ def select_drawn_leaves(settings: Settings, algorithm: Algorithm, start_adapter:
 
     What is never sent begins so. Where what goes down is a change since then, that is all of it.
     """
-    if settings.downlink != Downlink():
+    if settings.downlink != Compression():
         return start_adapter
     shared_leaves = algorithm.select_shared(start_adapter)
     return {k: v for k, v in start_adapter.items() if k not in shared_leaves}
@@ -348,7 +350,7 @@ def _check_workers(settings: Settings) -> None:
     worker_settings = {
         "address": engine.address,
         "workers": engine.workers,
-        "sums": engine.sums or None,
+        "aggregate_on_workers": engine.aggregate_on_workers or None,
     }
     for name, value in worker_settings.items():
         if value is not None:
@@ -361,11 +363,12 @@ def _check_workers(settings: Settings) -> None:
 def _check_candidates(settings: Settings) -> None:
     """Methods in one table see the same batches; each would choose clients by its own losses."""
     is_only_method = settings.method.name != "centralised" and not settings.evaluation.baselines
-    if settings.federation.candidates is not None and not is_only_method:
+    if settings.federation.power_of_choice is not None and not is_only_method:
         raise ConfigError(
-            f"federation.candidates={settings.federation.candidates} chooses clients by a method's "
-            "own losses, so methods beside each other would see other batches, and `centralised` "
-            "has but one loss: leave evaluation.baselines out, and run each method by itself"
+            f"federation.power_of_choice={settings.federation.power_of_choice} chooses clients by "
+            "a method's own losses, so methods beside each other would see other batches, and "
+            "`centralised` has but one loss: leave evaluation.baselines out, and run each "
+            "method by itself"
         )
 
 
@@ -373,20 +376,21 @@ def _check_judging(
     settings: Settings, task: TrainableTask, clients: int, device: torch.device
 ) -> None:
     """Refuse now what judging by samples would refuse after the last round."""
-    judging = settings.judging
-    if judging.features is None:
+    image_metrics = settings.image_metrics
+    if image_metrics.features is None:
         return
     if not isinstance(task, ImageTask):
         raise ConfigError(
-            f"judging.features={judging.features!r} sees pictures, and "
+            f"image_metrics.features={image_metrics.features!r} sees pictures, and "
             f"task={settings.task!r} makes "
             "none: leave it out"
         )
-    if judging.samples < 2 * clients:
+    if image_metrics.samples < 2 * clients:
         raise ConfigError(
-            f"judging.samples={judging.samples} must be at least {2 * clients}, two for each client"
+            f"image_metrics.samples={image_metrics.samples} must be at least {2 * clients}, two "
+            "for each client"
         )
-    make_extractor(judging.features, judging.weights, device)
+    make_extractor(image_metrics.features, image_metrics.weights, device)
 
 
 def check_held_out(holdings: Sequence[ClientSplits]) -> None:
@@ -445,7 +449,9 @@ def _resolve_settings(experiment: Experiment, cohort: int) -> Settings:
         ),
         adapter=replace(settings.adapter, initial=_make_absolute(settings.adapter.initial)),
         data=replace(settings.data, path=_make_absolute(settings.data.path)),
-        judging=replace(settings.judging, weights=_make_absolute(settings.judging.weights)),
+        image_metrics=replace(
+            settings.image_metrics, weights=_make_absolute(settings.image_metrics.weights)
+        ),
         federation=replace(
             settings.federation, clients=len(experiment.holdings), cohort=cohort, fraction=None
         ),

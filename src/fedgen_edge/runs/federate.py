@@ -85,7 +85,7 @@ def federate(experiment: FederatedExperiment, folder: Path) -> Iterator[records.
     """
     settings = experiment.settings
     state, memory, problems = find_latest(folder)
-    prune(folder, memory, settings.evaluation.keep)
+    prune(folder, memory, settings.checkpoints.keep)
     state = state or experiment.start()
     experiment = experiment.with_client_states(memory)
     log = folder / "rounds.jsonl"
@@ -112,7 +112,7 @@ def federate(experiment: FederatedExperiment, folder: Path) -> Iterator[records.
         record["seconds"] = round(train_end - start_time, 3)
         record["evaluate_seconds"] = round(time.perf_counter() - train_end, 3)
         records.append(log, record)
-        commit(folder, round_commit.state, memory, settings.evaluation.keep)
+        commit(folder, round_commit.state, memory, settings.checkpoints.keep)
         if tensorboard:
             tensorboard.write(record)
         yield record
@@ -187,7 +187,7 @@ def get_update_norm(update: Update) -> float:
 
 
 def _is_evaluation_round(settings: Settings, round_: int) -> bool:
-    return round_ % settings.evaluation.every == 0 or round_ == settings.federation.rounds
+    return round_ % settings.evaluation.every_rounds == 0 or round_ == settings.federation.rounds
 
 
 def _make_round_record(

@@ -4,16 +4,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgen_edge.config import Settings, load, to_flat_dict
+from fedgen_edge.config import Settings, load_saved, to_flat_dict, translate_setting
 from fedgen_edge.errors import CheckpointError, suggest
 from fedgen_edge.runs import records
 
 MAX_LISTED = 12
 """Names of clients in a message."""
 CHANGEABLE = (
-    "engine.", "evaluation.keep", "evaluation.target", "evaluation.tensorboard",
-    "data.path", "backbone.path", "backbone.autoencoder", "adapter.initial", "judging.weights",
-    "training.lr", "training.clip", "method.server_lr", "personal.lr", "personal.fallback",
+    "engine.", "checkpoints.keep", "evaluation.target", "evaluation.tensorboard",
+    "data.path", "backbone.path", "backbone.autoencoder", "adapter.initial",
+    "image_metrics.weights", "training.lr", "training.clip", "method.server_lr",
+    "personal.lr", "personal.fallback",
 )  # fmt: skip
 """Settings that may change before a run is resumed: where it runs, what its files are called (what
 these hold is compared by hash, but for the weights that judge), and what a message about infinite
@@ -27,9 +28,24 @@ def read_run(run: Path) -> tuple[Settings, Any]:
         raise CheckpointError(f"{run} holds no run: it has no settings.toml")
     if not (run / "run.json").exists():
         raise CheckpointError(f"{run} was stopped before its first round: delete it and run again")
-    settings, facts = load(run / "settings.toml"), records.read_json(run / "run.json")
+    settings, facts = load_saved(run / "settings.toml"), records.read_json(run / "run.json")
+    facts = _translate_facts(facts)
     _check_settings(run, settings, facts.get("settings", {}))
     return settings, facts
+
+
+def _translate_facts(facts: dict[str, Any]) -> dict[str, Any]:
+    """What run.json says, with the names that settings have now."""
+    translated = dict(facts)
+    if "settings" in facts:
+        settings = facts["settings"].items()
+        translated["settings"] = dict(translate_setting(*pair) for pair in settings)
+    if "changes" in facts:
+        translated["changes"] = [
+            change | {"name": translate_setting(change["name"], None)[0]}
+            for change in facts["changes"]
+        ]
+    return translated
 
 
 def _check_settings(run: Path, settings: Settings, before: Mapping[str, Any]) -> None:

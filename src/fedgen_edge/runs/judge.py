@@ -131,7 +131,10 @@ class SampleEvaluator:
 
         A client's share is rounded up, so that all of them are no fewer than the setting says.
         """
-        total, min_samples = self._total(self.labels), self.experiment.settings.judging.samples
+        total, min_samples = (
+            self._total(self.labels),
+            self.experiment.settings.image_metrics.samples,
+        )
         counts = [max(2, math.ceil(min_samples * len(own) / total)) for own in self.labels]
         return [
             [own[i * len(own) // count] for i in range(count)]
@@ -227,7 +230,7 @@ class SampleEvaluator:
 
 def make_evaluator(experiment: Experiment, run: Path) -> SampleEvaluator:
     """Of a run whose rounds are done."""
-    settings = experiment.settings.judging
+    settings = experiment.settings.image_metrics
     assert settings.features is not None
     feature_extractor = make_extractor(
         settings.features, settings.weights, experiment.clients.device

@@ -12,14 +12,13 @@ from pathlib import Path
 
 from fedgen_edge import files
 from fedgen_edge.config import (
+    Compression,
     Devices,
-    Downlink,
     Federation,
-    Judging,
+    ImageMetrics,
     Method,
     Partition,
     Settings,
-    Uplink,
     to_toml,
 )
 from fedgen_edge.data import sources
@@ -98,8 +97,8 @@ def derive_settings(settings: Settings) -> Settings:
         partition=Partition(by="pooled"),
         federation=Federation(rounds=p.rounds, seed=settings.federation.seed),
         method=Method(name="fedavg-full"),
-        uplink=Uplink(),
-        downlink=Downlink(),
+        uplink=Compression(),
+        downlink=Compression(),
         devices=Devices(),
         training=replace(
             settings.training,
@@ -111,7 +110,7 @@ def derive_settings(settings: Settings) -> Settings:
             warmup=0,
         ),
         evaluation=replace(settings.evaluation, baselines=()),
-        judging=Judging(),
+        image_metrics=ImageMetrics(),
     )
 
 

@@ -103,7 +103,7 @@ class TerminalBoard:
         now = self.clock()
         if event.stage != self.stage.name:
             self.stage = self._begin(event)
-        stage, every = self.stage, self.context.settings.evaluation.every
+        stage, every = self.stage, self.context.settings.evaluation.every_rounds
         if event.stage == "personal":
             stage.pace.add(now, self.work_per_client.get(event.line["client"], 1))
         else:

@@ -40,7 +40,7 @@ class RunContext(Protocol):
 def holdings(experiment: Experiment) -> list[dict[str, Any]]:
     """Who holds what: examples of each split, training items, training examples of each label."""
     labels = experiment.corpus.labels or ()
-    participants = len(experiment.holdings) - experiment.settings.federation.newcomers
+    participants = len(experiment.holdings) - experiment.settings.federation.unseen_clients
     return [
         {
             "client": own.name,

@@ -215,7 +215,7 @@ def _rows(experiment: Experiment, run: Path) -> Iterator[records.Line]:
 
 def _judge(experiment: Experiment, run: Path) -> Iterator[Event]:
     """Hold samples of every model against the test pictures, where it is asked for."""
-    if experiment.settings.judging.features is None:
+    if experiment.settings.image_metrics.features is None:
         return
     model_names = list_judged_models(experiment)
     for model in judge(experiment, run):

@@ -27,7 +27,7 @@ from fedgen_edge.deploy.settings import DeploymentSettings, Name, read
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.federation.schedule import cohort_size
 
-CLOCK_SETTINGS = ("devices.", "federation.over", "federation.deadline")
+CLOCK_SETTINGS = ("devices.", "federation.over_selection", "federation.deadline")
 """Prefixes of the settings of a simulation's clock."""
 MAX_SITES = 500
 """Maximum sites of one server: about as many as Flower's server can handle."""
@@ -153,8 +153,11 @@ def check_deployable(settings: Settings, sites: int) -> None:
         settings.evaluation,
     )
     is_image_task = settings.task != "language"
+    defaults = dict(iter_settings(Settings()))
     clock_settings = [
-        f"{k}={v!r}" for k, v in iter_settings(settings) if k.startswith(CLOCK_SETTINGS) and v
+        f"{name}={value!r}"
+        for name, value in iter_settings(settings)
+        if name.startswith(CLOCK_SETTINGS) and value != defaults[name]
     ]
     unknown_prompts = [name for name in evaluation.prompts if name not in settings.data.names]
     is_local = algorithm.sends is share_nothing or algorithm.pools_data
@@ -165,19 +168,19 @@ def check_deployable(settings: Settings, sites: int) -> None:
         "`fedgen run`: take them out, or say --evaluation.baselines with nothing after it": (
             bool(evaluation.baselines)
         ),
-        f"federation.candidates={federation.candidates} needs the last loss of every site, and "
-        "some may be away: leave it out": federation.candidates is not None,
+        f"federation.power_of_choice={federation.power_of_choice} needs the last loss of every "
+        "site, and some may be away: leave it out": federation.power_of_choice is not None,
         f"method.name={settings.method.name!r} commits by a virtual clock, and sites have none: "
         "use `fedgen run`, or another method": bool(algorithm.buffer),
         f"{', '.join(clock_settings)}: a simulation's devices and rounds by its clock, "
         f"which sites do not "
         "have: leave it out; federation.toml has over_selection and deadline": bool(clock_settings),
-        f"federation.newcomers={federation.newcomers} are for `fedgen run`: leave it out, and add "
-        "sites at any time by `fedgen deploy add`": bool(federation.newcomers),
+        f"federation.unseen_clients={federation.unseen_clients} are for `fedgen run`: leave it "
+        "out, and add sites at any time by `fedgen deploy add`": bool(federation.unseen_clients),
         f"federation.clients={federation.clients} is not the number of sites, {sites}: leave it "
         "out, since sites are the clients": federation.clients not in {None, sites},
-        f"judging.features={settings.judging.features!r} sees all sites' pictures in one place: "
-        "leave it out": settings.judging.features is not None,
+        f"image_metrics.features={settings.image_metrics.features!r} sees all sites' pictures in "
+        "one place: leave it out": settings.image_metrics.features is not None,
         "data.names=() would let each site number its classes its own way: name all classes, in "
         "the order that the backbone knows": is_image_task and not settings.data.names,
         f"evaluation.prompts={evaluation.prompts!r} are no classes of data.names: "

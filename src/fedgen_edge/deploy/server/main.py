@@ -155,10 +155,10 @@ def _check_spectrum(plan: DeploymentSettings, recipe: Settings, task: TrainableT
 def _check_gradient(plan: DeploymentSettings, recipe: Settings) -> None:
     """Refuse a limit on steps where the recipe has one itself."""
     t = recipe.training
-    if plan.gradient is not None and (t.optimiser != "sgd" or t.clip):
+    if plan.gradient is not None and (t.optimizer != "sgd" or t.clip):
         raise ConfigError(
             f"gradient={plan.gradient} in federation.toml is for SGD that does not clip, and "
-            f"training.optimiser={t.optimiser!r} with training.clip={t.clip} is bounded by the "
+            f"training.optimizer={t.optimizer!r} with training.clip={t.clip} is bounded by the "
             "recipe: leave it out"
         )
 

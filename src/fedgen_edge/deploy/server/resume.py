@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgen_edge import __version__
-from fedgen_edge.config import Settings, iter_settings, load, read_table
+from fedgen_edge.config import Settings, iter_settings, load_saved, read_table
 from fedgen_edge.deploy.server.cohort import count_target_updates
 from fedgen_edge.deploy.settings import LOCAL_SETTINGS
 from fedgen_edge.errors import CheckpointError
@@ -62,7 +62,7 @@ def check_resumable(
 def _describe_recipe_change(run: Path, run_facts: Mapping[str, Any], settings: Settings) -> str:
     """How the recipe is another, and what would mend it."""
     path = run / "settings.toml"
-    before = load(path)
+    before = load_saved(path)
     now = set_client_count(settings, before.federation.clients or 1)
     changed = [
         f"{name}={old!r} and not {new!r}"

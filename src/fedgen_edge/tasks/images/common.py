@@ -194,7 +194,7 @@ def make_sample_grid(
         settings: the classes, and the number of images of each.
         key: seed of the noise, which is the same for every model.
     """
-    num_per_class = settings.sample_pictures
+    num_per_class = settings.sample_images
     if unknown := [name for name in settings.prompts if name not in names]:
         raise ConfigError(f"{unknown[0]!r} is no class of pictures: {', '.join(names)} are")
     class_numbers = [names.index(name) for name in settings.prompts or names]
