@@ -99,16 +99,51 @@ class Update:
     where it is the client's own."""
 
 
+class RoundTrip(NamedTuple):
+    """A client at work, or done: of a server that has no rounds."""
+
+    client: int
+    version: int
+    """Commits before the adapter that it was given."""
+    end: float
+    """Seconds since the start of training."""
+    arrives: bool
+    bytes_sent: int
+    """Bytes that it has sent by its end."""
+
+
+class Queue(NamedTuple):
+    """The virtual time, and who is at work, between two commits."""
+
+    clock: float = 0.0
+    """Virtual seconds since the start of training."""
+    draws: int = 0
+    """How often clients were drawn so far: seeds the next draw."""
+    trips: tuple[RoundTrip, ...] = ()
+    """In the order in which they began."""
+
+
 @dataclass(frozen=True)
 class ServerState:
-    """All that the server needs to go on."""
+    """All that the server needs to go on; `federation.states` writes and reads it."""
 
     round: int
     """Rounds committed so far."""
     adapter: Leaves
     """The global adapter."""
-    memory: Leaves = field(default_factory=dict)
-    """What the server's own step keeps (moments, variates), and its virtual clock."""
+    first_moment: Leaves = field(default_factory=dict)
+    """The server optimizer's running mean (or sum) of changes, by the leaf's name."""
+    second_moment: Leaves = field(default_factory=dict)
+    """The server optimizer's running mean (or sum) of squared changes, by the leaf's name."""
+    method: Leaves = field(default_factory=dict)
+    """What the method itself remembers, under names that it alone knows."""
+    losses: Tensor | None = None
+    """Every client's last training loss, `[clients]`; infinite of a client that never trained.
+    None where no cohort is chosen by it."""
+    queue: Queue = field(default_factory=Queue)
+    """The virtual clock, and which clients are at work."""
+    versions: Mapping[int, Leaves] = field(default_factory=dict)
+    """Older adapters on which clients are at work, by the commits before them."""
 
 
 @dataclass(frozen=True)

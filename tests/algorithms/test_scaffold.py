@@ -94,7 +94,7 @@ def test_two_rounds_by_hand() -> None:
     run = Run([line_shard("a", 4), line_shard("b", 8, 8, 8)], epochs=2)
     first, second = run(2)
     assert [float(c.state.adapter["w"]) for c in (first, second)] == [4.5, 5.625]
-    assert [float(c.state.memory[C]) for c in (first, second)] == [-9.0, -2.25]  # their sums
+    assert [float(c.state.method[C]) for c in (first, second)] == [-9.0, -2.25]  # their sums
     assert [own(run, 0), own(run, 1)] == [0.75, -3.0]
     assert [float(u.order.received[C]) for u in second.updates] == [-4.5, -4.5]
 
@@ -150,7 +150,7 @@ def test_what_a_client_has_lost_leaves_the_servers_sum_by_hand() -> None:
     run = Run([line_shard("a", 4), line_shard("b", 8, 8, 8)], epochs=2)
     _, second = replace(run, engine=losing(run, 1, 0))(2)
     assert [own(run, 0), own(run, 1)] == [1.5, -3.0]
-    assert float(second.state.memory[C]) == -1.5
+    assert float(second.state.method[C]) == -1.5
     assert float(second.state.adapter["w"]) == 4.5 + (3 + 1.5) / 2
 
 
@@ -167,10 +167,10 @@ def test_the_servers_variate_is_the_mean_of_all_who_may_train(cohort: int) -> No
     commits = run(7, cohort=cohort, unseen_clients=1)
     assert 4 not in run.memory
     total = sum(own(run, client) for client in run.memory)
-    assert float(commits[-1].state.memory[C]) == pytest.approx(total, abs=1e-5)
+    assert float(commits[-1].state.method[C]) == pytest.approx(total, abs=1e-5)
     before, after = commits[-2:]
     told = float(after.updates[0].order.received[C])
-    assert told == pytest.approx(float(before.state.memory[C]) / 4, abs=1e-6)
+    assert told == pytest.approx(float(before.state.method[C]) / 4, abs=1e-6)
 
 
 def test_a_variate_is_the_gradient_whatever_a_phase_repeats_and_its_rate() -> None:
@@ -207,7 +207,7 @@ def test_a_stack_of_clients_old_and_new_and_of_unequal_length_is_each_of_them() 
     )
     states = [run(5, cohort=2)[-1].state for run in (one, many)]
     torch.testing.assert_close(states[1].adapter, states[0].adapter)
-    torch.testing.assert_close(states[1].memory, states[0].memory)
+    torch.testing.assert_close(states[1].method, states[0].method)
     torch.testing.assert_close(many.memory, one.memory)
 
 

@@ -79,7 +79,13 @@ def precision(name: str, case: Case) -> float:
         replace(u, order=replace(u.order, received=double(u.order.received)), delta=double(u.delta))
         for u in updates
     ]
-    whole = ServerState(state.round, double(state.adapter), double(state.memory))
+    whole = replace(
+        state,
+        adapter=double(state.adapter),
+        first_moment=double(state.first_moment),
+        second_moment=double(state.second_moment),
+        method=double(state.method),
+    )
     single = after(name, state, updates)
     assert {v.dtype for v in single.values()} == {torch.float32}
     return gap(seen(single), seen(after(name, whole, precise)))

@@ -69,7 +69,7 @@ def test_the_servers_sum_is_of_what_sites_have_and_of_nothing_that_was_lost(
     own = [kept(run, sites, name) for name in NAMES]
     for name in state.adapter:
         total = torch.stack([each[CLIENT_VARIATE + name] for each in own]).sum(0)
-        torch.testing.assert_close(state.memory[VARIATE + name], total, atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(state.method[VARIATE + name], total, atol=1e-6, rtol=1e-5)
     # the server works out each site's as the site itself does
     assert all(same(memory[at], each) for at, each in enumerate(own))
     # and the lost one was not nothing

@@ -202,7 +202,8 @@ def test_the_server_remembers_each_clients_last_loss() -> None:
         cohorts.append(done.updates[0].order.clients[0])
     # each once while its loss is unknown; then the one whose loss was highest, (5 - w)^2 / 2
     assert sorted(cohorts[:3]) == [0, 1, 2]
-    losses = done.state.memory["losses"]
+    losses = done.state.losses
+    assert losses is not None
     assert float(losses[cohorts[3]]) == done.updates[0].loss
     assert cohorts[3] == 2
 

@@ -26,19 +26,16 @@ from fedgen_edge.federation.schedule import (
     ClientLoad,
     ClientTiming,
     DeviceDraw,
-    Queue,
-    RoundTrip,
     cohort_size,
     count_requested,
     draw_device,
     fill_buffer,
-    get_queue,
     is_available,
-    set_queue,
     simulate_client,
     simulate_round,
 )
-from fedgen_edge.types import Commit, Order, ServerState, Timing, Update
+from fedgen_edge.federation.states import decode_server_state, encode_server_state
+from fedgen_edge.types import Commit, Order, Queue, RoundTrip, ServerState, Timing, Update
 
 LUCKY = DeviceDraw(0.0, 0.99, 0.5)
 """Neither away nor dropping out, by any chance below 0.99."""
@@ -254,9 +251,9 @@ def test_who_drops_out_makes_room_and_does_not_count() -> None:
 
 def test_who_is_at_work_comes_back_from_the_servers_memory() -> None:
     trips = (RoundTrip(3, 12, 1 / 3, True, 2**40 + 1), RoundTrip(0, 11, 2.5, False, 0))
-    for queue in (Queue(0.1, 7, trips), Queue(0.1, 7)):
-        assert get_queue(set_queue({}, queue)) == queue
-    assert get_queue({}) == Queue()
+    for queue in (Queue(0.1, 7, trips), Queue(0.1, 7), Queue()):
+        payload = encode_server_state(ServerState(9, {}, queue=queue))
+        assert decode_server_state(9, payload) == ServerState(9, {}, queue=queue)
 
 
 @given(st.lists(st.floats(0, 9), min_size=2, max_size=6), st.integers(1, 6), st.integers(1, 6))
@@ -343,7 +340,7 @@ def test_a_round_that_nobody_finishes_changes_nothing_but_the_time() -> None:
         assert [(w(each), each.updates, each.bytes_down) for each in done] == [
             (0.0, [], 2 * SIZE)
         ] * 2
-        assert [float(each.state.memory["clock"]) for each in done] == [5.0, 10.0]
+        assert [each.state.queue.clock for each in done] == [5.0, 10.0]
         assert [each.state.round for each in done] == [1, 2]
         assert not trained
 
@@ -408,8 +405,8 @@ def test_two_clients_of_unequal_speed_and_a_buffer_of_one() -> None:
     # two begin at first, and then one a commit
     assert [each.bytes_down for each in done] == [2 * SIZE, SIZE, SIZE, SIZE]
     # 1 works on version 3 and 0 on version 2 no more: of older ones none is kept but 1's
-    kept = [sorted(k for k in each.state.memory if k.startswith("version/")) for each in done]
-    assert kept == [["version/0/w"], ["version/0/w"], ["version/2/w"], ["version/3/w"]]
+    kept = [sorted((v, *adapter) for v, adapter in each.state.versions.items()) for each in done]
+    assert kept == [[(0, "w")], [(0, "w")], [(2, "w")], [(3, "w")]]
 
 
 def test_a_stale_buffer_moves_the_server_less() -> None:

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from fedgen_edge.types import ServerState
 
 def state(number: int) -> ServerState:
     value = torch.tensor([float(number), 0.1])
-    return ServerState(number, {"a.lora_A": value}, {"moment": value * 2})
+    return ServerState(number, {"a.lora_A": value}, first_moment={"a.lora_A": value * 2})
 
 
 def run(folder: Path, rounds: int, keep: int = 2) -> ClientStateStore:
@@ -28,7 +29,7 @@ def test_what_was_committed_comes_back_bit_by_bit(tmp_path: Path) -> None:
     assert found is not None
     assert found.round == 3
     assert torch.equal(found.adapter["a.lora_A"], state(3).adapter["a.lora_A"])
-    assert torch.equal(found.memory["moment"], state(3).memory["moment"])
+    assert torch.equal(found.first_moment["a.lora_A"], state(3).first_moment["a.lora_A"])
     assert [float(memory[c]["kept:w"]) for c in (0, 1)] == [2.0, 3.0]
     assert refused == []
 
@@ -76,6 +77,19 @@ def test_no_whole_commit_is_an_error_that_names_them_all(tmp_path: Path) -> None
         (folder / "manifest.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"00002.*00001"):
         find_latest(tmp_path)
+
+
+def test_a_checkpoint_of_another_version_is_one_line_that_says_which_version_reads_it(
+    tmp_path: Path,
+) -> None:
+    run(tmp_path, 2)
+    path = tmp_path / "checkpoints" / "00002" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["format"]  # as the version before wrote it
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match=r"format 1.*reads format 2.*run\.json") as refusal:
+        find_latest(tmp_path)
+    assert "\n" not in str(refusal.value)
 
 
 def test_old_commits_and_unnamed_memory_are_deleted(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """An algorithm is its slots; each slot's default is FedAvg, so a method fills one to three."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from fedgen_edge.algorithms import (
@@ -160,9 +160,7 @@ class Algorithm:
             ]
         merged = self.merges(state.adapter, updates) if any(u.delta for u in updates) else {}
         new_state = self.steps(state, merged)
-        return ServerState(
-            round=state.round + 1, adapter=new_state.adapter, memory=new_state.memory
-        )
+        return replace(new_state, round=state.round + 1)
 
     def keeps(self, start: Leaves, delta: Leaves, memory: Leaves) -> Leaves:
         """A client's memory after a round: what it had, and what it trained and never sends."""

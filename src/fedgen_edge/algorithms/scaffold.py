@@ -40,11 +40,11 @@ def tells(state: ServerState, num_clients: int) -> Leaves:
     """c, of every leaf that is trained; zero before the first round.
 
     Args:
-        state: the sum of all c_k is in its memory, so that the mean follows their number.
+        state: the sum of all c_k is in its `method`, so that the mean follows their number.
         num_clients: clients that there are.
     """
     trained = (k for k in state.adapter if not k.startswith((AVERAGE, RESIDUAL)))
-    sums = {k: state.memory.get(VARIATE + k, torch.zeros_like(state.adapter[k])) for k in trained}
+    sums = {k: state.method.get(VARIATE + k, torch.zeros_like(state.adapter[k])) for k in trained}
     return {VARIATE + k: v / num_clients for k, v in sums.items()}
 
 
@@ -85,8 +85,8 @@ def merges(adapter: Leaves, updates: Sequence[Update]) -> Leaves:
 
 def steps(state: ServerState, change: Leaves) -> ServerState:
     """Add it: of the adapter, and of the sums in the server's memory."""
-    sums = {k: state.memory.get(k, 0.0) + v for k, v in change.items() if k.startswith(VARIATE)}
-    return replace(server_optimizers.add(state, change), memory={**state.memory, **sums})
+    sums = {k: state.method.get(k, 0.0) + v for k, v in change.items() if k.startswith(VARIATE)}
+    return replace(server_optimizers.add(state, change), method={**state.method, **sums})
 
 
 def _compute_variate_changes(order: Order, delta: Leaves, steps: int) -> Leaves:

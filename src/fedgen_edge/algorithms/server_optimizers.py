@@ -11,9 +11,6 @@ from torch import Tensor
 from fedgen_edge import leaves
 from fedgen_edge.types import AVERAGE, Leaves, ServerState
 
-FIRST_MOMENT, SECOND_MOMENT = "first moment/", "second moment/"
-"""Prefixes, in the server's memory, of the moments of a leaf."""
-
 
 def add(state: ServerState, change: Leaves) -> ServerState:
     """Add the change: FedAvg's step, of size one."""
@@ -29,13 +26,12 @@ def momentum(rate: float, decay: float) -> Callable[[ServerState, Leaves], Serve
     def steps(state: ServerState, change: Leaves) -> ServerState:
         trained, averages = _split_averages(change)
         velocity = {
-            k: decay * state.memory[FIRST_MOMENT + k] + v if FIRST_MOMENT + k in state.memory else v
+            k: decay * state.first_moment[k] + v if k in state.first_moment else v
             for k, v in trained.items()
         }
         server_step = leaves.scale(velocity, rate)
-        return _apply_change(
-            state, {**server_step, **averages}, {FIRST_MOMENT + k: v for k, v in velocity.items()}
-        )
+        state = replace(state, first_moment={**state.first_moment, **velocity})
+        return add(state, {**server_step, **averages})
 
     return steps
 
@@ -63,23 +59,17 @@ def adaptive(
 
     def steps(state: ServerState, change: Leaves) -> ServerState:
         trained, averages = _split_averages(change)
-        memory, server_step, moments = state.memory, {}, {}
+        means, squares, server_step = dict(state.first_moment), dict(state.second_moment), {}
         for k, v in trained.items():
             mean = (1 - decay) * v
-            if FIRST_MOMENT + k in memory:
-                mean = decay * memory[FIRST_MOMENT + k] + mean
+            if k in means:
+                mean = decay * means[k] + mean
             square = v.square()
-            previous = (
-                memory[SECOND_MOMENT + k]
-                if SECOND_MOMENT + k in memory
-                else square.new_full((), floor**2)
-            )
-            moments[FIRST_MOMENT + k], moments[SECOND_MOMENT + k] = (
-                mean,
-                second_moment(previous, square),
-            )
-            server_step[k] = learning_rate * mean / (moments[SECOND_MOMENT + k].sqrt() + floor)
-        return _apply_change(state, {**server_step, **averages}, moments)
+            previous = squares[k] if k in squares else square.new_full((), floor**2)
+            means[k], squares[k] = mean, second_moment(previous, square)
+            server_step[k] = learning_rate * mean / (squares[k].sqrt() + floor)
+        state = replace(state, first_moment=means, second_moment=squares)
+        return add(state, {**server_step, **averages})
 
     return steps
 
@@ -106,7 +96,3 @@ def _split_averages(change: Leaves) -> tuple[Leaves, Leaves]:
     """The leaves that take optimizer steps, and the moving averages."""
     averages = leaves.select(change, lambda name: name.startswith(AVERAGE))
     return {k: v for k, v in change.items() if k not in averages}, averages
-
-
-def _apply_change(state: ServerState, change: Leaves, memory: Leaves) -> ServerState:
-    return replace(add(state, change), memory={**state.memory, **memory})

@@ -6,17 +6,12 @@ from functools import partial
 from itertools import groupby
 from operator import attrgetter
 
-from fedgen_edge import leaves
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Devices, Federation
 from fedgen_edge.federation import schedule
 from fedgen_edge.federation.jobs import Engine, TrainingJob
 from fedgen_edge.federation.orders import make_orders, simulate_order
-from fedgen_edge.federation.schedule import RoundTrip
-from fedgen_edge.types import Commit, Leaves, Order, ServerState, Timing, Update
-
-VERSION_PREFIX = "version/"
-"""Begins, in the server's memory, the names of an older adapter on which somebody is at work."""
+from fedgen_edge.types import Commit, Leaves, Order, RoundTrip, ServerState, Timing, Update
 
 
 @dataclass(frozen=True)
@@ -45,19 +40,18 @@ class BufferedServer:
         while state.round < self.federation.rounds:
             make_order = self._make_orders(state)
             filled = schedule.fill_buffer(
-                schedule.get_queue(state.memory),
+                state.queue,
                 self.algorithm.buffer,
                 self.concurrency,
                 self.available_clients,
                 partial(self._start_client, make_order),
             )
-            versions = {state.round: state.adapter, **_get_versions(state.memory)}
+            versions = {state.round: state.adapter, **state.versions}
             updates = self._train_clients(state, filled.buffer, versions)
             needed = {trip.version for trip in filled.queue.trips}
             older = {v: adapter for v, adapter in versions.items() if v in needed}
             state = self.algorithm.step(state, updates)
-            memory = schedule.set_queue(_set_versions(state.memory, older), filled.queue)
-            state = replace(state, memory=memory)
+            state = replace(state, queue=filled.queue, versions=older)
             self.job.commit_updates(updates)
             bytes_down = filled.started * len(make_order((0,)).payload)
             yield Commit(state, updates, bytes_down, self._make_timing(filled))
@@ -99,22 +93,3 @@ class BufferedServer:
             return None
         dropped = tuple(trip.client for trip in filled.dropped)
         return Timing(filled.queue.clock, dropped, sum(trip.bytes_sent for trip in filled.dropped))
-
-
-def _get_versions(memory: Leaves) -> dict[int, Leaves]:
-    """Older adapters by version."""
-    versions: dict[int, Leaves] = {}
-    for name, leaf in memory.items():
-        if name.startswith(VERSION_PREFIX):
-            version, _, leaf_name = name.removeprefix(VERSION_PREFIX).partition("/")
-            versions.setdefault(int(version), {})[leaf_name] = leaf
-    return versions
-
-
-def _set_versions(memory: Leaves, versions: dict[int, Leaves]) -> Leaves:
-    """The memory with these older adapters, and no others."""
-    others = leaves.select(memory, lambda name: not name.startswith(VERSION_PREFIX))
-    prefixed = {
-        f"{VERSION_PREFIX}{v}/{k}": leaf for v, own in versions.items() for k, leaf in own.items()
-    }
-    return {**others, **prefixed}

@@ -18,8 +18,6 @@ from fedgen_edge.federation.schedule import INSTANT, cohort_size, count_requeste
 from fedgen_edge.seeds import generator
 from fedgen_edge.types import Commit, Order, ServerState, Timing, Update
 
-LOSSES = "losses"
-"""Where the server keeps every client's last training loss."""
 Draw = Callable[[int, Tensor | None], list[int]]
 """Whom a round asks, in the clients' order, from its number and every client's last loss."""
 
@@ -77,10 +75,11 @@ def sample_clients(
 
 def record_losses(state: ServerState, updates: Sequence[Update], clients: int) -> ServerState:
     """The state with the cohort's training losses, by which a later cohort is chosen."""
-    losses = state.memory.get(LOSSES, torch.full((clients,), torch.inf)).clone()
+    unknown = torch.full((clients,), torch.inf)
+    losses = (unknown if state.losses is None else state.losses).clone()
     for update in updates:
         losses[list(update.order.clients)] = update.loss
-    return replace(state, memory={**state.memory, LOSSES: losses})
+    return replace(state, losses=losses)
 
 
 def rounds(
@@ -117,7 +116,7 @@ def rounds(
         return
     draw = roster.draw or partial(sample_clients, federation, clients, devices=roster.devices)
     for r in range(state.round, federation.rounds):
-        requested = draw(r, state.memory.get(LOSSES))
+        requested = draw(r, state.losses)
         order = make_orders(algorithm, job, state, job.count_clients() - federation.unseen_clients)
         per_client = {client: order((client,)) for client in requested}
         cohort, timing = requested, None
@@ -134,7 +133,7 @@ def rounds(
             state = record_losses(state, updates, clients)
         bytes_down = sum(len(order.payload) for order in orders)
         if timing:
-            state = replace(state, memory=schedule.set_clock(state.memory, timing.clock))
+            state = replace(state, queue=state.queue._replace(clock=timing.clock))
             bytes_down += sum(len(per_client[client].payload) for client in timing.dropped)
         job.commit_updates(updates)
         yield Commit(state, updates, bytes_down, timing)
@@ -161,7 +160,7 @@ def _simulate_round(
     ]
     target_size = cohort_size(federation, federation.clients or 0)
     outcome = schedule.simulate_round(timings, target_size, federation.deadline)
-    clock = schedule.get_clock(state.memory) + outcome.seconds
+    clock = state.queue.clock + outcome.seconds
     return outcome.cohort, Timing(clock, outcome.dropped, outcome.bytes_up)
 
 

@@ -11,13 +11,12 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fedgen_edge.algorithms.algorithm import Algorithm
 from fedgen_edge.config import Devices, Federation
 from fedgen_edge.errors import ConfigError
 from fedgen_edge.seeds import generator
-from fedgen_edge.types import Leaves
+from fedgen_edge.types import Queue, RoundTrip
 
 INSTANT = Devices()
 """Nobody takes time, is away or drops out: no clock is kept."""
@@ -187,29 +186,6 @@ def simulate_round(
     )
 
 
-class RoundTrip(NamedTuple):
-    """A client at work, or done: of a server that has no rounds."""
-
-    client: int
-    version: int
-    """Commits before the adapter that it was given."""
-    end: float
-    """Seconds since the start of training."""
-    arrives: bool
-    bytes_sent: int
-    """Bytes that it has sent by its end."""
-
-
-class Queue(NamedTuple):
-    """Who is at work, between two commits."""
-
-    clock: float = 0.0
-    draws: int = 0
-    """How often clients were drawn so far: seeds the next draw."""
-    trips: tuple[RoundTrip, ...] = ()
-    """In the order in which they began."""
-
-
 class FilledBuffer(NamedTuple):
     """What came until a buffer was full."""
 
@@ -257,40 +233,6 @@ def fill_buffer(
             clock = finished.end
             (buffer if finished.arrives else dropped).append(finished)
     return FilledBuffer(Queue(clock, draws, tuple(trips)), buffer, dropped, started)
-
-
-CLOCK, DRAWS, TRIPS = "clock", "draws", "trips"
-"""Names, in the server's memory, of the virtual time and of a `Queue`."""
-
-
-def get_clock(memory: Leaves) -> float:
-    """Virtual seconds since the start of training."""
-    return float(memory[CLOCK]) if CLOCK in memory else 0.0
-
-
-def set_clock(memory: Leaves, clock: float) -> Leaves:
-    """The memory at another time."""
-    return {**memory, CLOCK: _exact(clock)}
-
-
-def get_queue(memory: Leaves) -> Queue:
-    """Who is at work, as the memory has it."""
-    if TRIPS not in memory:
-        return Queue()
-    rows = memory[TRIPS].tolist()
-    trips = [RoundTrip(int(c), int(v), ends, bool(a), int(sent)) for c, v, ends, a, sent in rows]
-    return Queue(get_clock(memory), int(memory[DRAWS]), tuple(trips))
-
-
-def set_queue(memory: Leaves, queue: Queue) -> Leaves:
-    """The memory with these at work."""
-    rows = _exact(queue.trips).reshape(-1, len(RoundTrip._fields))
-    return {**set_clock(memory, queue.clock), DRAWS: torch.tensor(queue.draws), TRIPS: rows}
-
-
-def _exact(values: object) -> Tensor:
-    """float64 holds seconds, and whole numbers up to 2^53."""
-    return torch.tensor(values, dtype=torch.float64)
 
 
 def uses_clock(devices: Devices) -> bool:

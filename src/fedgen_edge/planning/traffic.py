@@ -20,9 +20,9 @@ from fedgen_edge.compression.wire import Wire, get_max_bytes_down, get_max_bytes
 from fedgen_edge.config import Devices, Settings
 from fedgen_edge.federation import schedule
 from fedgen_edge.federation.rounds import list_available, sample_clients
-from fedgen_edge.federation.schedule import ClientLoad, Queue, RoundTrip, cohort_size
+from fedgen_edge.federation.schedule import ClientLoad, cohort_size
 from fedgen_edge.leaves import shapes
-from fedgen_edge.types import Leaves, ServerState
+from fedgen_edge.types import Leaves, Queue, RoundTrip, ServerState
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -216,14 +216,15 @@ def estimate_server_bytes(client_traffic: ClientTraffic, cohort: int) -> dict[st
         )
     )
     change: dict[str, Any] = {**client_traffic.initial_state.adapter}
-    server_memory = client_traffic.algorithm.steps(client_traffic.initial_state, change).memory
+    stepped = client_traffic.algorithm.steps(client_traffic.initial_state, change)
+    remembered = (stepped.first_moment, stepped.second_moment, stepped.method)
     correction_state = {
         k: v
         for k, v in client_traffic.broadcast_leaves.items()
         if k not in client_traffic.initial_state.adapter
     }
     adapter_bytes = _count_bytes(client_traffic.initial_state.adapter)
-    state_bytes = _count_bytes(server_memory) + _count_bytes(correction_state)
+    state_bytes = sum(map(_count_bytes, (*remembered, correction_state)))
     update_bytes = cohort * (_count_bytes(shared) + client_traffic.count_up_bytes(0, 0))
     return {
         "adapter": adapter_bytes,

@@ -15,10 +15,13 @@ from typing import Any
 from fedgen_edge import files
 from fedgen_edge.compression.serialize import decode, encode
 from fedgen_edge.errors import CheckpointError
+from fedgen_edge.federation.states import decode_server_state, encode_server_state
 from fedgen_edge.runs import records
 from fedgen_edge.types import Leaves, ServerState
 
 Manifest = dict[str, Any]
+FORMAT = 2
+"""Of what a checkpoint holds; manifests without a number are of format 1."""
 
 
 @dataclass
@@ -58,10 +61,10 @@ class ClientStateStore(MutableMapping[int, Leaves]):
 def commit(run: Path, state: ServerState, memory: ClientStateStore, keep: int) -> None:
     """Make the state the one that a resumed run goes on from."""
     target = run / "checkpoints" / f"{state.round:05d}"
-    leaves = {f"adapter/{k}": v for k, v in state.adapter.items()}
-    payload = encode(leaves | {f"memory/{k}": v for k, v in state.memory.items()})
+    payload = encode_server_state(state)
     earlier = [p for p in _list_commits(run) if p.name < target.name]
     manifest: Manifest = {
+        "format": FORMAT,
         "round": state.round,
         "server": hashlib.sha256(payload).hexdigest(),
         "memory": {str(k): list(v) for k, v in sorted(memory.index.items())},
@@ -82,10 +85,11 @@ def find_latest(run: Path) -> tuple[ServerState | None, ClientStateStore, list[s
         None for the state where nothing was committed yet.
 
     Raises:
-        CheckpointError: there are commits, and none is whole.
+        CheckpointError: there are commits, and none is whole, or another version wrote them.
     """
     problems = []
     for folder in reversed(_list_commits(run)):
+        _check_format(run, folder / "manifest.json")
         try:
             state, memory = _load(run, folder)
         except CheckpointError as error:
@@ -111,7 +115,7 @@ def load_latest(run: Path) -> tuple[ServerState, ClientStateStore]:
 
 def _load(run: Path, folder: Path) -> tuple[ServerState, ClientStateStore]:
     manifest = _read_manifest(folder / "manifest.json")
-    leaves = decode(_read_verified(folder / "server.safetensors", manifest["server"]))
+    payload = _read_verified(folder / "server.safetensors", manifest["server"])
     memory = ClientStateStore(
         run / "memory",
         version=manifest["round"],
@@ -119,10 +123,22 @@ def _load(run: Path, folder: Path) -> tuple[ServerState, ClientStateStore]:
     )
     for name, digest in memory.index.values():
         _read_verified(memory.folder / name, digest)
-    state = ServerState(
-        manifest["round"], _select_prefix(leaves, "adapter/"), _select_prefix(leaves, "memory/")
-    )
-    return state, memory
+    return decode_server_state(manifest["round"], payload), memory
+
+
+def _check_format(run: Path, path: Path) -> None:
+    """Refuse a manifest that another version wrote; a damaged one is for its reader to refuse."""
+    try:
+        manifest = files.parse(path.read_bytes(), json.loads)
+    except (OSError, ValueError):
+        return
+    if not isinstance(manifest, dict) or "digest" not in manifest:
+        return
+    if (number := manifest.get("format", 1)) != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {number}, and this version of fedgen-edge reads format "
+            f"{FORMAT}: use the version that wrote it, which {run / 'run.json'} names"
+        )
 
 
 def _read_manifest(path: Path) -> Manifest:
@@ -130,10 +146,6 @@ def _read_manifest(path: Path) -> Manifest:
     if content.pop("digest") != _hash_manifest(content):
         raise CheckpointError(f"{path} is altered: it is not of its own digest")
     return content
-
-
-def _select_prefix(leaves: Leaves, prefix: str) -> Leaves:
-    return {k.removeprefix(prefix): v for k, v in leaves.items() if k.startswith(prefix)}
 
 
 def _read_verified(path: Path, digest: str) -> bytes:

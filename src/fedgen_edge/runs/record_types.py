@@ -246,6 +246,7 @@ class SiteUpdate:
 class Manifest:
     """manifest.json of a checkpoint."""
 
+    format: Integer
     round: Integer
     server: Text
     memory: dict[int, tuple[Text, Text]]
