@@ -83,4 +83,4 @@ def test_a_server_that_goes_on_from_a_commit_knows_what_sites_had(
     one, _ = ended(kits, tmp_path / "one")
     other, _ = ended(kits, tmp_path / "other", 1, 2)
     assert outcome(one.home.run) == outcome(other.home.run)
-    assert same(load_latest(one.home.run)[0].memory, load_latest(other.home.run)[0].memory)
+    assert same(load_latest(one.home.run)[0].method, load_latest(other.home.run)[0].method)
